@@ -1,0 +1,85 @@
+"""`Datum`: one training example, the model's input and the tensors of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mint_engine.errors import UserError
+from mint_engine.types.model_input import ModelInput
+from mint_engine.types.tensor_data import TensorData, TensorDtype, cast_array, is_torch_tensor
+
+LossFnInputs = dict[str, TensorData]
+
+# What the losses expect under each name; other names keep the dtype they come with.
+_DTYPES: dict[str, TensorDtype] = {
+    "target_tokens": "int64",
+    "weights": "float32",
+    "advantages": "float32",
+    "logprobs": "float32",
+    "clip_low_threshold": "float32",
+    "clip_high_threshold": "float32",
+    "sequence_ratio_mask": "float32",
+}
+
+
+@dataclass(frozen=True)
+class Datum:
+    """One training example.
+
+    Args:
+        model_input: the N tokens the model reads.
+        loss_fn_inputs: tensors by name. Lists, numpy arrays and torch tensors become `TensorData`: target_tokens
+            int64, weights, advantages, logprobs and clip thresholds float32, any other name as its values are.
+
+    Raises:
+        UserError (a ValueError): a value that is no tensor of numbers, or target tokens that are not integers.
+
+    Lengths and ranges are checked when the datum is used, where the model is known.
+    """
+
+    model_input: ModelInput
+    loss_fn_inputs: LossFnInputs = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        model_input: Any = self.model_input
+        if isinstance(model_input, Mapping):
+            object.__setattr__(self, "model_input", ModelInput.model_validate(model_input))
+        elif not isinstance(model_input, ModelInput):
+            raise UserError(
+                f"model_input: expected a ModelInput, got {type(model_input).__name__}; "
+                "use ModelInput.from_ints(tokens)"
+            )
+        if not isinstance(self.loss_fn_inputs, Mapping):
+            raise UserError(f"loss_fn_inputs: expected a dict, got {type(self.loss_fn_inputs).__name__}")
+        inputs = {key: as_tensor_data(key, value) for key, value in self.loss_fn_inputs.items()}
+        object.__setattr__(self, "loss_fn_inputs", inputs)
+
+
+def as_tensor_data(name: str, value: Any) -> TensorData:
+    """`value` as the TensorData that the loss input `name` wants. Raises UserError if it cannot be one."""
+    if isinstance(value, Mapping):
+        value = TensorData(**value)
+    dtype = _DTYPES.get(name)
+    if isinstance(value, TensorData):
+        if dtype is None or value.dtype == dtype:
+            return value
+        record = value.to_dict() | {"data": cast_array(value.data, dtype, name), "dtype": dtype}
+        return TensorData(**record)
+    if not (isinstance(value, (list, tuple, np.ndarray)) or is_torch_tensor(value)):
+        raise UserError(f"{name}: expected a list, an array or TensorData, got {type(value).__name__}")
+    if dtype is None:
+        dtype = "float32" if _holds_floats(value) else "int64"
+    return TensorData(cast_array(value, dtype, name), dtype)
+
+
+def _holds_floats(value: Any) -> bool:
+    if is_torch_tensor(value):
+        return bool(value.is_floating_point())
+    try:
+        return np.asarray(value).dtype.kind == "f"
+    except ValueError:
+        return False  # ragged: cast_array says so
