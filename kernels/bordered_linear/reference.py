@@ -1,0 +1,28 @@
+"""Library GEMMs on strided views of the bordered buffer: the specification and, on the CPU, also the fast way.
+
+torch.mm hands the row strides to oneDNN as they are (measured in README.md), so no view is copied.
+"""
+
+import torch
+from torch import Tensor
+
+
+def shrink(x: Tensor, a: Tensor, scale: float, out: Tensor) -> Tensor:
+    return torch.mul(torch.mm(x, a.T), scale, out=out)
+
+
+def bordered_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
+
+
+def bordered_linear_backward(dy: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(dy, weight)
+
+
+def expand_backward(dy: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
+    return torch.mul(torch.mm(dy, b), scale, out=out)
+
+
+def lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """What the bordered form must equal: ``x Wᵀ + s (x Aᵀ) Bᵀ`` (LoRA, arXiv:2106.09685). The oracle of the tests."""
+    return x @ weight.T + scale * (x @ a.T) @ b.T

@@ -1,0 +1,160 @@
+"""Bordered weights: the frozen base with room for adapters at its edge (DESIGN.md 2.1), and who sits there.
+
+The border is a cache of adapter versions in the compute dtype. A pass asks for the adapters of its rows; those that
+are not there yet, or have been trained since, are written. Row ``[W | B]`` serves the forward GEMM, rows ``W`` then
+``A`` the backward one. The unused corner and unused columns stay finite, so a zero in S switches them off exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mint_engine.adapters import Adapter, LinearGroup
+
+DEFAULT_RANKS = 16  # room made at load time; the border grows when more is asked for
+
+
+class BorderedWeight:
+    """``buf [N + m*R, K + m*R]`` = ``[[W, B], [A, 0]]`` for a group of m stacked modules and R ranks of room."""
+
+    def __init__(self, group: LinearGroup, dtype: torch.dtype, ranks: int, bias: Tensor | None = None) -> None:
+        self.group = group
+        self.n, self.k, self.m = group.out_features, group.in_features, len(group.modules)
+        self.bias = bias
+        self.buf = torch.zeros(self.n + self.m * ranks, self.k + self.m * ranks, dtype=dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen W, [N, K]."""
+        return self.buf[: self.n, : self.k]
+
+    def widen(self, ranks: int) -> None:
+        """Make room for ``ranks`` ranks. What sat in the border is forgotten."""
+        old = self.weight
+        self.buf = torch.zeros(self.n + self.m * ranks, self.k + self.m * ranks, dtype=old.dtype)
+        self.weight.copy_(old)
+
+    def forward_weight(self, ranks: int) -> Tensor:
+        """``[W | B]`` [N, K + p] with p = m * ranks."""
+        return self.buf[: self.n, : self.k + self.m * ranks]
+
+    def backward_weight(self, ranks: int) -> Tensor:
+        """``[W ; A]`` [N + p, K] with p = m * ranks."""
+        return self.buf[: self.n + self.m * ranks, : self.k]
+
+    def a(self, offset: int, rank: int) -> Tensor:
+        """The stacked A of the adapter at rank offset ``offset``: [m*r, K]."""
+        start = self.n + self.m * offset
+        return self.buf[start : start + self.m * rank, : self.k]
+
+    def b(self, offset: int, rank: int) -> list[Tensor]:
+        """Its B of each module: [N_j, r], the diagonal blocks."""
+        out, row, col = [], 0, self.k + self.m * offset
+        for _, n in self.group.modules:
+            out.append(self.buf[row : row + n, col : col + rank])
+            row, col = row + n, col + rank
+        return out
+
+    def install(self, adapter: Adapter, offset: int) -> None:
+        """Write the adapter's factors; a group it does not train gets zeros."""
+        r, col = adapter.rank, self.k + self.m * offset
+        self.buf[: self.n, col : col + self.m * r].zero_()
+        factors = adapter.factors.get(self.group.name)
+        if factors is None:
+            self.a(offset, r).zero_()
+            return
+        self.a(offset, r).copy_(factors.a)
+        for view, b in zip(self.b(offset, r), factors.b, strict=True):
+            view.copy_(b)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows ``start:stop`` of a pass belong to ``adapter``, which sits at rank offset ``offset``."""
+
+    start: int
+    stop: int
+    adapter: Adapter
+    offset: int
+
+
+@dataclass(frozen=True)
+class Seating:
+    """Where a pass's adapters sit: its segments in row order, and the ranks of border in use (0: base model only)."""
+
+    segments: tuple[Segment, ...] = ()
+    ranks: int = 0
+
+    def of(self, group: LinearGroup) -> tuple[Segment, ...]:
+        """The segments whose adapter trains this group."""
+        return tuple(s for s in self.segments if group.name in s.adapter.factors)
+
+    def ranks_of(self, group: LinearGroup) -> int:
+        """Ranks of border this group needs: none if no adapter of the pass trains it."""
+        return self.ranks if self.of(group) else 0
+
+    def select(self, rows: Tensor) -> Seating:
+        """The same seating for a pass over the given rows (int64, ascending) of this one."""
+        cuts = torch.tensor([[s.start, s.stop] for s in self.segments], dtype=rows.dtype).reshape(-1)
+        found = torch.searchsorted(rows, cuts).reshape(-1, 2).tolist()
+        return Seating(
+            tuple(
+                Segment(start, stop, s.adapter, s.offset)
+                for s, (start, stop) in zip(self.segments, found, strict=True)
+                if stop > start
+            ),
+            self.ranks,
+        )
+
+
+class Borders:
+    """All bordered weights of one base model, and which adapter versions sit in them."""
+
+    def __init__(self, weights: Sequence[BorderedWeight], ranks: int = DEFAULT_RANKS) -> None:
+        self.weights = weights
+        self.capacity = ranks
+        self._seats: dict[int, tuple[int, int, int]] = {}  # adapter uid -> (offset, rank, version)
+
+    def seat(self, rows: Iterable[tuple[Adapter | None, int, int]]) -> Seating:
+        """Seat the adapters of a pass given as (adapter or None for the base model, first row, last row + 1)."""
+        spans = _merged(rows)
+        adapters = {a.uid: a for a, _, _ in spans}
+        if not adapters:
+            return Seating()
+        if not self._fits_beside_others(adapters):
+            self._seats.clear()
+            needed = sum(a.rank for a in adapters.values())
+            if needed > self.capacity:
+                for w in self.weights:
+                    w.widen(needed)
+                self.capacity = needed
+        for uid, adapter in adapters.items():
+            offset, rank, version = self._seats.get(uid, (self._end(), adapter.rank, -1))
+            if version != adapter.version:
+                for w in self.weights:
+                    w.install(adapter, offset)
+                self._seats[uid] = (offset, rank, adapter.version)
+        segments = tuple(Segment(start, stop, a, self._seats[a.uid][0]) for a, start, stop in spans)
+        return Seating(segments, max(s.offset + s.adapter.rank for s in segments))
+
+    def _end(self) -> int:
+        return max((offset + rank for offset, rank, _ in self._seats.values()), default=0)
+
+    def _fits_beside_others(self, adapters: dict[int, Adapter]) -> bool:
+        new = sum(a.rank for uid, a in adapters.items() if uid not in self._seats)
+        return self._end() + new <= self.capacity
+
+
+def _merged(rows: Iterable[tuple[Adapter | None, int, int]]) -> list[tuple[Adapter, int, int]]:
+    """Spans of adapters, neighbours of the same adapter joined, the base model's left out."""
+    spans: list[tuple[Adapter, int, int]] = []
+    for adapter, start, stop in rows:
+        if spans and spans[-1][0] is adapter and spans[-1][2] == start:
+            start = spans.pop()[1]
+        if adapter is not None:
+            spans.append((adapter, start, stop))
+    return spans

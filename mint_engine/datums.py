@@ -1,0 +1,141 @@
+"""Checking what a training call was given, before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mint_engine.batch import PackedBatch, pack
+from mint_engine.errors import UserError
+from mint_engine.losses import Loss
+from mint_engine.types import Datum, ModelInput, TensorData
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a base model can take: token ids in [0, vocab_size), sequences of at most max_context_length tokens."""
+
+    vocab_size: int
+    max_context_length: int
+
+
+@dataclass(frozen=True)
+class CheckedDatum:
+    """``tokens`` int64 [N]; ``targets`` int64 [N, K]; ``inputs`` fp32 [N, K] each; ``shape`` is that of the user's targets."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    inputs: dict[str, np.ndarray]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """A packed batch with the loss's view of it: ``targets`` int64 [M, K] (-1 pads K), ``inputs`` fp32 [M, K]."""
+
+    packed: PackedBatch
+    targets: Tensor
+    inputs: dict[str, Tensor]
+
+
+def check_tokens(tokens: np.ndarray, limits: Limits, what: str) -> np.ndarray:
+    """``tokens`` itself if it is a non-empty sequence of known token ids that fits the context.
+
+    Raises:
+        UserError: it is not; the message names ``what``.
+    """
+    if tokens.size == 0:
+        raise UserError(f"{what}: expected at least one token, got an empty sequence")
+    if tokens.size > limits.max_context_length:
+        raise UserError(
+            f"{what}: expected at most {limits.max_context_length} tokens (the model's context), got {tokens.size}"
+        )
+    return _check_ids(tokens, limits, what)
+
+
+def _check_ids(tokens: np.ndarray, limits: Limits, what: str) -> np.ndarray:
+    bad = np.flatnonzero((tokens < 0) | (tokens >= limits.vocab_size))
+    if bad.size:
+        where = tuple(int(i) for i in np.unravel_index(bad[0], tokens.shape))
+        at = where[0] if len(where) == 1 else where
+        raise UserError(f"{what}: expected token ids in [0, {limits.vocab_size}), got {tokens.flat[bad[0]]} at index {at}")
+    return tokens
+
+
+def check_prompt(prompt: ModelInput, limits: Limits, what: str = "prompt") -> np.ndarray:
+    """The prompt's token ids, int64 [N], checked as by :func:`check_tokens`."""
+    return check_tokens(np.asarray(prompt.to_ints(), dtype=np.int64), limits, what)
+
+
+def check_data(
+    data: Sequence[Datum], loss: Loss, config: Mapping[str, float], limits: Limits
+) -> list[CheckedDatum]:
+    """Every datum of a call, checked. An optional input that some datum gives is filled from ``config`` in the others.
+
+    Raises:
+        UserError: the first thing that is wrong: argument, what was expected, what came, and which datum.
+    """
+    if len(data) == 0:
+        raise UserError("data: expected at least one datum, got an empty list")
+    checked = [_check_datum(datum, i, loss, limits) for i, datum in enumerate(data)]
+    for name in {name for datum in checked for name in datum.inputs}:
+        for datum in checked:
+            datum.inputs.setdefault(name, np.full(datum.targets.shape, config.get(name, 0.0), dtype=np.float32))
+    return checked
+
+
+def _check_datum(datum: Datum, index: int, loss: Loss, limits: Limits) -> CheckedDatum:
+    at = f"(datum {index})"
+    tokens = check_prompt(datum.model_input, limits, f"model_input {at}")
+    given = datum.loss_fn_inputs
+    missing = [name for name in ("target_tokens", *loss.required) if name not in given]
+    if missing:
+        raise UserError(f"loss_fn_inputs: {loss.name} needs {', '.join(missing)} {at}")
+    targets = _integers(given["target_tokens"], f"target_tokens {at}")
+    _check_length(targets, tokens.size, "target_tokens", "model_input", at)
+    if targets.ndim > 2 or (targets.ndim == 2 and not loss.matrix_targets):
+        raise UserError(f"target_tokens: {loss.name} expects shape [N], got {list(targets.shape)} {at}")
+    _check_ids(targets, limits, f"target_tokens {at}")
+    inputs = {}
+    for name in (*loss.required, *(n for n in loss.optional if n in given)):
+        values = given[name].to_numpy().astype(np.float32, copy=False)
+        if values.shape != targets.shape:
+            _check_length(values, targets.shape[0], name, "target_tokens", at)
+            raise UserError(f"{name}: expected shape {list(targets.shape)} like target_tokens, got {list(values.shape)} {at}")
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            raise UserError(f"{name}: expected finite numbers, got {values.flat[bad[0]]} at index {bad[0]} {at}")
+        inputs[name] = values.reshape(tokens.size, -1)
+    return CheckedDatum(tokens, targets.reshape(tokens.size, -1), inputs, targets.shape)
+
+
+def _integers(tensor: TensorData, what: str) -> np.ndarray:
+    values = tensor.to_numpy()
+    if values.dtype.kind not in "iu":
+        raise UserError(f"{what}: expected integers, got dtype {values.dtype}")
+    return values.astype(np.int64, copy=False)
+
+
+def _check_length(values: np.ndarray, expected: int, name: str, like: str, at: str) -> None:
+    got = values.shape[0] if values.ndim else 0
+    if got != expected:
+        raise UserError(f"{name}: expected {expected} values to match {like}, got {got} {at}")
+
+
+def pack_training(data: Sequence[CheckedDatum]) -> TrainingBatch:
+    """Pack checked datums. Where K differs between datums, the narrower ones are padded with target -1, inputs 0."""
+    width = max(d.targets.shape[1] for d in data)
+
+    def stack(arrays: list[np.ndarray], fill: float) -> Tensor:
+        padded = [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=fill) for a in arrays]
+        return torch.from_numpy(np.concatenate(padded))
+
+    return TrainingBatch(
+        packed=pack([d.tokens for d in data]),
+        targets=stack([d.targets for d in data], -1),
+        inputs={name: stack([d.inputs[name] for d in data], 0.0) for name in data[0].inputs},
+    )

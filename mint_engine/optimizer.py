@@ -1,0 +1,37 @@
+"""optim_step: Adam with bias correction and decoupled weight decay (AdamW, arXiv:1711.05101) on the fp32 masters."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from mint_engine.adapters import Adapter, TrainState
+from mint_engine.errors import NonFiniteError
+from mint_engine.kernels import adamw_
+from mint_engine.types import AdamParams, OptimStepResponse
+
+
+def optim_step(adapter: Adapter, state: TrainState, params: AdamParams) -> OptimStepResponse:
+    """Apply the accumulated gradients and zero them. Without gradients it is a step with zero gradients.
+
+    ``grad_clip_norm`` > 0 clips by the global L2 norm first, as ``torch.nn.utils.clip_grad_norm_`` does.
+
+    Raises:
+        NonFiniteError: the gradient norm is not finite. Nothing is changed but the gradients, which are dropped.
+    """
+    norm = float(torch.linalg.vector_norm(state.grads, dtype=torch.float64))
+    if not math.isfinite(norm):
+        state.zero_grads()
+        raise NonFiniteError(f"gradient: its norm is {norm}; the step was refused and the gradients were dropped")
+    clip = params.grad_clip_norm
+    scale = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+    adamw_(
+        adapter.params, state.grads, state.exp_avg, state.exp_avg_sq,
+        lr=params.learning_rate, beta1=params.beta1, beta2=params.beta2, eps=params.eps,
+        weight_decay=params.weight_decay, step=state.step + 1, grad_scale=scale,
+    )  # fmt: skip
+    state.step += 1
+    state.zero_grads()
+    adapter.version += 1
+    return OptimStepResponse(metrics={"grad_norm": norm, "step": float(state.step)})

@@ -1,0 +1,28 @@
+"""Tests run quietly, offline and away from the user's own ~/.mint-engine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No MINT_* variable of the developer reaches a test; MINT_HOME is a fresh directory."""
+    for name in [n for n in os.environ if n.startswith("MINT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MINT_HOME", str(tmp_path_factory.mktemp("mint-home")))
+
+
+@pytest.fixture(scope="session")
+def tiny_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3 with tied embeddings: QK-norm, GQA, and the head adapter on a shared weight."""
+    from tiny_models import build_tiny
+
+    return build_tiny("qwen3", tmp_path_factory.mktemp("tiny-tied"), tie_word_embeddings=True)

@@ -1,0 +1,132 @@
+"""Sums: cutting a batch in any way, or permuting it, gives the same loss and gradient; masked rows add nothing."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import checked, load_decoder, make_data, relative, trained_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mint_engine import trainer
+from mint_engine.adapters import Adapter, TrainState
+from mint_engine.errors import NonFiniteError
+from mint_engine.models.decoder import Decoder
+from mint_engine.types import Datum, LoraConfig, ModelInput
+
+# The same fp32 sums in another order: some hundred roundings of 2**-24 each.
+REORDERED = 1e-5
+
+
+@functools.cache
+def setup(directory: Path) -> tuple[Decoder, Adapter]:
+    decoder = load_decoder(directory)
+    return decoder, trained_adapter(decoder, LoraConfig(rank=4, seed=0))
+
+
+def run(directory: Path, data: list[Datum], loss_fn: str = "cross_entropy", **kwargs: int) -> tuple:
+    """(summed loss, flat gradient, log-probabilities per datum) of one call."""
+    decoder, adapter = setup(directory)
+    state = TrainState(adapter)
+    with torch.no_grad():
+        out = trainer.run(decoder, adapter, state, *checked(data, loss_fn, decoder), **kwargs)
+    return out.metrics["loss:sum"], state.grads, [o["logprobs"].to_numpy() for o in out.loss_fn_outputs]
+
+
+lengths = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=lengths, seed=st.integers(0, 1000), max_tokens=st.integers(1, 30), permute=st.randoms(use_true_random=False))
+def test_splitting_or_permuting_a_batch_changes_nothing(tiny_tied, lengths, seed, max_tokens, permute) -> None:
+    data = make_data("cross_entropy", tuple(lengths), 199, seed)
+    loss, gradient, logprobs = run(tiny_tied, data)
+    order = list(range(len(data)))
+    permute.shuffle(order)
+    loss2, gradient2, logprobs2 = run(tiny_tied, [data[i] for i in order], max_tokens=max_tokens)
+    assert loss2 == pytest.approx(loss, rel=1e-5, abs=1e-5)
+    assert relative(gradient2, gradient) < REORDERED or float(gradient.abs().max()) < 1e-6
+    for i, lp in zip(order, logprobs2, strict=True):
+        np.testing.assert_allclose(lp, logprobs[i], atol=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=lengths, seed=st.integers(0, 1000), cut=st.integers(0, 6))
+def test_gradients_accumulate_over_calls(tiny_tied, lengths, seed, cut) -> None:
+    data = make_data("importance_sampling", tuple(lengths), 199, seed)
+    _, gradient, _ = run(tiny_tied, data, "importance_sampling")
+    decoder, adapter = setup(tiny_tied)
+    state = TrainState(adapter)
+    for part in (data[:cut], data[cut:]):
+        if part:
+            with torch.no_grad():
+                trainer.run(decoder, adapter, state, *checked(part, "importance_sampling", decoder))
+    assert relative(state.grads, gradient) < REORDERED or float(gradient.abs().max()) < 1e-6
+
+
+def test_a_masked_row_contributes_nothing(tiny_tied: Path) -> None:
+    """Changing the targets of masked rows leaves loss and gradient bit-equal; so does masking all of a datum."""
+    data = make_data("cross_entropy", (9, 6), 199)
+    weights = data[0].loss_fn_inputs["weights"].to_numpy()
+    assert (weights == 0).any()
+    targets = data[0].loss_fn_inputs["target_tokens"].to_numpy()
+    other = np.where(weights == 0, (targets + 1) % 199, targets)
+    changed = Datum(model_input=data[0].model_input, loss_fn_inputs={"target_tokens": other, "weights": weights})
+    loss, gradient, _ = run(tiny_tied, data)
+    loss2, gradient2, _ = run(tiny_tied, [changed, data[1]])
+    assert loss2 == loss
+    assert torch.equal(gradient2, gradient)
+
+    silent = Datum(data[1].model_input, {**data[1].loss_fn_inputs, "weights": [0.0] * 6})
+    alone_loss, alone, _ = run(tiny_tied, data[:1])
+    both_loss, both, _ = run(tiny_tied, [data[0], silent])
+    assert both_loss == pytest.approx(alone_loss, rel=1e-6)
+    assert relative(both, alone) < REORDERED
+
+
+def test_a_batch_without_weight_has_loss_zero_and_no_gradient(tiny_tied: Path) -> None:
+    data = [Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4], "weights": [0, 0, 0]})]
+    decoder, adapter = setup(tiny_tied)
+    state = TrainState(adapter)
+    out = trainer.run(decoder, adapter, state, *checked(data, "cross_entropy", decoder))
+    assert out.loss == 0.0
+    assert not state.grads.any()
+    # The true log-probabilities are reported all the same.
+    assert (out.loss_fn_outputs[0]["logprobs"].to_numpy() < 0).all()
+
+
+def test_sequences_do_not_see_each_other(tiny_tied: Path) -> None:
+    data = make_data("cross_entropy", (1, 5, 1, 1, 8), 199)
+    _, _, together = run(tiny_tied, data)
+    for datum, lp in zip(data, together, strict=True):
+        _, _, (alone,) = run(tiny_tied, [datum])
+        np.testing.assert_allclose(lp, alone, atol=1e-5)
+
+
+def test_the_loss_of_cross_entropy_is_the_weighted_mean_and_the_gradient_that_of_the_sum(tiny_tied: Path) -> None:
+    decoder, adapter = setup(tiny_tied)
+    data = make_data("cross_entropy", (6,), 199)
+    out = trainer.run(decoder, adapter, None, *checked(data, "cross_entropy", decoder))
+    lp, w = out.loss_fn_outputs[0]["logprobs"].to_numpy(), data[0].loss_fn_inputs["weights"].to_numpy()
+    assert out.metrics["loss:sum"] == pytest.approx(float(-(lp * w).sum()), rel=1e-5)
+    assert out.loss == pytest.approx(float(-(lp * w).sum() / w.sum()), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_refused_and_leaves_no_trace(tiny_tied: Path) -> None:
+    decoder, adapter = setup(tiny_tied)
+    state = TrainState(adapter)
+    good = make_data("importance_sampling", (4, 5), 199)
+    trainer.run(decoder, adapter, state, *checked(good, "importance_sampling", decoder))
+    before, params = state.grads.clone(), adapter.params.clone()
+    bad = Datum(
+        ModelInput.from_ints([1, 2]), {"target_tokens": [2, 3], "logprobs": [-3e4, -1.0], "advantages": [1.0, 1.0]}
+    )
+    with pytest.raises(NonFiniteError, match="loss: importance_sampling is"):
+        # One token per pass: the good datum's gradients are computed before the bad one is met.
+        trainer.run(decoder, adapter, state, *checked([good[0], bad], "importance_sampling", decoder), max_tokens=1)
+    assert torch.equal(state.grads, before)
+    assert torch.equal(adapter.params, params)
