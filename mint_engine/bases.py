@@ -1,0 +1,90 @@
+"""Base models resident in an engine: one copy each, shared by every training client and sampler."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mint_engine.datums import Limits
+from mint_engine.models.config import ModelConfig, load_config
+from mint_engine.models.decoder import Decoder
+from mint_engine.models.hub import ModelFiles, resolve_model
+from mint_engine.models.tokenizer import load_tokenizer
+from mint_engine.models.weights import WeightReader, validate
+from mint_engine.sampler import Sampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Base:
+    """A loaded base model with its sampler. ``name`` is what the caller asked for."""
+
+    def __init__(self, files: ModelFiles, config: ModelConfig, decoder: Decoder, sampler: Sampler) -> None:
+        self.name, self.directory = files.name, files.directory
+        self.config, self.decoder, self.sampler = config, decoder, sampler
+        self.limits = Limits(config.vocab_size, config.max_context_length)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.directory)
+
+
+class BaseModels:
+    """Loads each base model once, however many ask for it at the same time."""
+
+    def __init__(
+        self, home: Path, dtype: torch.dtype, cache_bytes: int, on_load: Callable[[Sampler], None], wake: Callable[[], None]
+    ) -> None:
+        self._home, self._dtype, self._cache_bytes = home, dtype, cache_bytes
+        self._on_load, self._wake = on_load, wake
+        self._lock = threading.Lock()
+        self._loading: dict[str, Future[Base]] = {}
+
+    @property
+    def loaded(self) -> list[Base]:
+        with self._lock:
+            futures = list(self._loading.values())
+        return [f.result() for f in futures if f.done() and f.exception() is None]
+
+    def get(self, name: str) -> Base:
+        """The base model of that name, loaded if need be (seconds; call it off the device thread).
+
+        Raises:
+            ModelError: the name resolves to nothing, or to something damaged or unsupported.
+        """
+        with self._lock:
+            future = self._loading.get(name)
+            mine = future is None or (future.done() and future.exception() is not None)
+            if mine:  # a load that failed may be tried again: the missing file may have come
+                future = self._loading[name] = Future()
+        assert future is not None
+        if mine:
+            try:
+                future.set_result(self._load(name))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+    def _load(self, name: str) -> Base:
+        files = resolve_model(name, self._home)
+        config = load_config(files.directory)
+        reader = WeightReader(files.directory)
+        validate(reader, config)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+        with Progress(*columns, transient=True, console=Console(stderr=True)) as progress:
+            task = progress.add_task(f"loading {name}", total=None)
+            names = set(reader.names())
+            progress.update(task, total=len(names))
+            decoder = Decoder(config, reader, self._dtype, on_tensor=lambda _: progress.advance(task))
+        sampler = Sampler(decoder, self._cache_bytes, self._wake)
+        self._on_load(sampler)
+        return Base(files, config, decoder, sampler)

@@ -1,0 +1,211 @@
+"""One thread per device that runs whatever is ready: training operations in each model's order, and decode steps.
+
+Work is event-driven (DESIGN.md 2.9): the thread sleeps only when nothing is ready. Policy: models take turns, one
+operation each, and between any two operations every sampler with work takes one step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+
+from mint_engine.errors import EngineClosedError
+
+# An operation: a function, or a generator function that yields callables to be run off the device thread (disk, the
+# user's own loss) and receives their results. While it waits its model stands still, the device does not.
+Operation = Callable[[], Any]
+
+
+class Stepper(Protocol):
+    """Something with steps to take between operations: a sampler."""
+
+    def step(self) -> bool:
+        """Do one step; False if there was nothing to do."""
+
+    def fail(self, error: BaseException) -> None:
+        """Give up on everything that is waiting or running."""
+
+
+class Lane:
+    """The operations of one model, run in the order of the calls."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.waiting: deque[tuple[Operation, Future]] = deque()
+        self.busy = False
+
+    def submit(self, operation: Operation) -> Future:
+        """Queue an operation. Its result or its exception reaches exactly the future returned here."""
+        return self._executor.enqueue(self, operation)
+
+
+class Executor:
+    """Owns the device thread."""
+
+    def __init__(self, name: str) -> None:
+        self._wake = threading.Condition()
+        self._ready: deque[Lane] = deque()
+        self._steppers: list[Stepper] = []
+        self._resumed: deque[Callable[[], None]] = deque()
+        self._off_thread = 0  # operations waiting for a call off the device thread
+        self._signalled = False  # a stepper got work since the thread last looked
+        self._closed = False
+        self._offload = ThreadPoolExecutor(max_workers=4, thread_name_prefix=f"{name}-io")
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def lane(self) -> Lane:
+        return Lane(self)
+
+    def add_stepper(self, stepper: Stepper) -> None:
+        with self._wake:
+            self._steppers.append(stepper)
+
+    def enqueue(self, lane: Lane, operation: Operation) -> Future:
+        future: Future = Future()
+        with self._wake:
+            if self._closed:
+                future.set_exception(EngineClosedError("the engine is closed"))
+                return future
+            lane.waiting.append((operation, future))
+            if not lane.busy:
+                lane.busy = True
+                self._ready.append(lane)
+                self._wake.notify()
+        return future
+
+    def notify(self) -> None:
+        """Wake the thread: a stepper has work."""
+        with self._wake:
+            self._signalled = True
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Finish what is running, refuse what is waiting."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._offload.shutdown(wait=True)
+
+    def _run(self) -> None:
+        with torch.no_grad():
+            worked = True
+            while self._wait(worked):
+                worked = self._turn()
+        self._refuse_waiting()
+
+    def _wait(self, worked: bool) -> bool:
+        """Sleep until there may be work; False when the executor is closed and nothing is in flight."""
+        with self._wake:
+            while not (worked or self._ready or self._resumed or self._signalled or self._closed):
+                self._wake.wait()
+            self._signalled = False
+            while self._closed and self._off_thread and not self._resumed:
+                self._wake.wait()
+            return not self._closed or bool(self._resumed)
+
+    def _turn(self) -> bool:
+        """One operation of the next model, one step of every sampler. False if there was nothing to do."""
+        with self._wake:
+            resumed = self._resumed.popleft() if self._resumed else None
+            lane = self._ready.popleft() if self._ready and not self._closed else None
+            steppers = [] if self._closed else list(self._steppers)
+        if resumed is not None:
+            resumed()
+        if lane is not None:
+            self._start_next(lane)
+        stepped = [self._step(stepper) for stepper in steppers]
+        return resumed is not None or lane is not None or any(stepped)
+
+    def _step(self, stepper: Stepper) -> bool:
+        try:
+            return stepper.step()
+        except Exception as error:
+            # The requests in the step carry the error; the thread and everybody else live on.
+            stepper.fail(error)
+            return True
+
+    def _start_next(self, lane: Lane) -> None:
+        operation, future = lane.waiting.popleft()
+        if not future.set_running_or_notify_cancel():
+            self._finish(lane)
+            return
+        try:
+            result = operation()
+        except BaseException as error:
+            self._settle(lane, future, error=error)
+            return
+        if isinstance(result, Generator):
+            self._advance(lane, future, result, lambda: next(result))
+        else:
+            self._settle(lane, future, result)
+
+    def _advance(self, lane: Lane, future: Future, steps: Generator, resume: Callable[[], Any]) -> None:
+        """Run a generator operation up to its next off-thread call, or to its end."""
+        try:
+            call = resume()
+        except StopIteration as stop:
+            self._settle(lane, future, stop.value)
+            return
+        except BaseException as error:
+            self._settle(lane, future, error=error)
+            return
+
+        def off_thread() -> None:
+            try:
+                value = call()
+            except BaseException as error:
+                self._resume(lambda e=error: self._advance(lane, future, steps, lambda: steps.throw(e)))
+            else:
+                self._resume(lambda: self._advance(lane, future, steps, lambda: steps.send(value)))
+
+        with self._wake:
+            self._off_thread += 1
+        self._offload.submit(off_thread)
+
+    def _resume(self, continuation: Callable[[], None]) -> None:
+        with self._wake:
+            self._off_thread -= 1
+            self._resumed.append(continuation)
+            self._wake.notify()
+
+    def _settle(self, lane: Lane, future: Future, result: Any = None, error: BaseException | None = None) -> None:
+        settle(future, result, error)
+        self._finish(lane)
+
+    def _finish(self, lane: Lane) -> None:
+        with self._wake:
+            if lane.waiting:
+                self._ready.append(lane)
+            else:
+                lane.busy = False
+
+    def _refuse_waiting(self) -> None:
+        closed = EngineClosedError("the engine was closed before this ran")
+        with self._wake:
+            lanes, steppers = list(self._ready), list(self._steppers)
+        for lane in lanes:
+            for _, future in lane.waiting:
+                settle(future, error=closed)
+        for stepper in steppers:
+            stepper.fail(closed)
+
+
+def settle(future: Future, result: Any = None, error: BaseException | None = None) -> None:
+    """Complete a future that its owner may have cancelled meanwhile."""
+    try:
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+    except InvalidStateError:
+        pass
+
+

@@ -1,0 +1,288 @@
+"""Decoding: all samples of all calls, of all adapters, advance together, one token a step (DESIGN.md 2.7).
+
+The decoder's own layers run here with the adapters in the border, as in training, so a log-probability reported while
+sampling is the one the trainer computes. Requests join and leave at any step.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mint_engine import kernels
+from mint_engine.adapters import Adapter
+from mint_engine.batch import pack
+from mint_engine.borders import Seating
+from mint_engine.errors import NonFiniteError, UserError
+from mint_engine.executor import settle
+from mint_engine.kv_cache import CachedSequence, KVCache
+from mint_engine.models.decoder import Decoder
+from mint_engine.models.layer import Attend
+from mint_engine.prompt_scores import PromptQuery, score_prompt
+from mint_engine.sampling import Draw, UniformStream, choose, tempered_logprobs
+from mint_engine.stopping import StopRule
+from mint_engine.types import SampledSequence, SampleResponse, SamplingParams, StopReason
+
+MAX_PREFILL_TOKENS = 4096  # bounds how long running samples wait for new prompts
+MAX_ROWS = 256  # sequences decoded together; more wait
+
+
+@dataclass
+class Request:
+    """One sample call. ``num_samples`` 0 only scores the prompt. ``adapter`` None is the base model."""
+
+    adapter: Adapter | None
+    prompt: np.ndarray
+    num_samples: int
+    params: SamplingParams
+    stop: StopRule
+    query: PromptQuery = field(default_factory=PromptQuery)
+    topk: int = 0  # alternatives reported beside each sampled token
+    sequence_ids: list[str] = field(default_factory=list)
+    future: Future = field(default_factory=Future)
+    finished: dict[int, SampledSequence] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def draw(self) -> Draw:
+        return Draw(self.params.temperature, self.params.top_k, self.params.top_p)
+
+    @property
+    def response(self) -> SampleResponse:
+        return SampleResponse(sequences=[self.finished[i] for i in range(self.num_samples)], **self.scores)
+
+
+@dataclass
+class _Row:
+    """One sample being decoded."""
+
+    request: Request
+    index: int
+    cache: CachedSequence
+    stream: UniformStream
+    max_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    topk: list[list[tuple[int, float]] | None] = field(default_factory=list)
+
+
+class Sampler:
+    """Continuous batching over one base model. ``submit`` from any thread; ``step`` on the device thread."""
+
+    def __init__(self, decoder: Decoder, max_cache_bytes: int, wake: Callable[[], None]) -> None:
+        self._decoder = decoder
+        self._cache = KVCache(decoder.config, decoder.dtype, max_cache_bytes)
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._waiting: deque[Request] = deque()
+        self._rows: list[_Row] = []
+
+    def submit(self, request: Request) -> Future:
+        """Queue a request; its future gets a SampleResponse.
+
+        Raises:
+            UserError: it could never be admitted: more KV cache than the whole pool, or more samples than a batch.
+        """
+        if request.num_samples and self._max_tokens(request) < 1:
+            limit = self._decoder.config.max_context_length
+            raise UserError(f"prompt: {len(request.prompt)} tokens leave no room to sample in a context of {limit}")
+        total = len(request.prompt) + self._max_tokens(request)
+        if self._blocks(request) > self._cache.num_blocks:
+            raise UserError(
+                f"max_tokens: {request.num_samples} samples of up to {total} tokens do not fit the KV cache of "
+                f"{self._cache.capacity} tokens; ask for fewer, or give the engine more (MINT_KV_CACHE_BYTES)"
+            )
+        if request.num_samples > MAX_ROWS:
+            raise UserError(f"num_samples: expected at most {MAX_ROWS}, got {request.num_samples}")
+        with self._lock:
+            self._waiting.append(request)
+        self._wake()
+        return request.future
+
+    def fail(self, error: BaseException) -> None:
+        """Every running and waiting request gets ``error``."""
+        with self._lock:
+            requests = [*self._waiting, *(row.request for row in self._rows)]
+            self._waiting.clear()
+        for request in requests:
+            self._drop(request, error)
+
+    def step(self) -> bool:
+        """Admit and prefill what fits, then decode one token of every running sample. False if there was nothing."""
+        admitted = self._admit()
+        if admitted:
+            self._guarded(admitted, lambda: self._prefill(admitted))
+        if self._rows:
+            self._guarded([row.request for row in self._rows], self._decode)
+        return bool(admitted or self._rows)
+
+    def _guarded(self, requests: list[Request], work: Callable[[], None]) -> None:
+        """An error in a batch reaches the requests of that batch; their memory is given back, everybody else goes on."""
+        try:
+            work()
+        except Exception as error:
+            for request in requests:
+                self._drop(request, error)
+
+    def _drop(self, request: Request, error: BaseException) -> None:
+        for row in [r for r in self._rows if r.request is request]:
+            self._cache.close(row.cache)
+            self._rows.remove(row)
+        if not request.future.done():
+            settle(request.future, error=error)
+
+    def _max_tokens(self, request: Request) -> int:
+        """Tokens a sample may have: what was asked for, cut at the end of the context."""
+        if request.num_samples == 0:
+            return 0
+        room = self._decoder.config.max_context_length - len(request.prompt)
+        asked = request.params.max_tokens
+        return room if asked is None else min(asked, room)
+
+    def _blocks(self, request: Request) -> int:
+        """Cache blocks the request needs at worst."""
+        if request.num_samples == 0:
+            return 0
+        n = len(request.prompt)
+        return self._cache.blocks_needed(n, n + self._max_tokens(request), request.num_samples)
+
+    def _admit(self) -> list[Request]:
+        """Take waiting requests in order, as long as cache, rows and the prefill budget last."""
+        admitted: list[Request] = []
+        tokens, blocks, rows = 0, self._cache.blocks_available, len(self._rows)
+        with self._lock:
+            while self._waiting:
+                request = self._waiting[0]
+                n, needed = len(request.prompt), self._blocks(request)
+                full = needed > blocks or rows + request.num_samples > MAX_ROWS
+                if full or (admitted and tokens + n > MAX_PREFILL_TOKENS):
+                    break
+                self._waiting.popleft()
+                if request.future.set_running_or_notify_cancel():
+                    admitted.append(request)
+                    tokens, blocks, rows = tokens + n, blocks - needed, rows + request.num_samples
+        return sorted(admitted, key=lambda r: _adapter_key(r.adapter))
+
+    def _prefill(self, requests: list[Request]) -> None:
+        """Run the prompts as one packed batch, score them where asked, and draw every sample's first token."""
+        batch = pack([r.prompt for r in requests])
+        bounds = batch.cu_seqlens.tolist()
+        seating = self._decoder.borders.seat([(r.adapter, bounds[i], bounds[i + 1]) for i, r in enumerate(requests)])
+        caches = {i: self._cache.open(self._blocks(r)) for i, r in enumerate(requests) if r.num_samples}
+        try:
+            slots = {i: self._cache.extend(cache, len(requests[i].prompt)) for i, cache in caches.items()}
+            rows = [row for i in caches for row in range(bounds[i], bounds[i + 1])]
+            attend = self._prefill_attend(self._decoder.packed_attend(batch), rows, sum(slots.values(), []))
+            h, _ = self._decoder.hidden(batch.tokens, batch.positions, seating, attend)
+            self._score(requests, h, bounds, seating)
+            if not caches:
+                return
+            last = torch.tensor([bounds[i + 1] - 1 for i in caches])
+            x = self._decoder.head_input(h[last], seating.select(last))
+            logits = self._decoder.logits(x, seating.select(last))
+        except BaseException:
+            for cache in caches.values():
+                self._cache.close(cache)
+            raise
+        new = [row for i, cache in caches.items() for row in self._open_rows(requests[i], cache)]
+        self._rows = sorted([*self._rows, *new], key=lambda row: _adapter_key(row.request.adapter))
+        copies = torch.tensor([requests[i].num_samples for i in caches])
+        self._extend(new, logits.repeat_interleave(copies, dim=0))
+
+    def _score(self, requests: list[Request], h: Tensor, bounds: list[int], seating: Seating) -> None:
+        for i, request in enumerate(requests):
+            if request.query:
+                rows = torch.arange(bounds[i], bounds[i + 1])
+                own = seating.select(rows)
+                x = self._decoder.head_input(h[rows], own)
+                request.scores = score_prompt(
+                    self._decoder, x, own, request.prompt, request.query, request.draw, request.params.seed
+                )
+            if request.num_samples == 0:
+                settle(request.future, request.response)
+
+    def _prefill_attend(self, packed: Attend, rows: list[int], slots: list[int]) -> Attend:
+        """Attention within each prompt; K and V of the prompts that will be continued are kept."""
+        if not rows:
+            return packed
+        kept, where = torch.tensor(rows), torch.tensor(slots)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor | None:
+            self._cache.write(layer, where, k[kept], v[kept])
+            return packed(layer, q, k, v, out)
+
+        return attend
+
+    def _open_rows(self, request: Request, prompt: CachedSequence) -> list[_Row]:
+        """One row per sample: forks of the prompt's sequence, and the sequence itself for the last."""
+        n, most = len(request.prompt), self._max_tokens(request)
+        own_blocks = self._cache.blocks_needed(n, n + most, 2) - self._cache.blocks_needed(n, n + most, 1)
+        caches = [self._cache.fork(prompt, own_blocks) for _ in range(request.num_samples - 1)] + [prompt]
+        return [
+            _Row(request, i, cache, UniformStream(request.params.seed, i), most) for i, cache in enumerate(caches)
+        ]
+
+    def _decode(self) -> None:
+        """One token for every running row, whatever its adapter."""
+        rows, config = self._rows, self._decoder.config
+        positions = torch.tensor([row.cache.length for row in rows])
+        slots = torch.tensor([self._cache.extend(row.cache, 1)[0] for row in rows])
+        table, lengths = self._cache.table([row.cache for row in rows])
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+            self._cache.write(layer, slots, k, v)
+            pools = self._cache.k[layer], self._cache.v[layer]
+            shape = config.num_heads, config.num_kv_heads, config.head_dim**-0.5
+            kernels.paged_attention(q, *pools, table, lengths, *shape, out=out)
+
+        seating = self._decoder.borders.seat([(row.request.adapter, i, i + 1) for i, row in enumerate(rows)])
+        tokens = torch.tensor([row.tokens[-1] for row in rows])
+        h, _ = self._decoder.hidden(tokens, positions, seating, attend)
+        self._extend(rows, self._decoder.logits(self._decoder.head_input(h, seating), seating))
+
+    def _extend(self, rows: list[_Row], logits: Tensor) -> None:
+        """Draw each row's next token from ``logits`` fp32 [R, V]; finished rows leave."""
+        draws = [row.request.draw for row in rows]
+        logprobs = tempered_logprobs(logits, draws)
+        tokens = choose(logprobs, draws, [row.stream.next() for row in rows])
+        chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+        for i, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), chosen, strict=True)):
+            if row.request.future.done():
+                continue  # another sample of the same call has just failed
+            if not math.isfinite(logprob):
+                self._drop(row.request, NonFiniteError("logits: not finite; the adapter or the base model is broken"))
+                continue
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            if row.request.topk:
+                values, ids = logprobs[i].topk(min(row.request.topk, logprobs.shape[1]))
+                row.topk.append(list(zip(ids.tolist(), values.tolist(), strict=True)))
+            if row.request.stop.reached(row.tokens):
+                self._finish(row, "stop")
+            elif len(row.tokens) >= row.max_tokens:
+                self._finish(row, "length")
+
+    def _finish(self, row: _Row, reason: StopReason) -> None:
+        request = row.request
+        self._cache.close(row.cache)
+        self._rows = [r for r in self._rows if r is not row]
+        request.finished[row.index] = SampledSequence(
+            stop_reason=reason, tokens=row.tokens, logprobs=row.logprobs,
+            topk_logprobs=row.topk if request.topk else None, sequence_id=request.sequence_ids[row.index],
+        )  # fmt: skip
+        if len(request.finished) == request.num_samples:
+            settle(request.future, request.response)
+
+
+def _adapter_key(adapter: Adapter | None) -> int:
+    """Rows of one adapter lie together, those of the base model first."""
+    return -1 if adapter is None else adapter.uid

@@ -1,0 +1,131 @@
+"""An adapter and its training state to and from a checkpoint directory, with every mismatch spelled out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mint_engine.adapters import Adapter, TrainState
+from mint_engine.checkpoint import AdapterMeta, read_adapter, read_training_state, write_adapter, write_training_state
+from mint_engine.errors import CheckpointError
+from mint_engine.types import LoraConfig
+
+if TYPE_CHECKING:
+    from mint_engine.bases import Base
+
+_FLAG_OF_MODULE = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "train_attn"),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "train_mlp"),
+    "lm_head": "train_unembed",
+}
+
+
+def save_adapter(snapshot: Adapter, base: Base) -> Callable[[Path], None]:
+    """A writer of a PEFT directory. ``snapshot`` must not change until it has run."""
+
+    def write(directory: Path) -> None:
+        write_adapter(directory, dict(snapshot.named(snapshot.params)), **_description(snapshot, base))
+
+    return write
+
+
+def save_state(adapter: Adapter, state: TrainState, base: Base) -> Callable[[Path], None]:
+    """A writer of the PEFT directory plus moments, step and gradients not applied yet, all as they are now."""
+    snapshot = adapter.snapshot()
+    exp_avg, exp_avg_sq, step = state.exp_avg.clone(), state.exp_avg_sq.clone(), state.step
+    grads = state.grads.clone() if state.has_grads else None
+
+    def write(directory: Path) -> None:
+        write_training_state(
+            directory,
+            dict(snapshot.named(snapshot.params)),
+            exp_avg=dict(snapshot.named(exp_avg)),
+            exp_avg_sq=dict(snapshot.named(exp_avg_sq)),
+            step=step,
+            gradients=None if grads is None else dict(snapshot.named(grads)),
+            **_description(snapshot, base),
+        )
+
+    return write
+
+
+def load_adapter(directory: Path, base: Base, what: str) -> Adapter:
+    """A new adapter of the checkpoint's own rank and modules.
+
+    Raises:
+        CheckpointError: it is damaged, or does not fit the base model.
+    """
+    meta, tensors = read_adapter(directory)
+    _check_base(meta, base, what)
+    adapter = Adapter(base.decoder.groups, _lora_of(meta, what))
+    adapter.load(tensors, adapter.params, what)
+    return adapter
+
+
+def load_state(
+    directory: Path, adapter: Adapter, state: TrainState, what: str, *, optimizer: bool, base: Base | None = None
+) -> Callable[[], None]:
+    """Read and check a checkpoint for an existing adapter; the function returned applies it, and cannot fail.
+
+    Raises:
+        CheckpointError: base model, rank, modules or shapes differ, or the files are damaged.
+    """
+    meta, tensors = read_adapter(directory)
+    if base is not None:
+        _check_base(meta, base, what)
+    differences = [] if meta.rank == adapter.rank else [f"rank {meta.rank}, this model has {adapter.rank}"]
+    if set(meta.target_modules) != set(adapter.target_modules):
+        differences.append(
+            f"modules {', '.join(sorted(meta.target_modules))}; this model trains {', '.join(sorted(adapter.target_modules))}"
+        )
+    if differences:
+        raise CheckpointError(f"{what}: does not fit: it has {'; '.join(differences)}")
+    params = torch.empty_like(adapter.params)
+    adapter.load(tensors, params, what)
+    loaded = TrainState(adapter)
+    if optimizer:
+        stored = read_training_state(directory)
+        adapter.load(stored.exp_avg, loaded.exp_avg, what)
+        adapter.load(stored.exp_avg_sq, loaded.exp_avg_sq, what)
+        loaded.step = stored.step
+        if stored.gradients is not None:
+            adapter.load(stored.gradients, loaded.grads, what)
+            loaded.has_grads = True
+
+    def apply() -> None:
+        adapter.params.copy_(params)
+        adapter.version += 1
+        vars(state).update(vars(loaded))
+
+    return apply
+
+
+def _description(adapter: Adapter, base: Base) -> dict:
+    return {
+        "base_model": base.name,
+        "rank": adapter.rank,
+        "alpha": adapter.lora.alpha,
+        "target_modules": adapter.target_modules,
+        "tied": base.config.tie_word_embeddings,
+    }
+
+
+def _check_base(meta: AdapterMeta, base: Base, what: str) -> None:
+    if meta.base_model != base.name:
+        raise CheckpointError(f"{what}: was trained on {meta.base_model!r}, this model is {base.name!r}")
+
+
+def _lora_of(meta: AdapterMeta, what: str) -> LoraConfig:
+    unknown = [m for m in meta.target_modules if m not in _FLAG_OF_MODULE]
+    if unknown:
+        raise CheckpointError(f"{what}: adapts modules this engine does not: {', '.join(unknown)}")
+    lora = LoraConfig(rank=meta.rank, seed=0, **{
+        flag: any(_FLAG_OF_MODULE[m] == flag for m in meta.target_modules)
+        for flag in ("train_attn", "train_mlp", "train_unembed")
+    })  # fmt: skip
+    if meta.alpha != lora.alpha:
+        raise CheckpointError(f"{what}: lora_alpha is {meta.alpha}, this engine's is {lora.alpha}")
+    return lora
