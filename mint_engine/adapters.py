@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mint_engine.errors import UserError
+from mint_engine.errors import NonFiniteError, UserError
 from mint_engine.types import LoraConfig
 
 
@@ -85,13 +85,21 @@ class Adapter:
         return list(dict.fromkeys(module.rsplit(".", 1)[-1] for g in self.groups for module, _ in g.modules))
 
     def snapshot(self) -> Adapter:
-        """An immutable copy of the weights as they are now (no gradients, no moments): what a sampler serves."""
+        """An immutable copy of the weights as they are now (no gradients, no moments): what a sampler serves.
+
+        Raises NonFiniteError if a weight is not finite: in a border it would reach its neighbours' rows (0 * inf).
+        """
+        self.check_finite()
         copy = object.__new__(Adapter)
         copy.lora, copy.rank, copy.scale, copy.groups = self.lora, self.rank, self.scale, self.groups
         copy.uid, copy.version = next(self._ids), 0
         copy.params = self.params.clone()
         copy.factors = copy.views(copy.params)
         return copy
+
+    def check_finite(self) -> None:
+        if not bool(torch.isfinite(self.params).all()):
+            raise NonFiniteError("adapter: it has weights that are not finite")
 
     def load(self, tensors: dict[str, Tensor], flat: Tensor, what: str) -> None:
         """Copy PEFT-named tensors into ``flat``, all or nothing.
@@ -110,6 +118,8 @@ class Adapter:
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise UserError(f"{what}: does not fit this adapter: {'; '.join(problems[:5])}{more}")
+        if not all(bool(torch.isfinite(tensors[name]).all()) for name in wanted):
+            raise NonFiniteError(f"{what}: it has values that are not finite")
         for name, view in wanted.items():
             view.copy_(tensors[name])
 

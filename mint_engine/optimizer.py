@@ -18,12 +18,14 @@ def optim_step(adapter: Adapter, state: TrainState, params: AdamParams) -> Optim
     ``grad_clip_norm`` > 0 clips by the global L2 norm first, as ``torch.nn.utils.clip_grad_norm_`` does.
 
     Raises:
-        NonFiniteError: the gradient norm is not finite. Nothing is changed but the gradients, which are dropped.
+        NonFiniteError: the gradient norm is not finite (the gradients are dropped), or the step would overflow fp32
+            (they are kept). The adapter and the optimiser are as they were.
     """
     norm = float(torch.linalg.vector_norm(state.grads, dtype=torch.float64))
     if not math.isfinite(norm):
         state.zero_grads()
         raise NonFiniteError(f"gradient: its norm is {norm}; the step was refused and the gradients were dropped")
+    _check_overflow(adapter, params)
     clip = params.grad_clip_norm
     scale = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
     adamw_(
@@ -35,3 +37,14 @@ def optim_step(adapter: Adapter, state: TrainState, params: AdamParams) -> Optim
     state.zero_grads()
     adapter.version += 1
     return OptimStepResponse(metrics={"grad_norm": norm, "step": float(state.step)})
+
+
+def _check_overflow(adapter: Adapter, p: AdamParams) -> None:
+    """Refuse a step whose result might not fit fp32, by the bound on Adam's update (arXiv:1412.6980, section 2.1)."""
+    largest_update = p.learning_rate * max(1.0, (1 - p.beta1) / math.sqrt(1 - p.beta2))
+    bound = float(adapter.params.abs().max()) * max(1.0, abs(1 - p.learning_rate * p.weight_decay)) + largest_update
+    if not bound < 1e35:  # a thousandth of fp32's range: the bound is loose when the betas change between steps
+        raise NonFiniteError(
+            f"optim_step: learning_rate {p.learning_rate} and weight_decay {p.weight_decay} could take weights to "
+            f"{bound:.1e}, beyond fp32; the step was refused"
+        )

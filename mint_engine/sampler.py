@@ -6,7 +6,6 @@ sampling is the one the trainer computes. Requests join and leave at any step.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -121,9 +120,10 @@ class Sampler:
         admitted = self._admit()
         if admitted:
             self._guarded(admitted, lambda: self._prefill(admitted))
-        if self._rows:
-            self._guarded([row.request for row in self._rows], self._decode)
-        return bool(admitted or self._rows)
+        running = [row.request for row in self._rows]
+        if running:
+            self._guarded(running, self._decode)
+        return bool(admitted or running)
 
     def _guarded(self, requests: list[Request], work: Callable[[], None]) -> None:
         """An error in a batch reaches the requests of that batch; their memory is given back, everybody else goes on."""
@@ -251,16 +251,18 @@ class Sampler:
 
     def _extend(self, rows: list[_Row], logits: Tensor) -> None:
         """Draw each row's next token from ``logits`` fp32 [R, V]; finished rows leave."""
+        finite = torch.isfinite(logits.amax(1)).tolist()  # NaN and +inf both show in the maximum
+        if not all(finite):
+            for row, fine in zip(rows, finite, strict=True):
+                if not fine:
+                    self._drop(row.request, NonFiniteError("logits: not finite; the adapter or the base model is broken"))
+            alive = [i for i, row in enumerate(rows) if not row.request.future.done()]
+            rows, logits = [rows[i] for i in alive], logits[alive]
         draws = [row.request.draw for row in rows]
         logprobs = tempered_logprobs(logits, draws)
         tokens = choose(logprobs, draws, [row.stream.next() for row in rows])
         chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
         for i, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), chosen, strict=True)):
-            if row.request.future.done():
-                continue  # another sample of the same call has just failed
-            if not math.isfinite(logprob):
-                self._drop(row.request, NonFiniteError("logits: not finite; the adapter or the base model is broken"))
-                continue
             row.tokens.append(token)
             row.logprobs.append(logprob)
             if row.request.topk:
