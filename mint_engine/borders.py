@@ -112,12 +112,16 @@ class Seating:
 
 
 class Borders:
-    """All bordered weights of one base model, and which adapter versions sit in them."""
+    """All bordered weights of one base model, and which adapter versions sit in them.
+
+    The adapters of a pass sit side by side from offset 0, in row order, whoever sat there before: a pass computes the
+    same bits whatever other clients do. One that is still in its seat, unchanged, is not written again.
+    """
 
     def __init__(self, weights: Sequence[BorderedWeight], ranks: int = DEFAULT_RANKS) -> None:
         self.weights = weights
         self.capacity = ranks
-        self._seats: dict[int, tuple[int, int, int]] = {}  # adapter uid -> (offset, rank, version)
+        self._seated: dict[int, tuple[int, int, int]] = {}  # rank offset -> (adapter uid, version, rank)
 
     def seat(self, rows: Iterable[tuple[Adapter | None, int, int]]) -> Seating:
         """Seat the adapters of a pass given as (adapter or None for the base model, first row, last row + 1)."""
@@ -125,28 +129,26 @@ class Borders:
         adapters = {a.uid: a for a, _, _ in spans}
         if not adapters:
             return Seating()
-        if not self._fits_beside_others(adapters):
-            self._seats.clear()
-            needed = sum(a.rank for a in adapters.values())
-            if needed > self.capacity:
-                for w in self.weights:
-                    w.widen(needed)
-                self.capacity = needed
+        ranks = sum(a.rank for a in adapters.values())
+        if ranks > self.capacity:
+            for w in self.weights:
+                w.widen(ranks)
+            self.capacity, self._seated = ranks, {}
+        offsets, end = {}, 0
         for uid, adapter in adapters.items():
-            offset, rank, version = self._seats.get(uid, (self._end(), adapter.rank, -1))
-            if version != adapter.version:
-                for w in self.weights:
-                    w.install(adapter, offset)
-                self._seats[uid] = (offset, rank, adapter.version)
-        segments = tuple(Segment(start, stop, a, self._seats[a.uid][0]) for a, start, stop in spans)
-        return Seating(segments, max(s.offset + s.adapter.rank for s in segments))
+            offsets[uid], end = end, end + adapter.rank
+            self._install(adapter, offsets[uid])
+        return Seating(tuple(Segment(start, stop, a, offsets[a.uid]) for a, start, stop in spans), ranks)
 
-    def _end(self) -> int:
-        return max((offset + rank for offset, rank, _ in self._seats.values()), default=0)
-
-    def _fits_beside_others(self, adapters: dict[int, Adapter]) -> bool:
-        new = sum(a.rank for uid, a in adapters.items() if uid not in self._seats)
-        return self._end() + new <= self.capacity
+    def _install(self, adapter: Adapter, offset: int) -> None:
+        seat = (adapter.uid, adapter.version, adapter.rank)
+        if self._seated.get(offset) == seat:
+            return
+        stop = offset + adapter.rank
+        self._seated = {at: s for at, s in self._seated.items() if at >= stop or at + s[2] <= offset}
+        for w in self.weights:
+            w.install(adapter, offset)
+        self._seated[offset] = seat
 
 
 def _merged(rows: Iterable[tuple[Adapter | None, int, int]]) -> list[tuple[Adapter, int, int]]:

@@ -67,7 +67,7 @@ def evaluate(fn: CustomLoss, data: list[Datum], outputs: Sequence[Mapping[str, T
             else [None] * len(logprobs)
         )
     weights = [np.zeros(lp.shape, np.float32) if g is None else -g.numpy() for lp, g in zip(logprobs, gradients, strict=True)]
-    value = float(loss)
+    value = float(loss.detach())
     if not math.isfinite(value) or not all(np.isfinite(w).all() for w in weights):
         raise NonFiniteError(f"loss_fn: its loss ({value}) or its gradient is not finite; the call was refused")
     return Evaluated(value, {k: float(v) for k, v in (metrics or {}).items()}, weights)

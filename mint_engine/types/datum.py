@@ -59,11 +59,11 @@ class Datum:
         object.__setattr__(self, "loss_fn_inputs", inputs)
 
 
-def as_tensor_data(name: str, value: Any) -> TensorData:
-    """`value` as the TensorData that the loss input `name` wants. Raises UserError if it cannot be one."""
+def as_tensor_data(name: str, value: Any, dtype: TensorDtype | None = None) -> TensorData:
+    """`value` as TensorData of `dtype`, or of what the loss input `name` wants. Raises UserError if it cannot be."""
     if isinstance(value, Mapping):
         value = TensorData(**value)
-    dtype = _DTYPES.get(name)
+    dtype = dtype or _DTYPES.get(name)
     if isinstance(value, TensorData):
         if dtype is None or value.dtype == dtype:
             return value

@@ -1,0 +1,121 @@
+"""`SamplingClient`: text from one fixed version of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mint_engine.client.futures import APIFuture, failed, transformed, value_twin
+from mint_engine.client.ready import Ready
+from mint_engine.errors import UserError
+from mint_engine.types import ModelInput, SampleResponse, SamplingParams, TensorData
+from mint_engine.types.datum import as_tensor_data
+from mint_engine.types.model_input import token_list
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mint_engine.engine import Engine
+
+
+class SamplingClient(Ready):
+    """Samples from one version of a model, which later training does not change. Made by the other clients."""
+
+    def __init__(self, engine: Engine, sampler_id: str) -> None:
+        self._engine = engine
+        self._info = engine.get_sampler(sampler_id)
+
+    @property
+    def sampler_id(self) -> str:
+        return self._info.sampler_id
+
+    @property
+    def model_path(self) -> str | None:
+        """Path of the checkpoint that is sampled, if it has one."""
+        return self._info.model_path
+
+    def sample(
+        self,
+        prompt: ModelInput | Sequence[int],
+        num_samples: int = 1,
+        sampling_params: SamplingParams | None = None,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: TensorData | Any | None = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
+    ) -> APIFuture[SampleResponse]:
+        """Draw `num_samples` continuations of `prompt`.
+
+        Args:
+            prompt: a ModelInput, or just its token ids.
+            sampling_params: None means `SamplingParams()`.
+            include_prompt_logprobs: also give the log-probability of every prompt token but the first.
+            topk_prompt_logprobs, topk_sample_logprobs: so many most likely tokens at each position; 0 = none.
+            target_prompt_logprobs: int64 [len(prompt) - 1, K], token ids to score at each position; -1 = skip.
+            prompt_alt_tokens_k: so many draws at each prompt position, at the request's temperature.
+            prompt_logprobs_last_n: score the last n prompt tokens only.
+
+        The tokens that end a sample are part of it. Log-probabilities of samples are those of the tempered
+        distribution, log-probabilities of prompts those at temperature 1.
+        """
+        try:
+            model_input = _as_model_input(prompt)
+            params = SamplingParams() if sampling_params is None else sampling_params
+            if not isinstance(params, SamplingParams):
+                raise UserError(f"sampling_params: expected SamplingParams, got {type(params).__name__}")
+            targets = target_prompt_logprobs
+            if targets is not None:
+                targets = as_tensor_data("target_prompt_logprobs", targets, "int64")
+        except ValueError as error:
+            return failed(error)
+        future = self._engine.sample(
+            self.sampler_id,
+            model_input,
+            num_samples,
+            params,
+            include_prompt_logprobs=include_prompt_logprobs,
+            topk_prompt_logprobs=topk_prompt_logprobs,
+            topk_sample_logprobs=topk_sample_logprobs,
+            target_prompt_logprobs=targets,
+            prompt_alt_tokens_k=prompt_alt_tokens_k,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+        )
+        return APIFuture(future)
+
+    def compute_logprobs(
+        self, prompt: ModelInput | Sequence[int], prompt_logprobs_last_n: int | None = None
+    ) -> APIFuture[list[float | None]]:
+        """The log-probability of every token of `prompt` given those before it, at temperature 1; the first is None."""
+        scored = self.sample(
+            prompt, num_samples=0, include_prompt_logprobs=True, prompt_logprobs_last_n=prompt_logprobs_last_n
+        )
+        return APIFuture(transformed(scored.future(), _prompt_logprobs))
+
+    sample_async = value_twin(sample)
+    compute_logprobs_async = value_twin(compute_logprobs)
+
+    def get_base_model(self) -> str:
+        return self._info.base_model
+
+    async def get_base_model_async(self) -> str:
+        return self.get_base_model()
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's Hugging Face tokenizer."""
+        return self._engine.tokenizer(self.get_base_model())
+
+    def __repr__(self) -> str:
+        return (
+            f"SamplingClient({self.sampler_id!r}, base_model={self.get_base_model()!r}, model_path={self.model_path!r})"
+        )
+
+
+def _as_model_input(prompt: ModelInput | Sequence[int]) -> ModelInput:
+    return prompt if isinstance(prompt, ModelInput) else ModelInput.from_ints(token_list(prompt, "prompt"))
+
+
+def _prompt_logprobs(response: SampleResponse) -> list[float | None]:
+    assert response.prompt_logprobs is not None, "the engine was asked for prompt_logprobs"
+    return response.prompt_logprobs

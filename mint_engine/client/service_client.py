@@ -1,0 +1,291 @@
+"""`ServiceClient`: the way in. Makes training clients and sampling clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, wait
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+from mint_engine.client.connection import build, check_metadata, default_base_model, default_rank, open_engine
+from mint_engine.client.futures import APIFuture, completed
+from mint_engine.client.rest_client import RestClient
+from mint_engine.client.sampling_client import SamplingClient
+from mint_engine.client.training_client import TrainingClient, check_stability
+from mint_engine.errors import EngineClosedError, UserError
+from mint_engine.types import AdamOptimizerConfig, GetServerCapabilitiesResponse, LoraConfig
+
+if TYPE_CHECKING:
+    from mint_engine.engine import Engine
+
+CloseStatus = Literal["success", "errored", "interrupted"]
+
+# Options of the SDKs' HTTP client: a local engine has no use for them, and no harm comes from them.
+_HTTP_OPTIONS = frozenset({"default_headers", "default_headers_overrides", "default_query", "http_client", "timeout"})
+_HTTP_OPTIONS |= {"max_retries"}
+
+
+class ServiceClient:
+    """A session with an engine.
+
+    Args:
+        user_metadata, project_id, display_name: kept with the session.
+        base_url: a server; default MINT_BASE_URL. Without one the engine runs in this process.
+        api_key: for a server; default MINT_API_KEY. A local engine asks for none.
+        dtype: compute dtype, "bfloat16" or "float32"; default MINT_DTYPE, else bfloat16.
+        engine: an engine of your own, instead of the process's.
+
+    Also a context manager: leaving it closes the session, see `close`.
+
+    Raises:
+        TransportError: a server was named; this version runs in the process only.
+    """
+
+    def __init__(
+        self,
+        user_metadata: dict[str, str] | None = None,
+        project_id: str | None = None,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        dtype: str | None = None,
+        display_name: str | None = None,
+        engine: Engine | None = None,
+        **http_options: Any,
+    ) -> None:
+        unknown = sorted(set(http_options) - _HTTP_OPTIONS)
+        if unknown:
+            raise TypeError(f"ServiceClient() got unexpected keyword arguments: {', '.join(unknown)}")
+        check_metadata(user_metadata)
+        self._engine = engine if engine is not None else open_engine(base_url=base_url, dtype=dtype)
+        self._session_id = self._engine.create_session(user_metadata=user_metadata, project_id=project_id)
+        if display_name is not None:
+            self._engine.store.update_session(self._session_id, display_name=display_name)
+        self._models: list[str] = []
+        self._closed = False
+
+    @property
+    def session_id(self) -> str:
+        return self._session_id
+
+    def get_telemetry(self) -> None:
+        """Nothing is reported to anybody: None."""
+
+    # ---- training clients ----------------------------------------------------------------------------------------
+
+    def create_lora_training_client(
+        self,
+        base_model: str | None = None,
+        rank: int | None = None,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: dict[str, str] | None = None,
+        optimizer: AdamOptimizerConfig | None = None,
+    ) -> TrainingClient:
+        """A new LoRA adapter on `base_model`. Loads the base model if it is not resident yet, and returns when it is.
+
+        Args:
+            base_model: a Hugging Face name, a directory, or smollm2-135m; default MINT_BASE_MODEL, else
+                Qwen/Qwen3-0.6B.
+            rank: 1 to 256; default MINT_LORA_RANK, else 16.
+            seed: of the adapter's initial values; None = a different one each time.
+            train_mlp, train_attn, train_unembed: which linears get an adapter; at least one.
+            optimizer: AdamW is the only one.
+
+        Raises:
+            UserError (a ValueError): an argument is out of range, or there is nothing to train.
+            ModelError (a ValueError): the base model is unknown, unsupported or damaged.
+        """
+        created = self._create_model(
+            base_model, rank, seed, train_mlp, train_attn, train_unembed, user_metadata, optimizer
+        )
+        return self._training_client(created.result())
+
+    async def create_lora_training_client_async(
+        self,
+        base_model: str | None = None,
+        rank: int | None = None,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: dict[str, str] | None = None,
+        optimizer: AdamOptimizerConfig | None = None,
+    ) -> TrainingClient:
+        """The same, without blocking the event loop."""
+        created = self._create_model(
+            base_model, rank, seed, train_mlp, train_attn, train_unembed, user_metadata, optimizer
+        )
+        return self._training_client(await APIFuture(created))
+
+    def create_training_client_from_state(
+        self,
+        path: str,
+        base_model: str | Mapping[str, str] | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: AdamOptimizerConfig | None = None,
+    ) -> TrainingClient:
+        """A new adapter with a checkpoint's weights; the optimiser starts anew.
+
+        `base_model`, if given, must be the checkpoint's. (tinker 0.22 has `user_metadata` in second place: a dict there
+        is taken as such.) A local engine asks for no access token.
+        """
+        return self._training_client(self._from_state(path, base_model, user_metadata, optimizer, False).result())
+
+    async def create_training_client_from_state_async(
+        self,
+        path: str,
+        base_model: str | Mapping[str, str] | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: AdamOptimizerConfig | None = None,
+    ) -> TrainingClient:
+        """The same, without blocking the event loop."""
+        created = self._from_state(path, base_model, user_metadata, optimizer, False)
+        return self._training_client(await APIFuture(created))
+
+    def create_training_client_from_state_with_optimizer(
+        self,
+        path: str,
+        base_model: str | Mapping[str, str] | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+    ) -> TrainingClient:
+        """A new adapter that continues where `save_state` was called, with the optimiser's state."""
+        return self._training_client(self._from_state(path, base_model, user_metadata, None, True).result())
+
+    async def create_training_client_from_state_with_optimizer_async(
+        self,
+        path: str,
+        base_model: str | Mapping[str, str] | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+    ) -> TrainingClient:
+        """The same, without blocking the event loop."""
+        created = self._from_state(path, base_model, user_metadata, None, True)
+        return self._training_client(await APIFuture(created))
+
+    # ---- the others ----------------------------------------------------------------------------------------------
+
+    def create_sampling_client(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+    ) -> SamplingClient:
+        """A sampler of a saved checkpoint (`model_path`) or of a base model."""
+        created = self._create_sampler(model_path, base_model, record_stability_info)
+        return SamplingClient(self._engine, created.result())
+
+    async def create_sampling_client_async(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+    ) -> SamplingClient:
+        """The same, without blocking the event loop."""
+        created = self._create_sampler(model_path, base_model, record_stability_info)
+        return SamplingClient(self._engine, await APIFuture(created))
+
+    def create_rest_client(self) -> RestClient:
+        return RestClient(engine=self._engine)
+
+    def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
+        return self._engine.capabilities()
+
+    async def get_server_capabilities_async(self) -> GetServerCapabilitiesResponse:
+        return self.get_server_capabilities()
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    def close(self, status: CloseStatus = "success", detail: str | None = None) -> APIFuture[None]:
+        """End the session: its training clients' models are let go once what was submitted to them is done.
+
+        Checkpoints stay, and sampling clients go on working. A closed client makes no new clients.
+        """
+        if status not in get_args(CloseStatus):
+            raise UserError(f"status: expected one of {', '.join(get_args(CloseStatus))}, got {status!r}")
+        self._closed = True
+        unloading, self._models = [self._engine.unload_model(model_id) for model_id in self._models], []
+        wait(unloading)
+        return completed(None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._closed:
+            self.close("success" if kind is None else "errored")
+
+    # ---- inside --------------------------------------------------------------------------------------------------
+
+    def _create_model(
+        self,
+        base_model: str | None,
+        rank: int | None,
+        seed: int | None,
+        train_mlp: bool,
+        train_attn: bool,
+        train_unembed: bool,
+        user_metadata: dict[str, str] | None,
+        optimizer: AdamOptimizerConfig | None,
+    ) -> Future[str]:
+        self._check_open()
+        check_metadata(user_metadata)
+        _check_optimizer(optimizer)
+        name = default_base_model() if base_model is None else base_model
+        if not isinstance(name, str) or not name:
+            raise UserError(f"base_model: expected the name of a model, got {name!r}")
+        lora = build(
+            LoraConfig,
+            rank=default_rank() if rank is None else rank,
+            seed=seed,
+            train_mlp=train_mlp,
+            train_attn=train_attn,
+            train_unembed=train_unembed,
+        )
+        return self._engine.create_model(self._session_id, name, lora, user_metadata=user_metadata)
+
+    def _from_state(
+        self,
+        path: str,
+        base_model: str | Mapping[str, str] | None,
+        user_metadata: Any,
+        optimizer: AdamOptimizerConfig | None,
+        with_optimizer: bool,
+    ) -> Future[str]:
+        self._check_open()
+        name = None if isinstance(base_model, Mapping) else base_model
+        metadata = dict(base_model) if isinstance(base_model, Mapping) else user_metadata
+        check_metadata(metadata)
+        _check_optimizer(optimizer)
+        return self._engine.create_model_from_state(
+            self._session_id, path, optimizer=with_optimizer, base_model=name, user_metadata=metadata
+        )
+
+    def _create_sampler(self, model_path: str | None, base_model: str | None, stability: bool) -> Future[str]:
+        self._check_open()
+        check_stability(stability)
+        if model_path is None and base_model is None:
+            raise UserError("create_sampling_client: expected model_path or base_model, got neither")
+        return self._engine.create_sampler(self._session_id, model_path=model_path, base_model=base_model)
+
+    def _training_client(self, model_id: str) -> TrainingClient:
+        self._models.append(model_id)
+        return TrainingClient(self._engine, self._session_id, model_id)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError(f"session {self._session_id} is closed")
+
+
+def _check_optimizer(optimizer: AdamOptimizerConfig | None) -> None:
+    if optimizer is not None and not isinstance(optimizer, AdamOptimizerConfig):
+        raise UserError(f"optimizer: expected AdamOptimizerConfig, got {type(optimizer).__name__}")

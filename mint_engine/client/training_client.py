@@ -1,0 +1,224 @@
+"""`TrainingClient`: one adapter in training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from mint_engine.client.futures import APIFuture, completed, failed, future_twin
+from mint_engine.client.ready import Ready
+from mint_engine.client.sampling_client import SamplingClient
+from mint_engine.errors import UserError
+from mint_engine.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    LoadWeightsResponse,
+    OptimStepResponse,
+    SaveWeightsForSamplerResponse,
+    SaveWeightsResponse,
+)
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from mint_engine.engine import Engine
+
+    CustomLoss = Callable[[list[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
+
+
+class TrainingClient(Ready):
+    """Trains one LoRA adapter. Made by `ServiceClient`.
+
+    Calls return at once and run in the order in which they were made; `.result()` or `await` gives the outcome. A call
+    that fails raises there and leaves the adapter as it was.
+    """
+
+    def __init__(self, engine: Engine, session_id: str, model_id: str) -> None:
+        self._engine = engine
+        self._session_id = session_id
+        self._info = engine.get_info(model_id)
+
+    @property
+    def model_id(self) -> str:
+        """Also the id of the training run, the first part of its checkpoints' paths."""
+        return self._info.model_id
+
+    def get_info(self) -> GetInfoResponse:
+        return self._info
+
+    async def get_info_async(self) -> GetInfoResponse:
+        return self._info
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's Hugging Face tokenizer."""
+        return self._engine.tokenizer(self._base_model)
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, data: Sequence[Datum], loss_fn: str = "cross_entropy", loss_fn_config: Mapping[str, Any] | None = None
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Loss and log-probabilities of `data`, without gradients. See `forward_backward`."""
+        return self._run(self._engine.forward, data, loss_fn, loss_fn_config)
+
+    def forward_backward(
+        self, data: Sequence[Datum], loss_fn: str = "cross_entropy", loss_fn_config: Mapping[str, Any] | None = None
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Loss, log-probabilities and gradients of `data`. Gradients add up until `optim_step`.
+
+        Args:
+            data: at least one Datum.
+            loss_fn: "cross_entropy", "importance_sampling", "ppo", "cispo" or "dro": sums over tokens and datums.
+            loss_fn_config: clip_low_threshold and clip_high_threshold of ppo and cispo, beta of dro.
+        """
+        return self._run(self._engine.forward_backward, data, loss_fn, loss_fn_config)
+
+    def forward_backward_custom(
+        self, data: Sequence[Datum], loss_fn: CustomLoss, *, loss_type_input: Literal["logprobs"] | None = "logprobs"
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """The same with a loss of your own: `loss_fn(data, logprobs)` gets one tensor of target log-probabilities per
+        datum and returns `(loss, metrics)`; the loss is differentiated with torch."""
+        if loss_type_input not in (None, "logprobs"):
+            return failed(UserError(f"loss_type_input: expected 'logprobs', got {loss_type_input!r}"))
+        if not callable(loss_fn):
+            return failed(UserError(f"loss_fn: expected a function, got {type(loss_fn).__name__}"))
+        return self._run(self._engine.forward_backward_custom, data, loss_fn)
+
+    def optim_step(
+        self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
+    ) -> APIFuture[OptimStepResponse]:
+        """One AdamW step with the gradients since the last one, which are then cleared."""
+        params = optim_params if adam_params is None else adam_params
+        if optim_params is not None and adam_params is not None:
+            return failed(UserError("optim_step: expected optim_params or adam_params, got both"))
+        if not isinstance(params, AdamParams):
+            return failed(UserError(f"adam_params: expected AdamParams, got {type(params).__name__}"))
+        return APIFuture(self._engine.optim_step(self.model_id, params))
+
+    def zero_grad_async(self) -> APIFuture[None]:
+        """Does nothing: `optim_step` clears the gradients."""
+        warnings.warn("zero_grad_async() does nothing: optim_step() clears the gradients", UserWarning, stacklevel=2)
+        return completed(None)
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save_state(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: dict[str, str] | None = None,
+    ) -> APIFuture[SaveWeightsResponse]:
+        """Save everything needed to continue training from here. `.path` is `tinker://<model_id>/weights/<name>`."""
+        future = self._engine.save_weights(
+            self.model_id, name, ttl_seconds=ttl_seconds, overwrite=overwrite, user_metadata=user_metadata
+        )
+        return APIFuture(future)
+
+    def load_state(self, path: str, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
+        """Load a checkpoint's weights; the optimiser starts anew. A local engine asks for no access token."""
+        return APIFuture(self._engine.load_weights(self.model_id, path, optimizer=False))
+
+    def load_state_with_optimizer(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
+        """Load a checkpoint's weights and the optimiser's state."""
+        return APIFuture(self._engine.load_weights(self.model_id, path, optimizer=True))
+
+    def save_weights_for_sampler(
+        self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, str] | None = None
+    ) -> APIFuture[SaveWeightsForSamplerResponse]:
+        """Save the adapter as a PEFT directory. `.path` is `tinker://<model_id>/sampler_weights/<name>`."""
+        future = self._engine.save_weights_for_sampler(
+            self.model_id, name, ttl_seconds=ttl_seconds, user_metadata=user_metadata
+        )
+        return APIFuture(future)
+
+    forward_async = future_twin(forward)
+    forward_backward_async = future_twin(forward_backward)
+    forward_backward_custom_async = future_twin(forward_backward_custom)
+    optim_step_async = future_twin(optim_step)
+    save_state_async = future_twin(save_state)
+    load_state_async = future_twin(load_state)
+    load_state_with_optimizer_async = future_twin(load_state_with_optimizer)
+    save_weights_for_sampler_async = future_twin(save_weights_for_sampler)
+
+    # ---- sampling ------------------------------------------------------------------------------------------------
+
+    def save_weights_and_get_sampling_client(
+        self,
+        name: str | None = None,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+        kind: Literal["snapshot"] = "snapshot",
+    ) -> SamplingClient:
+        """A sampler of the adapter as it is after the calls made so far. With a `name` it is also saved, as by
+        `save_weights_for_sampler`. Waits for those calls. `retry_config` has nothing to retry in one process."""
+        saved = self._snapshot(name, record_stability_info, kind).result()
+        return self._sampler_of(saved)
+
+    async def save_weights_and_get_sampling_client_async(
+        self,
+        name: str | None = None,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+        kind: Literal["snapshot"] = "snapshot",
+    ) -> SamplingClient:
+        """The same, without blocking the event loop."""
+        saved = await APIFuture(self._snapshot(name, record_stability_info, kind))
+        return self._sampler_of(saved)
+
+    def create_sampling_client(
+        self, model_path: str, retry_config: Any = None, record_stability_info: bool = False
+    ) -> SamplingClient:
+        """A sampler of a saved checkpoint."""
+        check_stability(record_stability_info)
+        sampler_id = self._engine.create_sampler(self._session_id, model_path=model_path).result()
+        return SamplingClient(self._engine, sampler_id)
+
+    async def create_sampling_client_async(
+        self, model_path: str, retry_config: Any = None, record_stability_info: bool = False
+    ) -> SamplingClient:
+        """The same, without blocking the event loop."""
+        check_stability(record_stability_info)
+        sampler_id = await APIFuture(self._engine.create_sampler(self._session_id, model_path=model_path))
+        return SamplingClient(self._engine, sampler_id)
+
+    # ---- inside --------------------------------------------------------------------------------------------------
+
+    @property
+    def _base_model(self) -> str:
+        assert self._info.model_name is not None, "the engine names every model it makes"
+        return self._info.model_name
+
+    def _run(self, call: Callable[..., Future[ForwardBackwardOutput]], data: Any, *args: Any) -> APIFuture[Any]:
+        if not isinstance(data, Sequence) or isinstance(data, (str, bytes)):
+            return failed(UserError(f"data: expected a list of Datum, got {type(data).__name__}"))
+        for i, datum in enumerate(data):
+            if not isinstance(datum, Datum):
+                return failed(UserError(f"data: expected a list of Datum, got {type(datum).__name__} (datum {i})"))
+        return APIFuture(call(self.model_id, list(data), *args))
+
+    def _snapshot(self, name: str | None, stability: bool, kind: str) -> Future[SaveWeightsForSamplerResponse]:
+        check_stability(stability)
+        if kind != "snapshot":
+            raise UserError(f"kind: expected 'snapshot', got {kind!r}: a sampler here never changes under its user")
+        return self._engine.save_weights_for_sampler(self.model_id, name)
+
+    def _sampler_of(self, saved: SaveWeightsForSamplerResponse) -> SamplingClient:
+        assert saved.sampling_session_id is not None, "the engine gives every snapshot a sampler"
+        return SamplingClient(self._engine, saved.sampling_session_id)
+
+    def __repr__(self) -> str:
+        return f"TrainingClient({self.model_id!r}, base_model={self._base_model!r}, rank={self._info.lora_rank})"
+
+
+def check_stability(record_stability_info: bool) -> None:
+    if record_stability_info:
+        raise UserError("record_stability_info: expected False: only the loss stable_reinforce needs it")

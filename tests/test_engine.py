@@ -1,0 +1,357 @@
+"""Several clients in one engine: order, isolation, immutability of samplers, and nothing lost on a mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from helpers import make_data
+
+from mint_engine.engine import Engine
+from mint_engine.errors import CheckpointError, EngineClosedError, NonFiniteError, NotFoundError, UserError
+from mint_engine.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
+
+VOCAB = 199
+ADAM = AdamParams(learning_rate=1e-2)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    made = Engine(dtype="float32", home=tmp_path / "home", kv_cache_bytes=1 << 22)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def session(engine: Engine) -> str:
+    return engine.create_session()
+
+
+def new_model(engine: Engine, session: str, base: Path, **lora) -> str:
+    return engine.create_model(session, str(base), LoraConfig(**{"rank": 4, "seed": 0, **lora})).result()
+
+
+def train(engine: Engine, model: str, steps: int = 1, seed: int = 0) -> list[float]:
+    data = make_data("cross_entropy", (6, 9), VOCAB, seed)
+    losses = []
+    for _ in range(steps):
+        losses.append(engine.forward_backward(model, data, "cross_entropy").result().metrics["loss:sum"])
+        engine.optim_step(model, ADAM).result()
+    return losses
+
+
+def logprobs(engine: Engine, model: str) -> np.ndarray:
+    out = engine.forward(model, make_data("cross_entropy", (8,), VOCAB, 3), "cross_entropy").result()
+    return out.loss_fn_outputs[0]["logprobs"].to_numpy()
+
+
+def sampled(engine: Engine, sampler: str) -> list:
+    params = SamplingParams(max_tokens=8, seed=1)
+    return [
+        (s.tokens, s.logprobs) for s in engine.sample(sampler, ModelInput.from_ints([1, 2, 3]), 2, params).result().sequences
+    ]
+
+
+def test_work_of_one_model_runs_in_the_order_of_the_calls(engine: Engine, session: str, tiny_tied: Path) -> None:
+    """Submitting everything before reading anything gives bit for bit what waiting for each call gives."""
+    waited, piped = (new_model(engine, session, tiny_tied) for _ in range(2))
+    expected = train(engine, waited, 4)
+    data = make_data("cross_entropy", (6, 9), VOCAB)
+    futures = []
+    for _ in range(4):
+        futures.append(engine.forward_backward(piped, data, "cross_entropy"))
+        engine.optim_step(piped, ADAM)
+    assert [f.result().metrics["loss:sum"] for f in futures] == expected
+
+
+def test_a_model_can_be_used_before_its_creation_has_finished(engine: Engine, session: str, tiny_tied: Path) -> None:
+    created = engine.create_model(session, str(tiny_tied), LoraConfig(rank=4, seed=0))
+    out = engine.forward(f"{session}:train:0", make_data("cross_entropy", (4,), VOCAB), "cross_entropy")
+    assert out.result().metrics["loss:sum"] != 0
+    assert created.result() == f"{session}:train:0"
+
+
+def test_clients_share_one_base_and_never_touch_each_other(engine: Engine, session: str, tiny_tied: Path) -> None:
+    """One client's training, weight decay and mistakes leave the other's log-probabilities bit-equal."""
+    a = new_model(engine, session, tiny_tied, rank=4)
+    b = new_model(engine, session, tiny_tied, rank=7, train_mlp=False)
+    train(engine, b, 2)
+    before = logprobs(engine, b)
+    train(engine, a, 3)
+    engine.optim_step(a, AdamParams(learning_rate=1e-2, weight_decay=0.5)).result()
+    with pytest.raises(UserError):
+        engine.forward_backward(a, [], "cross_entropy").result()
+    assert np.array_equal(logprobs(engine, b), before)
+    assert len(engine._bases.loaded) == 1
+
+
+def test_interleaved_clients_train_as_if_alone(engine: Engine, session: str, tiny_tied: Path) -> None:
+    alone = [train(engine, new_model(engine, session, tiny_tied, seed=s), 3, seed=s) for s in (1, 2)]
+    models = [new_model(engine, session, tiny_tied, seed=s) for s in (1, 2)]
+    together: list[list[float]] = [[], []]
+    for _ in range(3):
+        for i, m in enumerate(models):
+            together[i] += train(engine, m, 1, seed=i + 1)
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+def test_a_sampler_is_an_immutable_version(engine: Engine, session: str, tiny_tied: Path) -> None:
+    model = new_model(engine, session, tiny_tied)
+    train(engine, model, 2)
+    first = engine.save_weights_for_sampler(model, "v1").result()
+    assert first.path == f"tinker://{model}/sampler_weights/v1"
+    assert first.sampling_session_id is not None
+    said = sampled(engine, first.sampling_session_id)
+    live = logprobs(engine, model)
+    train(engine, model, 3)
+    trained = logprobs(engine, model)
+    assert not np.array_equal(trained, live)
+    assert sampled(engine, first.sampling_session_id) == said
+    again = engine.create_sampler(session, model_path=first.path).result()
+    assert sampled(engine, again) == said
+    assert np.array_equal(logprobs(engine, model), trained), "sampling an old version left the live weights alone"
+    second = engine.save_weights_for_sampler(model, None).result()
+    assert second.path is None
+    assert second.sampling_session_id is not None
+    assert sampled(engine, second.sampling_session_id) != said
+
+
+def test_sampling_goes_on_between_training_steps(engine: Engine, session: str, tiny_tied: Path) -> None:
+    model = new_model(engine, session, tiny_tied)
+    sampler = engine.create_sampler(session, base_model=str(tiny_tied)).result()
+    expected = sampled(engine, sampler)
+    data = make_data("cross_entropy", (6, 9), VOCAB)
+    work = [engine.forward_backward(model, data, "cross_entropy") for _ in range(5)]
+    params = SamplingParams(max_tokens=8, seed=1)
+    samples = [engine.sample(sampler, ModelInput.from_ints([1, 2, 3]), 2, params) for _ in range(5)]
+    work += [engine.optim_step(model, ADAM)]
+    for future in samples:
+        got = future.result().sequences
+        assert [s.tokens for s in got] == [tokens for tokens, _ in expected]
+        for s, (_, lps) in zip(got, expected, strict=True):
+            np.testing.assert_allclose(s.logprobs, lps, atol=1e-5)
+    for f in work:
+        f.result()
+
+
+RESUME = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path[:0] = {paths!r}
+from helpers import make_data
+from mint_engine.engine import Engine
+from mint_engine.types import AdamParams
+engine = Engine(dtype="float32", home=Path(sys.argv[1]))
+session = engine.create_session()
+model = engine.create_model_from_state(session, sys.argv[2], optimizer=True).result()
+engine.optim_step(model, AdamParams(learning_rate=1e-2)).result()
+data = make_data("cross_entropy", (6, 9), 199, 0)
+for _ in range(2):
+    engine.forward_backward(model, data, "cross_entropy").result()
+    engine.optim_step(model, AdamParams(learning_rate=1e-2)).result()
+print(engine.save_weights(model, "end").result().path)
+engine.close()
+"""
+
+
+def test_stopping_and_going_on_in_a_new_process_is_bit_equal(tiny_tied: Path, tmp_path: Path) -> None:
+    """Saved between forward_backward and optim_step: weights, moments, step and pending gradients all survive."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    engine = Engine(dtype="float32", home=tmp_path, kv_cache_bytes=1 << 22)
+    try:
+        session = engine.create_session()
+        model = new_model(engine, session, tiny_tied)
+        train(engine, model, 2)
+        data = make_data("cross_entropy", (6, 9), VOCAB)
+        engine.forward_backward(model, data, "cross_entropy").result()
+        middle = engine.save_weights(model, "middle").result().path
+        engine.optim_step(model, ADAM).result()
+        train(engine, model, 2)
+        end = engine.save_weights(model, "end").result().path
+        paths = [p for p in sys.path if p]
+        done = subprocess.run(
+            [sys.executable, "-c", RESUME.format(paths=paths), str(tmp_path), middle], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        resumed = done.stdout.strip().splitlines()[-1]
+        for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+            ours, theirs = (
+                safetensors.torch.load_file(engine.store.resolve(p).directory / name) for p in (end, resumed)
+            )
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[k], theirs[k]) for k in ours), name
+    finally:
+        engine.close()
+        torch.set_num_threads(threads)
+
+
+def test_load_state_restores_weights_and_with_optimizer_moments_too(
+    engine: Engine, session: str, tiny_tied: Path
+) -> None:
+    model = new_model(engine, session, tiny_tied)
+    train(engine, model, 3)
+    path = engine.save_weights(model, "a").result().path
+    saved = logprobs(engine, model)
+    after = train(engine, model, 2)
+    engine.load_weights(model, path, optimizer=True).result()
+    assert np.array_equal(logprobs(engine, model), saved)
+    assert train(engine, model, 2) == after
+    engine.load_weights(model, path.replace("tinker://", "mint://"), optimizer=False).result()
+    assert np.array_equal(logprobs(engine, model), saved)
+    assert train(engine, model, 2) != after, "without the moments the steps differ"
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_with_the_difference(
+    engine: Engine, session: str, tiny_tied: Path
+) -> None:
+    model = new_model(engine, session, tiny_tied, rank=4)
+    path = engine.save_weights(model, "a").result().path
+    other = new_model(engine, session, tiny_tied, rank=8, train_mlp=False)
+    before = logprobs(engine, other)
+    with pytest.raises(CheckpointError, match=r"rank 4, this model has 8; modules .*down_proj.*this model trains"):
+        engine.load_weights(other, path, optimizer=True).result()
+    assert np.array_equal(logprobs(engine, other), before)
+    damaged = engine.store.resolve(path).directory / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
+        engine.load_weights(model, path, optimizer=False).result()
+    with pytest.raises(NotFoundError):
+        engine.load_weights(model, f"tinker://{model}/weights/missing", optimizer=False).result()
+
+
+def test_a_full_disk_while_saving_loses_nothing(
+    engine: Engine, session: str, tiny_tied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = new_model(engine, session, tiny_tied)
+    path = engine.save_weights(model, "a").result().path
+    kept = (engine.store.resolve(path).directory / "adapter_model.safetensors").read_bytes()
+    train(engine, model)
+    before = logprobs(engine, model)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mint_engine.state.write_training_state", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        engine.save_weights(model, "a", overwrite=True).result()
+    monkeypatch.undo()
+    directory = engine.store.resolve(path).directory
+    assert (directory / "adapter_model.safetensors").read_bytes() == kept
+    assert [p.name for p in directory.parent.iterdir() if p.is_dir()] == ["a"]
+    assert np.array_equal(logprobs(engine, model), before)
+    engine.save_weights(model, "a", overwrite=True).result()
+
+
+def test_non_finite_gradients_are_refused_by_the_step(engine: Engine, session: str, tiny_tied: Path) -> None:
+    model = new_model(engine, session, tiny_tied)
+    train(engine, model)
+    before = logprobs(engine, model)
+    engine._models[model].state.grads[5] = float("nan")
+    with pytest.raises(NonFiniteError, match="its norm is nan"):
+        engine.optim_step(model, ADAM).result()
+    assert np.array_equal(logprobs(engine, model), before)
+    train(engine, model)
+
+
+def test_a_step_that_would_overflow_is_refused(engine: Engine, session: str, tiny_tied: Path) -> None:
+    model = new_model(engine, session, tiny_tied)
+    before = logprobs(engine, model)
+    for adam in (AdamParams(learning_rate=1e38), AdamParams(learning_rate=1.0, weight_decay=1e37)):
+        with pytest.raises(NonFiniteError, match="beyond fp32"):
+            engine.optim_step(model, adam).result()
+    assert np.array_equal(logprobs(engine, model), before)
+
+
+def test_gradients_are_clipped_by_their_global_norm(engine: Engine, session: str, tiny_tied: Path) -> None:
+    """Clipping to c is the same step as scaling the weights of the batch by c / norm."""
+    a, b = (new_model(engine, session, tiny_tied) for _ in range(2))
+    data = make_data("cross_entropy", (6, 9), VOCAB)
+    engine.forward_backward(a, data, "cross_entropy").result()
+    norm = engine.optim_step(a, AdamParams(learning_rate=1e-2, eps=1.0, grad_clip_norm=0.5)).result().metrics["grad_norm"]
+    assert norm > 0.5
+    scaled = [
+        Datum(d.model_input, {**d.loss_fn_inputs, "weights": d.loss_fn_inputs["weights"].to_numpy() * np.float32(0.5 / norm)})
+        for d in data
+    ]
+    engine.forward_backward(b, scaled, "cross_entropy").result()
+    engine.optim_step(b, AdamParams(learning_rate=1e-2, eps=1.0)).result()
+    np.testing.assert_allclose(logprobs(engine, a), logprobs(engine, b), atol=1e-5)
+
+
+def test_a_custom_loss_has_the_gradient_of_its_built_in_twin(engine: Engine, session: str, tiny_tied: Path) -> None:
+    a, b = (new_model(engine, session, tiny_tied) for _ in range(2))
+    data = make_data("importance_sampling", (5, 7), VOCAB)
+
+    def loss(data: list[Datum], lps: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        total = torch.zeros(())
+        for d, lp in zip(data, lps, strict=True):
+            x = {k: v.to_torch() for k, v in d.loss_fn_inputs.items()}
+            total = total - (torch.exp(lp - x["logprobs"]) * x["advantages"]).sum()
+        return total, {"mine:sum": 3.0}
+
+    custom = engine.forward_backward_custom(a, data, loss).result()
+    built_in = engine.forward_backward(b, data, "importance_sampling").result()
+    assert custom.loss == pytest.approx(built_in.loss, rel=1e-5)
+    assert custom.metrics["mine:sum"] == 3.0
+    engine.optim_step(a, ADAM).result()
+    engine.optim_step(b, ADAM).result()
+    np.testing.assert_allclose(logprobs(engine, a), logprobs(engine, b), atol=1e-4)
+
+
+def test_while_a_custom_loss_runs_its_model_waits_and_others_work(engine: Engine, session: str, tiny_tied: Path) -> None:
+    a, b = (new_model(engine, session, tiny_tied) for _ in range(2))
+    data = make_data("cross_entropy", (5,), VOCAB)
+    go = threading.Event()
+
+    def loss(data: list[Datum], lps: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        assert go.wait(30)
+        return -lps[0].sum(), {}
+
+    custom = engine.forward_backward_custom(a, data, loss)
+    step = engine.optim_step(a, ADAM)
+    train(engine, b)
+    assert not custom.done()
+    assert not step.done()
+    go.set()
+    custom.result()
+    assert step.result().metrics["grad_norm"] > 0
+
+
+def test_an_error_in_a_custom_loss_reaches_its_future_and_leaves_the_model(
+    engine: Engine, session: str, tiny_tied: Path
+) -> None:
+    model = new_model(engine, session, tiny_tied)
+    data = make_data("cross_entropy", (5,), VOCAB)
+
+    def broken(data: list[Datum], lps: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        engine.forward_backward_custom(model, data, broken).result()
+    with pytest.raises(NonFiniteError):
+        engine.forward_backward_custom(model, data, lambda d, lps: (lps[0].sum() * float("inf"), {})).result()
+    with pytest.raises(UserError, match="expected \\(loss, metrics\\)"):
+        engine.forward_backward_custom(model, data, lambda d, lps: lps[0].sum()).result()  # type: ignore[arg-type, return-value]
+    assert engine.optim_step(model, ADAM).result().metrics["grad_norm"] == 0.0
+
+
+def test_a_closed_engine_refuses_work_and_says_so(tiny_tied: Path, tmp_path: Path) -> None:
+    engine = Engine(dtype="float32", home=tmp_path, kv_cache_bytes=1 << 22)
+    model = new_model(engine, engine.create_session(), tiny_tied)
+    waiting = [engine.forward(model, make_data("cross_entropy", (50,), VOCAB), "cross_entropy") for _ in range(20)]
+    engine.close()
+    for future in waiting:
+        error = future.exception(timeout=5)
+        assert error is None or isinstance(error, EngineClosedError)
+    with pytest.raises(EngineClosedError):
+        engine.optim_step(model, ADAM).result(timeout=5)
