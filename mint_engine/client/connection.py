@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from mint_engine.engine import Engine, get_engine
 from mint_engine.errors import TransportError, UserError
-
-if TYPE_CHECKING:
-    from mint_engine.engine import Engine
 
 DEFAULT_BASE_MODEL = "Qwen/Qwen3-0.6B"
 DEFAULT_RANK = 16
@@ -27,8 +25,6 @@ def open_engine(*, base_url: str | None, dtype: str | None) -> Engine:
             f"{source} is {normalize_url(url)}: this version runs in the process only and cannot talk to a server. "
             f"{'Leave out base_url' if base_url else 'Unset MINT_BASE_URL'} to run here."
         )
-    from mint_engine.engine import get_engine  # brings torch along, which `import mint` need not wait for
-
     return get_engine(dtype)
 
 

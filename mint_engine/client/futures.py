@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Future
@@ -34,6 +35,8 @@ class APIFuture(Generic[T]):
 
     async def result_async(self, timeout: float | None = None) -> T:
         """The same, without blocking the event loop."""
+        if self._future.done():
+            return self._future.result()  # even if there is no time left
         return await asyncio.wait_for(self._wait(), timeout)
 
     def __await__(self) -> Generator[Any, None, T]:
@@ -64,7 +67,7 @@ class APIFuture(Generic[T]):
             waiter: asyncio.Future[None] = loop.create_future()
 
             def wake(_: Future[T]) -> None:
-                if not loop.is_closed():  # nobody is waiting any more
+                with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody is waiting any more
                     loop.call_soon_threadsafe(_finish, waiter)
 
             self._future.add_done_callback(wake)

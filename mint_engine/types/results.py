@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from mint_engine.types.base import ResponseModel
+from mint_engine.types.params import AdamOptimizerConfig
 from mint_engine.types.tensor_data import TensorData
 
 LossFnOutput: TypeAlias = dict[str, TensorData]
@@ -131,4 +132,5 @@ class GetInfoResponse(ResponseModel):
     is_lora: bool | None = None
     lora_rank: int | None = None
     model_data: ModelData = Field(default_factory=ModelData)
+    optimizer_config: AdamOptimizerConfig = Field(default_factory=AdamOptimizerConfig)
     type: Literal["get_info"] = "get_info"
