@@ -443,3 +443,12 @@ def get_engine(dtype: str | None = None, home: Path | None = None) -> Engine:
                 raise UserError(f"MINT_KV_CACHE_BYTES: expected a number of bytes, got {cache_bytes!r}")
             _engines[dtype, home] = Engine(dtype=dtype, home=home, kv_cache_bytes=int(cache_bytes))
         return _engines[dtype, home]
+
+
+def close_engines() -> None:
+    """Close every engine :func:`get_engine` made; the next call makes a new one."""
+    with _engines_lock:
+        engines = list(_engines.values())
+        _engines.clear()
+    for engine in engines:
+        engine.close()

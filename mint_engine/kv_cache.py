@@ -35,8 +35,7 @@ class KVCache:
         block_bytes = 2 * config.num_layers * BLOCK_TOKENS * width * dtype.itemsize
         self.num_blocks = max(1, min(max_bytes // block_bytes, _MAX_BLOCKS))
         shape = (config.num_layers, self.num_blocks, BLOCK_TOKENS, width)
-        # Zeros, not garbage: memory nobody wrote must not turn into NaN in a masked product.
-        self.k, self.v = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        self.k, self.v = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
         self._free = list(range(self.num_blocks - 1, -1, -1))
         self._users = [0] * self.num_blocks
         self._promised = 0

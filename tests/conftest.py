@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No MINT_* variable of the developer reaches a test; MINT_HOME is a fresh directory."""
+def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No MINT_* variable of the developer reaches a test; MINT_HOME is a fresh directory, and its engine ends with it."""
     for name in [n for n in os.environ if n.startswith("MINT_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MINT_HOME", str(tmp_path_factory.mktemp("mint-home")))
+    yield
+    if (module := sys.modules.get("mint_engine.engine")) is not None:
+        module.close_engines()
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +31,13 @@ def tiny_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import build_tiny
 
     return build_tiny("qwen3", tmp_path_factory.mktemp("tiny-tied"), tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home directory in which smollm2-135m has been converted, once per session."""
+    from mint_engine.models.gguf import smollm2_directory
+
+    home = tmp_path_factory.mktemp("smollm2-home")
+    smollm2_directory(home)
+    return home

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -159,10 +158,9 @@ def test_the_sdks_forms_run_too(tiny_with_tokenizer: Path, form: str) -> None:
 
 @pytest.mark.slow
 def test_the_document_s_program_on_a_real_model(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    smollm2_home: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if cache := os.environ.get("MINT_TEST_CACHE"):
-        monkeypatch.setenv("MINT_HOME", cache)
+    monkeypatch.setenv("MINT_HOME", str(smollm2_home))
     scope = run_document("smollm2-135m", PROGRAM, capsys, steps=12)
     text = [scope["tokenizer"].decode(s.tokens) for s in scope["samples"].sequences]
     assert all(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -79,9 +78,9 @@ def test_the_embedding_of_a_tied_model_is_the_head_s_own_storage(tiny_tied: Path
 
 
 @pytest.mark.slow
-def test_logits_of_smollm2_equal_those_of_transformers(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_logits_of_smollm2_equal_those_of_transformers(smollm2_home: Path) -> None:
     """Real text. (On 200 random tokens either side is up to 2e-4 from float64, so there is nothing to agree on to 1e-4.)"""
-    directory = smollm2_directory(Path(os.environ.get("MINT_TEST_CACHE") or tmp_path_factory.mktemp("smollm2")))
+    directory = smollm2_directory(smollm2_home)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "What is 12 * 34? Explain."}], tokenize=False)
     sequences = [tokenizer.encode(text) for text in (chat, PROSE)]
