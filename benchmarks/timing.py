@@ -1,0 +1,63 @@
+"""Honest timing on a shared machine: contenders interleaved in one run, medians, and the machine written beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(contenders: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each round of each contender, run A B C A B C ... so that a noisy minute hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(warmup + rounds):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            if i >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def matmul_peak(dtype: torch.dtype, n: int = 2048, rounds: int = 20) -> float:
+    """FLOP/s of a large square torch.mm: the practical peak the floors are set against."""
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    times = interleaved({"mm": lambda: torch.mm(a, b)}, rounds=rounds)["mm"]
+    return 2 * n**3 / min(times)
+
+
+def machine() -> dict[str, Any]:
+    """CPU, threads, versions and commit, for the JSON document."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        fields = {k.strip(): v.strip() for k, v in fields.items()}
+        cpu = f"{fields.get('model name', cpu)} (family {fields.get('cpu family')}, model {fields.get('model')})"
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
+
+
+def report(name: str, document: dict[str, Any], save: bool) -> None:
+    """Print the document as the last line, and keep it under results/ if asked."""
+    document = {"benchmark": name, **document, "machine": machine()}
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
+    print(json.dumps(document))
