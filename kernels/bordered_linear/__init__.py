@@ -8,34 +8,58 @@ For a frozen weight ``W [N, K]`` and an adapter ``A [r, K]``, ``B [N, r]``, scal
 
 are algebraically exact, cost ``p / K`` more FLOPs, move no extra memory and round once. ``S`` lives in the tail
 columns of X's own buffer and ``dS`` in dY's. Several adapters take disjoint columns, with zeros in the rows of the
-others.
+others. All tensors are 2-D with unit stride in the last dimension and any row stride; sums are fp32 inside the GEMM.
 """
+
+from __future__ import annotations
 
 from torch import Tensor
 
-from . import reference
+from mint_engine.kernels import args
+from mint_engine.kernels.op import Op
 
 __all__ = ["bordered_linear", "bordered_linear_backward", "expand_backward", "shrink"]
 
-
-def shrink(x: Tensor, a: Tensor, scale: float, *, out: Tensor) -> Tensor:
-    """``out[M, r] = scale * x[M, K] @ a[r, K]ᵀ``, in the working dtype (fp32 accumulation inside the GEMM)."""
-    return reference.shrink(x, a, scale, out)
+_op = Op("bordered_linear")
 
 
-def bordered_linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> Tensor:
+def shrink(x: Tensor, a: Tensor, scale: float, *, out: Tensor, face: str | None = None) -> Tensor:
+    """``out[M, r] = scale * x[M, K] @ a[r, K]ᵀ``, in the working dtype.
+
+    Raises ValueError if shapes or dtypes do not fit, or ``face`` cannot run. So do the other functions of this op.
+    """
+    (m, k), (r, _) = args.matrix("shrink", "x", x), args.matrix("shrink", "a", a)
+    args.tensor("shrink", "a", a, (r, k), x.dtype)
+    args.tensor("shrink", "out", out, (m, r), x.dtype)
+    done: Tensor = _op.pick(face, x, a, out).shrink(x, a, scale, out)
+    return done
+
+
+def bordered_linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, face: str | None = None) -> Tensor:
     """``y[M, N] = x[M, K+p] @ weight[N, K+p]ᵀ (+ bias[N])``: base and adapters in one GEMM.
 
-    ``x`` carries S in its last p columns and ``weight`` carries B there; both may be views with any row stride.
+    ``x`` carries S in its last p columns and ``weight`` carries B there. Bytes moved: x, weight and y once.
     """
-    return reference.bordered_linear(x, weight, bias)
+    (_, k), (n, _) = args.matrix("bordered_linear", "x", x), args.matrix("bordered_linear", "weight", weight)
+    args.tensor("bordered_linear", "weight", weight, (n, k), x.dtype)
+    if bias is not None:
+        args.tensor("bordered_linear", "bias", bias, (n,), x.dtype)
+    y: Tensor = _op.pick(face, x, weight, bias).bordered_linear(x, weight, bias)
+    return y
 
 
-def bordered_linear_backward(dy: Tensor, weight: Tensor) -> Tensor:
+def bordered_linear_backward(dy: Tensor, weight: Tensor, *, face: str | None = None) -> Tensor:
     """``dx[M, K] = dy[M, N+p] @ weight[N+p, K]``: ``dy`` carries dS in its last p columns, ``weight`` A in its last rows."""
-    return reference.bordered_linear_backward(dy, weight)
+    (_, n), (_, k) = args.matrix("bordered_linear", "dy", dy), args.matrix("bordered_linear", "weight", weight)
+    args.tensor("bordered_linear_backward", "weight", weight, (n, k), dy.dtype)
+    dx: Tensor = _op.pick(face, dy, weight).bordered_linear_backward(dy, weight)
+    return dx
 
 
-def expand_backward(dy: Tensor, b: Tensor, scale: float, *, out: Tensor) -> Tensor:
+def expand_backward(dy: Tensor, b: Tensor, scale: float, *, out: Tensor, face: str | None = None) -> Tensor:
     """``out[M, r] = scale * dy[M, N] @ b[N, r]``: the gradient of S."""
-    return reference.expand_backward(dy, b, scale, out)
+    (m, n), (_, r) = args.matrix("expand_backward", "dy", dy), args.matrix("expand_backward", "b", b)
+    args.tensor("expand_backward", "b", b, (n, r), dy.dtype)
+    args.tensor("expand_backward", "out", out, (m, r), dy.dtype)
+    done: Tensor = _op.pick(face, dy, b, out).expand_backward(dy, b, scale, out)
+    return done

@@ -1,7 +1,4 @@
-"""Library GEMMs on strided views of the bordered buffer: the specification and, on the CPU, also the fast way.
-
-torch.mm hands the row strides to oneDNN as they are (measured in README.md), so no view is copied.
-"""
+"""Plain torch: the specification of the bordered linear, right in float64."""
 
 import torch
 from torch import Tensor

@@ -1,0 +1,34 @@
+// The list of ops: one #include and one X(...) line per function. Nothing else needs to know a new op.
+//
+// A function is `template <class S, class T> void name(...)` in namespace mint, S a SIMD vocabulary (simd/scalar.h says
+// what each word means) and T float or bf16; its parameters are pointers, int64_t and float. Python calls it as
+// `_native.name(dtype, ...)`, dtype 0 for float and 1 for bf16, pointers as integers (0 is null), all positional.
+#pragma once
+
+#include "adamw.h"
+#include "attention.h"
+#include "attention_backward.h"
+#include "logits.h"
+#include "outer_accumulate.h"
+#include "paged_attention.h"
+#include "qk_norm_rope.h"
+#include "rms_norm.h"
+#include "swiglu.h"
+#include "target_logprob.h"
+
+#define MINT_OPS(X)          \
+    X(adamw)                 \
+    X(attention)             \
+    X(attention_backward)    \
+    X(logits)                \
+    X(matmul)                \
+    X(outer_accumulate)      \
+    X(paged_attention)       \
+    X(qk_norm_rope)          \
+    X(qk_norm_rope_backward) \
+    X(rms_norm)              \
+    X(rms_norm_backward)     \
+    X(swiglu)                \
+    X(swiglu_backward)       \
+    X(target_dlogits)        \
+    X(target_logprob)

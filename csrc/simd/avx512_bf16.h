@@ -1,0 +1,37 @@
+// AVX-512 plus AVX512_BF16: bf16 pairs multiply straight into fp32 lanes. Meanings: scalar.h.
+// The bf16 instructions treat subnormals as zero; everything else is IEEE round to nearest even.
+#pragma once
+#include "avx512.h"
+
+namespace mint {
+
+struct Avx512Bf16 : Avx512 {
+    static constexpr bool kBf16Dot = true;
+    using B = __m512bh;  // 2 * W bf16; lane i of a dot holds elements 2i and 2i + 1
+
+    using Avx512::store;
+    using Avx512::store_n;
+    MINT_INLINE void store(bf16* p, F x) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+    }
+    MINT_INLINE void store_n(bf16* p, F x, int n) {
+        if (n >= W) return store(p, x);
+        _mm256_mask_storeu_epi16(p, mask(n), (__m256i)_mm512_cvtneps_pbh(x));
+    }
+
+    MINT_INLINE B load_pairs(const void* p) { return (B)_mm512_loadu_si512(p); }
+    MINT_INLINE B load_pairs_n(const bf16* p, int n) {  // elements >= n are 0
+        const __mmask32 m = n >= 32 ? ~__mmask32(0) : n <= 0 ? __mmask32(0) : (__mmask32(1) << n) - 1;
+        return (B)_mm512_maskz_loadu_epi16(m, p);
+    }
+    // dst[i] = the pair (even[i], odd[i]) for W elements.
+    MINT_INLINE void interleave(const bf16* even, const bf16* odd, uint32_t* dst) {
+        const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+        const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
+        _mm512_storeu_si512(dst, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+    MINT_INLINE B set1_pair(uint32_t pair) { return (B)_mm512_set1_epi32(int(pair)); }
+    MINT_INLINE F dot(F acc, B a, B b) { return _mm512_dpbf16_ps(acc, a, b); }
+};
+
+}  // namespace mint

@@ -1,0 +1,179 @@
+// Fused unembedding + log-softmax at the targets, and the gradient of its logits.
+//
+// The vocabulary is cut into blocks whose packed weight fits in half an L2. A thread packs a block once and runs all
+// rows of x past it; a tile of logits lives only in cache, as exact fp32 sums. Forward: each (row, block) leaves its
+// maximum and its sum of exponentials, and a last pass merges them in block order, so that neither the thread count
+// nor the schedule changes a bit. Backward: the tile is computed again and becomes dlogits in place.
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "check.h"
+#include "gemm.h"
+#include "logits.h"    // dot_block
+#include "rms_norm.h"  // for_vectors
+
+namespace mint {
+
+constexpr int64_t kTileRows = 96;       // rows of x per tile of logits
+constexpr int64_t kRowChunk = 1 << 10;  // rows of x packed at once: bounds the scratch memory
+
+// Columns per block: the packed weight takes about 400 KB.
+template <class S, class T>
+int64_t vocab_block(int64_t width) {
+    using Q = Panel<S, T>;
+    const int64_t fit = (int64_t(400) << 10) / (Q::depth(width) * 4) / Q::kCols * Q::kCols;
+    return min64(max64(fit, Q::kCols), (512 + Q::kCols - 1) / Q::kCols * Q::kCols);
+}
+
+// Calls tile(block, first row, rows, first column, columns, logits, ld) for every tile of x @ weight.T. Tiles of one
+// block run in row order on one thread. Columns beyond the vocabulary, up to a multiple of W, are -inf.
+template <class S, class T, class Tile>
+void for_logit_tiles(const T* x, int64_t x_stride, const T* weight, int64_t w_stride, int64_t rows, int64_t vocab,
+                     int64_t width, Tile tile) {
+    using Q = Panel<S, T>;
+    const int64_t block = vocab_block<S, T>(width), blocks = ceil_div(vocab, block), depth = Q::depth(width);
+    const bool dots = rows <= kDotRows;
+    auto* pa = panel_scratch<S, T>(Slot::kShared, dots ? 16 : ceil_div(rows, Q::kRows) * Q::kRows * depth);
+    if (!dots) pack<S, T, Q::kRows>(x, x_stride, 1, rows, width, pa);
+#pragma omp parallel for schedule(dynamic, 1) if (blocks > 1)
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t v0 = b * block, cols = min64(block, vocab - v0);
+        float* c = static_cast<float*>(scratch(Slot::kTile, size_t(kTileRows * block) * 4));
+        auto* pb = panel_scratch<S, T>(Slot::kPanelsB, dots ? 16 : block * depth);
+        if (!dots) pack<S, T, Q::kCols>(weight + v0 * w_stride, w_stride, 1, cols, width, pb);
+        for (int64_t m0 = 0; m0 < rows; m0 += kTileRows) {
+            const int64_t n = min64(kTileRows, rows - m0);
+            if (dots) {
+                dot_block<S, T, kDotRows>(n, x, x_stride, weight + v0 * w_stride, w_stride, cols, width, c, block);
+            } else {
+                multiply_panels<S, T>(pa + m0 * depth, n, pb, cols, depth, c, block, false);
+            }
+            for (int64_t i = 0; i < n; ++i)
+                for (int64_t v = cols; v < ceil_div(cols, S::W) * S::W; ++v)
+                    c[i * block + v] = -std::numeric_limits<float>::infinity();
+            tile(b, m0, n, v0, cols, c, block);
+        }
+    }
+}
+
+template <class S, class T>
+void target_logprob(const T* x, int64_t x_stride, const T* weight, int64_t w_stride, const int64_t* targets, int64_t k,
+                    float* logprob, float* lse, int64_t rows, int64_t vocab, int64_t width) {
+    const char* op = "target_logprob";
+    check::row_stride(op, "x", x_stride, rows, width);
+    check::row_stride(op, "weight", w_stride, vocab, width);
+    check::at_least(op, "V", vocab, 1);
+    if (rows > kRowChunk) {
+        for (int64_t m = 0; m < rows; m += kRowChunk)
+            target_logprob<S, T>(x + m * x_stride, x_stride, weight, w_stride, targets + m * k, k, logprob + m * k,
+                                 lse + m, min64(kRowChunk, rows - m), vocab, width);
+        return;
+    }
+    const int64_t blocks = ceil_div(vocab, vocab_block<S, T>(width));
+    float* peak = static_cast<float*>(scratch(Slot::kPartials, size_t(2 * blocks * rows + 1) * 4));
+    float* total = peak + blocks * rows;
+    for_logit_tiles<S, T>(x, x_stride, weight, w_stride, rows, vocab, width,
+                          [=](int64_t b, int64_t m0, int64_t n, int64_t v0, int64_t cols, const float* c, int64_t ld) {
+                              const int64_t padded = ceil_div(cols, S::W) * S::W;
+                              for (int64_t i = 0; i < n; ++i) {
+                                  const float* row = c + i * ld;
+                                  auto high = S::load(row);
+                                  for (int64_t v = S::W; v < padded; v += S::W) high = S::max(high, S::load(row + v));
+                                  const float top = S::hmax(high);
+                                  const auto shift = S::set1(top);
+                                  auto sum = S::zero(), sum2 = S::zero();
+                                  int64_t v = 0;
+                                  for (; v + 2 * S::W <= padded; v += 2 * S::W) {
+                                      sum = S::add(sum, S::exp(S::sub(S::load(row + v), shift)));
+                                      sum2 = S::add(sum2, S::exp(S::sub(S::load(row + v + S::W), shift)));
+                                  }
+                                  if (v < padded) sum = S::add(sum, S::exp(S::sub(S::load(row + v), shift)));
+                                  const int64_t m = m0 + i;
+                                  peak[m * blocks + b] = top;
+                                  total[m * blocks + b] = S::sum(S::add(sum, sum2));
+                                  for (int64_t j = m * k; j < (m + 1) * k; ++j)
+                                      if (targets[j] >= v0 && targets[j] < v0 + cols) logprob[j] = row[targets[j] - v0];
+                              }
+                          });
+    for (int64_t m = 0; m < rows; ++m) {
+        const float* peaks = peak + m * blocks;
+        float top = peaks[0];
+        for (int64_t b = 1; b < blocks; ++b) top = peaks[b] > top ? peaks[b] : top;
+        double sum = 0;
+        for (int64_t b = 0; b < blocks; ++b)
+            sum += double(total[m * blocks + b]) * std::exp(double(peaks[b]) - double(top));
+        const double log_sum = double(top) + std::log(sum);
+        lse[m] = float(log_sum);
+        for (int64_t j = m * k; j < (m + 1) * k; ++j) logprob[j] = targets[j] < 0 ? 0.0f : float(logprob[j] - log_sum);
+    }
+}
+
+// dborder[v, c] += sum_i d[i, v] * xb[i, c] for one tile; xb is [n][border] fp32.
+template <class S>
+void accumulate_border(const float* d, int64_t ld, int64_t n, int64_t cols, const float* xb, int64_t border,
+                       float* dborder) {
+    constexpr int kCols = 8;
+    for (int64_t v = 0; v < cols; v += S::W) {
+        const int64_t lanes = min64(S::W, cols - v);
+        for (int64_t c0 = 0; c0 < border; c0 += kCols) {
+            const int64_t count = min64(kCols, border - c0);
+            typename S::F acc[kCols];
+            for (auto& a : acc) a = S::zero();
+            if (count == kCols) {
+                for (int64_t i = 0; i < n; ++i) {
+                    const auto row = S::load(d + i * ld + v);
+                    for (int c = 0; c < kCols; ++c) acc[c] = S::fma(row, S::set1(xb[i * border + c0 + c]), acc[c]);
+                }
+            } else {
+                for (int64_t i = 0; i < n; ++i) {
+                    const auto row = S::load(d + i * ld + v);
+                    for (int c = 0; c < kCols; ++c)
+                        if (c < count) acc[c] = S::fma(row, S::set1(xb[i * border + c0 + c]), acc[c]);
+                }
+            }
+            alignas(64) float out[kCols][S::W];
+            for (int c = 0; c < kCols; ++c) S::store(out[c], acc[c]);
+            for (int64_t l = 0; l < lanes; ++l)
+                for (int64_t c = 0; c < count; ++c) dborder[(v + l) * border + c0 + c] += out[c][l];
+        }
+    }
+}
+
+// dlogits[m, v] = sum_k dlogprob[m, k] [v == targets[m, k]] - (sum_k dlogprob[m, k]) exp(logits[m, v] - lse[m]),
+// rounded to T for the product with the weight; dborder[v, :] += dlogits.T @ x[:, width - border:] from the fp32
+// values. dlogprob of a skipped target must be 0.
+template <class S, class T>
+void target_dlogits(const T* x, int64_t x_stride, const T* weight, int64_t w_stride, const int64_t* targets, int64_t k,
+                    const float* dlogprob, const float* lse, T* dlogits, int64_t d_stride, float* dborder,
+                    int64_t border, int64_t rows, int64_t vocab, int64_t width) {
+    const char* op = "target_dlogits";
+    check::row_stride(op, "x", x_stride, rows, width);
+    check::row_stride(op, "weight", w_stride, vocab, width);
+    check::row_stride(op, "dlogits", d_stride, rows, vocab);
+    float* xb = static_cast<float*>(scratch(Slot::kPartials, size_t(rows * border + 1) * 4));
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t c = 0; c < border; ++c) xb[m * border + c] = to_float(x[m * x_stride + width - border + c]);
+    for_logit_tiles<S, T>(x, x_stride, weight, w_stride, rows, vocab, width,
+                          [=](int64_t, int64_t m0, int64_t n, int64_t v0, int64_t cols, float* c, int64_t ld) {
+                              for (int64_t i = 0; i < n; ++i) {
+                                  const int64_t m = m0 + i;
+                                  float* row = c + i * ld;
+                                  float sum = 0;
+                                  for (int64_t j = m * k; j < (m + 1) * k; ++j) sum += dlogprob[j];
+                                  const auto shift = S::set1(lse[m]), scale = S::set1(-sum);
+                                  for (int64_t v = 0; v < cols; v += S::W)
+                                      S::store(row + v, S::mul(scale, S::exp(S::sub(S::load(row + v), shift))));
+                                  for (int64_t j = m * k; j < (m + 1) * k; ++j)
+                                      if (targets[j] >= v0 && targets[j] < v0 + cols)
+                                          row[targets[j] - v0] += dlogprob[j];
+                                  T* out = dlogits + m * d_stride + v0;
+                                  for_vectors<S>(cols, [&](int64_t v, int lanes) __attribute__((always_inline)) {
+                                      S::store_n(out + v, S::load_n(row + v, lanes), lanes);
+                                  });
+                              }
+                              accumulate_border<S>(c, ld, n, cols, xb + m0 * border, border, dborder + v0 * border);
+                          });
+}
+
+}  // namespace mint

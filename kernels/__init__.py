@@ -1,0 +1,36 @@
+"""The engine's kernels: one folder per op, each with a plain-torch reference and faster faces (see ``op.py``)."""
+
+from mint_engine.kernels.adamw import adamw_
+from mint_engine.kernels.attention import attention, attention_backward
+from mint_engine.kernels.bordered_linear import bordered_linear, bordered_linear_backward, expand_backward, shrink
+from mint_engine.kernels.op import faces, force_face, isa
+from mint_engine.kernels.outer_accumulate import outer_accumulate
+from mint_engine.kernels.paged_attention import paged_attention
+from mint_engine.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward
+from mint_engine.kernels.rms_norm import rms_norm, rms_norm_backward
+from mint_engine.kernels.swiglu import swiglu, swiglu_backward
+from mint_engine.kernels.target_logprob import logits, target_logprob, target_logprob_backward
+
+__all__ = [
+    "adamw_",
+    "attention",
+    "attention_backward",
+    "bordered_linear",
+    "bordered_linear_backward",
+    "expand_backward",
+    "faces",
+    "force_face",
+    "isa",
+    "logits",
+    "outer_accumulate",
+    "paged_attention",
+    "qk_norm_rope",
+    "qk_norm_rope_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "shrink",
+    "swiglu",
+    "swiglu_backward",
+    "target_logprob",
+    "target_logprob_backward",
+]

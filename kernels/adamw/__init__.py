@@ -1,0 +1,54 @@
+"""AdamW over one flat fp32 buffer, in place."""
+
+from __future__ import annotations
+
+import torch
+
+from mint_engine.kernels import args
+from mint_engine.kernels.op import Op
+
+_op = Op("adamw")
+
+
+def adamw_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+    face: str | None = None,
+) -> None:
+    """One AdamW step (Loshchilov & Hutter 2019, arXiv:1711.05101), with torch.optim.AdamW's arithmetic.
+
+    ``g = grad * grad_scale;  p *= 1 - lr * weight_decay;  m += (1 - beta1) (g - m);
+    v = beta2 v + (1 - beta2) g^2;  p -= lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)``.
+
+    Args:
+        param, exp_avg, exp_avg_sq: flat contiguous ``[n]`` float32 (the reference also takes float64), updated.
+        grad: ``[n]`` of the same dtype, only read.
+        lr, beta1, beta2, eps, weight_decay: as in torch.optim.AdamW.
+        step: t, 1 for the first step.
+        grad_scale: multiplies the gradient first (clipping).
+        face: run this face ("cpu", "reference") or raise.
+
+    Bytes moved: 7 n elements.
+
+    Raises:
+        ValueError: a shape or dtype does not match, ``step`` < 1, or ``face`` cannot run.
+    """
+    n = param.numel()
+    dtype = args.statistics_dtype(param.dtype)
+    for name, t in (("param", param), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        args.tensor("adamw_", name, t, (n,), dtype)
+    if step < 1:
+        raise ValueError(f"step: expected 1 or more, got {step} (adamw_)")
+    _op.pick(face, param, grad, exp_avg, exp_avg_sq).adamw_(
+        param, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_decay, step, grad_scale
+    )

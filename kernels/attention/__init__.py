@@ -1,0 +1,130 @@
+"""Causal attention over packed sequences, forward and backward.
+
+A batch is M tokens laid end to end; ``cu_seqlens [n_seqs + 1]`` (int32, on the CPU) holds the bounds of its sequences,
+so token i attends to the tokens j <= i of its own sequence. Equal neighbours are an empty sequence. Grouped heads:
+q head h reads kv head ``h // (n_q // n_kv)``. With s_ij = scale * q_i . k_j,
+
+    forward    lse_i = log sum_{j<=i} exp s_ij,   o_i = sum_{j<=i} exp(s_ij - lse_i) v_j
+    backward   p_ij = exp(s_ij - lse_i),   delta_i = do_i . o_i,   ds_ij = scale * p_ij (do_i . v_j - delta_i)
+               dq_i = sum_j ds_ij k_j,   dk_j = sum_i ds_ij q_i,   dv_j = sum_i p_ij do_i
+
+with dk and dv summed over a group's q heads too (FlashAttention-2, arXiv:2307.08691). The score matrix is never
+stored: bytes moved are those of the arguments and results, plus K and V once per query tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mint_engine.kernels import args
+from mint_engine.kernels.op import Op
+
+__all__ = ["attention", "attention_backward"]
+
+_op = Op("attention")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    n_q: int,
+    n_kv: int,
+    scale: float,
+    *,
+    out: Tensor | None = None,
+    face: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention within each sequence of a packed batch.
+
+    Args:
+        q: ``[M, n_q*d]`` float32 or bfloat16 (the reference takes float64 too), any row stride; d is even.
+        k, v: ``[M, n_kv*d]``, the dtype of q, any row stride.
+        cu_seqlens: ``[n_seqs + 1]`` int32 on the CPU, rising or level from 0 to M.
+        n_q, n_kv: heads; n_q is a multiple of n_kv.
+        scale: what the scores are multiplied with, above 0.
+        out: ``[M, n_q*d]`` to write into, any row stride, or None.
+        face: run this face ("cpu", "reference") or raise.
+
+    Returns:
+        ``(o [M, n_q*d] in the dtype of q, lse [n_q, M] natural logarithm, float32)``.
+
+    Raises:
+        ValueError: an argument does not fit, or ``face`` cannot run.
+    """
+    shape = _check("attention", q, k, v, cu_seqlens, n_q, n_kv, scale)
+    out = args.writable("attention", "out", out, q, shape)
+    lse = torch.empty(n_q, shape[0], dtype=args.statistics_dtype(q.dtype), device=q.device)
+    _op.pick(face, q, k, v, out).attention(q, k, v, cu_seqlens, n_q, n_kv, scale, out, lse)
+    return out, lse
+
+
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    n_q: int,
+    n_kv: int,
+    scale: float,
+    *,
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+    face: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``attention`` for q, k and v. Deterministic, whatever the number of threads.
+
+    Args:
+        do: ``[M, n_q*d]``, the gradient of o, any row stride.
+        q, k, v, cu_seqlens, n_q, n_kv, scale: what the forward took.
+        o, lse: what the forward returned.
+        dq, dk, dv: shaped and typed like q, k, v; overwritten, never added to. Any row stride: they may be the column
+            blocks of one dqkv buffer. None allocates.
+        face: run this face or raise.
+
+    Returns:
+        ``(dq, dk, dv)``.
+
+    Raises:
+        ValueError: an argument does not fit, or ``face`` cannot run.
+    """
+    op = "attention_backward"
+    shape = _check(op, q, k, v, cu_seqlens, n_q, n_kv, scale)
+    for name, t in (("do", do), ("o", o)):
+        args.tensor(op, name, t, shape, q.dtype)
+    args.tensor(op, "lse", lse, (n_q, shape[0]), args.statistics_dtype(q.dtype))
+    dq = args.writable(op, "dq", dq, q, shape)
+    dk = args.writable(op, "dk", dk, k, (shape[0], k.shape[1]))
+    dv = args.writable(op, "dv", dv, v, (shape[0], v.shape[1]))
+    run = _op.pick(face, q, do, k, v, o, dq, dk, dv).attention_backward
+    run(do, q, k, v, o, lse.contiguous(), cu_seqlens, n_q, n_kv, scale, dq, dk, dv)
+    return dq, dk, dv
+
+
+def _check(
+    op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, n_q: int, n_kv: int, scale: float
+) -> tuple[int, int]:
+    """The shape of q, after checks of everything both directions take."""
+    m, width = args.matrix(op, "q", q)
+    if n_kv < 1 or n_q < 1 or n_q % n_kv:
+        raise ValueError(f"n_q: expected a multiple of n_kv = {n_kv}, got {n_q} ({op})")
+    if width % (2 * n_q):
+        raise ValueError(f"q: expected n_q = {n_q} heads of an even dimension, got {width} columns ({op})")
+    for name, t in (("k", k), ("v", v)):
+        args.tensor(op, name, t, (m, width // n_q * n_kv), q.dtype)
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype is not torch.int32 or not cu_seqlens.is_cpu:
+        raise ValueError(
+            f"cu_seqlens: expected torch.int32 [n_seqs + 1] on the CPU, got {cu_seqlens.dtype} "
+            f"{list(cu_seqlens.shape)} on {cu_seqlens.device} ({op})"
+        )
+    if not cu_seqlens.is_contiguous():
+        raise ValueError(f"cu_seqlens: expected a contiguous tensor ({op})")
+    if not 0.0 < scale < float("inf"):
+        raise ValueError(f"scale: expected a finite number above 0, got {scale} ({op})")
+    return m, width

@@ -1,0 +1,113 @@
+"""The dispatcher: the only place that chooses which face of an op runs.
+
+An op is a folder with a public function and up to three faces, each a module with functions of the same names:
+``reference`` (plain torch, the specification), ``cpu`` (C++ through ``mint_engine._native``) and, later, ``triton``.
+Every face but the reference has ``supports(*tensors) -> None | str``: ``None``, or the reason why it cannot run.
+
+A face asked for by name runs or raises; it is never replaced. Without a name the first face that supports the
+tensors runs, in the order ``cpu``, ``reference``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch  # before _native: both must share torch's OpenMP runtime
+
+FACES = ("cpu", "reference")
+
+try:
+    native: Any = import_module("mint_engine._native")
+except ModuleNotFoundError as error:
+    if error.name != "mint_engine._native":
+        raise
+    native = None
+
+NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+_ops: dict[str, Op] = {}
+_forced: str | None = None
+
+
+class Op:
+    """The faces of one op. ``name`` is the op's folder in ``mint_engine.kernels``."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.reference: ModuleType = import_module(f"mint_engine.kernels.{name}.reference")
+        self.cpu: ModuleType = import_module(f"mint_engine.kernels.{name}.cpu")
+        _ops[name] = self
+
+    def pick(self, face: str | None, *tensors: torch.Tensor | None) -> Any:
+        """The module of the face that runs.
+
+        Raises:
+            ValueError: ``face`` (or the forced face) is unknown, or does not support these tensors.
+        """
+        face = face or _forced
+        if face is None:
+            return self.cpu if self.cpu.supports(*tensors) is None else self.reference
+        if face == "reference":
+            return self.reference
+        if face == "cpu":
+            reason = self.cpu.supports(*tensors)
+            if reason is None:
+                return self.cpu
+            raise ValueError(f"face: {self.name} cannot run on 'cpu': {reason}")
+        raise ValueError(f"face: expected one of {list(FACES)} for {self.name}, got {face!r}")
+
+
+def native_reason(*tensors: torch.Tensor | None) -> str | None:
+    """``None`` if the C++ kernels can take these tensors, else why not. ``None`` tensors are skipped.
+
+    The first tensor gives the dtype; tensors with another meaning (fp32 statistics, indices) are not passed here.
+    """
+    if native is None:
+        return "mint_engine._native is not built"
+    dtype = None
+    for t in tensors:
+        if t is None:
+            continue
+        if dtype is None:
+            dtype = t.dtype
+            if dtype not in NATIVE_DTYPES:
+                return f"dtype {dtype} (float32 and bfloat16 only)"
+        elif t.dtype is not dtype:
+            return f"mixed dtypes {dtype} and {t.dtype}"
+        if not t.is_cpu:
+            return f"device {t.device} (cpu only)"
+        if t.stride(-1) != 1 and t.shape[-1] > 1:
+            return f"last dimension has stride {t.stride(-1)}, not 1"
+    return None
+
+
+@contextmanager
+def force_face(name: str) -> Iterator[None]:
+    """Run every op whose caller names no face on ``name``, process-wide, until the block ends.
+
+    Raises:
+        ValueError: ``name`` is not a face.
+    """
+    global _forced
+    if name not in FACES:
+        raise ValueError(f"name: expected one of {list(FACES)}, got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def faces() -> dict[str, list[str]]:
+    """Op name -> the faces that can run on this machine."""
+    available = ["reference"] if native is None else ["cpu", "reference"]
+    return {name: list(available) for name in sorted(_ops)}
+
+
+def isa() -> str:
+    """The instruction set the C++ kernels use: "avx512_bf16", "avx512", "avx2", "scalar", or "none" (not built)."""
+    return "none" if native is None else str(native.isa())

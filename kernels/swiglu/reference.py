@@ -1,0 +1,20 @@
+"""SwiGLU in plain torch."""
+
+from __future__ import annotations
+
+import torch
+
+from mint_engine.kernels.args import statistics_dtype
+
+
+def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    gate, up = gate_up.to(statistics_dtype(gate_up.dtype)).chunk(2, dim=-1)
+    out.copy_(gate * torch.sigmoid(gate) * up)
+
+
+def swiglu_backward(da: torch.Tensor, gate_up: torch.Tensor, dgate_up: torch.Tensor, a: torch.Tensor) -> None:
+    gate, up = gate_up.to(statistics_dtype(gate_up.dtype)).chunk(2, dim=-1)
+    da = da.to(gate.dtype)
+    s = torch.sigmoid(gate)
+    a.copy_(gate * s * up)
+    dgate_up.copy_(torch.cat([da * up * s * (1 + gate * (1 - s)), da * gate * s], dim=-1))

@@ -1,0 +1,120 @@
+"""Fused unembedding + log-softmax at the targets, its gradient, and plain fp32 logits."""
+
+from __future__ import annotations
+
+import torch
+
+from mint_engine.kernels import args
+from mint_engine.kernels.op import Op
+
+_op = Op("target_logprob")
+
+
+def _check(op: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[int, int]:
+    m, h = args.matrix(op, "x", x)
+    v = args.matrix(op, "weight", weight)[0]
+    args.tensor(op, "weight", weight, (v, h), x.dtype)
+    return m, v
+
+
+def _check_targets(op: str, targets: torch.Tensor, m: int, v: int) -> int:
+    k = args.matrix(op, "targets", targets)[1]
+    args.tensor(op, "targets", targets, (m, k), torch.int64)
+    if targets.numel():
+        low, high = (int(t) for t in targets.aminmax())
+        if low < -1 or high >= v:
+            raise ValueError(f"targets: expected -1 (skip) to {v - 1}, got {low} to {high} ({op})")
+    return k
+
+
+def target_logprob(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, face: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``logits = x @ weight.T;  lse = logsumexp(logits, -1);  logprob[m, k] = logits[m, targets[m, k]] - lse[m]``.
+
+    Logits are fp32 sums of exact products, never rounded to bfloat16 and never stored whole: a tile of them stays
+    in cache while its maximum and its sum of exponentials are taken.
+
+    Args:
+        x: ``[M, H]`` float32 or bfloat16, any row stride (the head adapter's border columns are part of H).
+        weight: ``[V, H]`` of the same dtype, any row stride.
+        targets: ``[M, K]`` int64; -1 skips (its logprob is 0).
+        face: run this face ("cpu", "reference") or raise.
+
+    Returns:
+        ``(logprob [M, K], lse [M])``, float32 (float64 for float64 inputs).
+
+    Bytes moved: ``weight`` once, ``x`` once per block of columns (in cache). 2 M V H FLOP.
+
+    Raises:
+        ValueError: a shape or dtype does not match, a target is outside [-1, V), or ``face`` cannot run.
+    """
+    m, v = _check("target_logprob", x, weight)
+    _check_targets("target_logprob", targets, m, v)
+    out: tuple[torch.Tensor, torch.Tensor] = _op.pick(face, x, weight).target_logprob(x, weight, targets)
+    return out
+
+
+def target_logprob_backward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    dlogprob: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    border: int = 0,
+    face: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of ``target_logprob`` for ``x`` and for the last ``border`` columns of ``weight``.
+
+    ``dlogits[m, v] = sum_k dlogprob[m, k] [v == targets[m, k]] - (sum_k dlogprob[m, k]) exp(logits[m, v] - lse[m])``;
+    ``dx = dlogits @ weight``; ``dborder = dlogits.T @ x[:, H - border:]``. Skipped targets count as dlogprob 0.
+    Logits are computed again. Pass only rows with a nonzero gradient: every row given costs 4 V H FLOP.
+
+    Args:
+        x, weight, targets: as in the forward.
+        dlogprob: ``[M, K]`` float32.
+        lse: ``[M]`` float32, from the forward.
+        border: trailing columns of ``weight`` that train (the head adapter's B), 0 for none.
+        face: run this face ("cpu", "reference") or raise.
+
+    Returns:
+        ``(dx [M, H] in the dtype of x, dborder [V, border] float32)``.
+
+    Raises:
+        ValueError: a shape or dtype does not match, a target is outside [-1, V), or ``face`` cannot run.
+    """
+    op = "target_logprob_backward"
+    m, v = _check(op, x, weight)
+    k = _check_targets(op, targets, m, v)
+    wide = args.statistics_dtype(x.dtype)
+    args.tensor(op, "dlogprob", dlogprob, (m, k), wide)
+    args.tensor(op, "lse", lse, (m,), wide)
+    if not 0 <= border <= x.shape[1]:
+        raise ValueError(f"border: expected 0 to {x.shape[1]}, got {border} ({op})")
+    dlogprob = dlogprob.masked_fill(targets < 0, 0.0)
+    out: tuple[torch.Tensor, torch.Tensor] = _op.pick(face, x, weight).target_logprob_backward(
+        x, weight, targets, dlogprob, lse, border
+    )
+    return out
+
+
+def logits(x: torch.Tensor, weight: torch.Tensor, *, face: str | None = None) -> torch.Tensor:
+    """``x @ weight.T`` in float32, for sampling and top-k.
+
+    Args:
+        x: ``[M, H]`` float32 or bfloat16, any row stride.
+        weight: ``[V, H]`` of the same dtype, any row stride.
+        face: run this face ("cpu", "reference") or raise.
+
+    Returns:
+        ``[M, V]`` float32 (float64 for float64 inputs): fp32 sums, not rounded to bfloat16.
+
+    Bytes moved: ``weight`` once, which is all of the time while M is small.
+
+    Raises:
+        ValueError: a shape or dtype does not match, or ``face`` cannot run.
+    """
+    _check("logits", x, weight)
+    out: torch.Tensor = _op.pick(face, x, weight).logits(x, weight)
+    return out

@@ -1,0 +1,130 @@
+"""target_logprob, its gradient, and logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from check import normal, strided, within_budget
+
+from mint_engine.kernels import logits, target_logprob, target_logprob_backward
+
+CASES = [  # M, H, V, K: dot-product rows (M <= 8), packed rows, several vocabulary blocks, odd everything
+    (1, 5, 3, 1),
+    (3, 63, 100, 2),
+    (8, 100, 2000, 1),
+    (9, 33, 63, 3),
+    (63, 100, 2000, 1),
+    (100, 592, 1100, 2),
+    (13, 1100, 700, 1),
+]
+
+
+def inputs(case: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    m, h, v, k = case
+    x, weight = normal(m, h, seed=1, dtype=dtype), normal(v, h, seed=2, dtype=dtype, scale=3 / h**0.5)
+    targets = torch.randint(-1, v, (m, k), generator=torch.Generator().manual_seed(3))
+    targets[0, 0], targets[-1, -1] = v - 1, 0
+    return x, weight, targets
+
+
+def plain_logprob(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Whole logits in the dtype given, skipped targets 0."""
+    logp = torch.log_softmax(x @ weight.T, dim=-1).gather(1, targets.clamp(min=0))
+    return logp.masked_fill(targets < 0, 0.0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_matches_float64(face: str, dtype: torch.dtype, case: tuple[int, int, int, int]) -> None:
+    x, weight, targets = inputs(case, dtype)
+    logprob, lse = target_logprob(strided(x), strided(weight), targets, face=face)
+    exact = plain_logprob(x.double(), weight.double(), targets)
+    # The promise is fp32 whatever the inputs: budget against plain torch in fp32 on the same (rounded) inputs.
+    within_budget("logprob", logprob, exact, plain_logprob(x.float(), weight.float(), targets))
+    exact_lse = torch.logsumexp(x.double() @ weight.double().T, -1)
+    within_budget("lse", lse, exact_lse, torch.logsumexp(x.float() @ weight.float().T, -1))
+    assert (logprob[targets < 0] == 0).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("border", [0, 3, 16])
+def test_gradient_matches_float64_autograd(
+    face: str, dtype: torch.dtype, case: tuple[int, int, int, int], border: int
+) -> None:
+    x, weight, targets = inputs(case, dtype)
+    h = x.shape[1]
+    border = min(border, h)
+    dlogprob = normal(*targets.shape, seed=4)
+
+    leaf, w = x.double().requires_grad_(), weight.double().requires_grad_()
+    plain_logprob(leaf, w, targets).backward(dlogprob.double())
+    assert leaf.grad is not None
+    assert w.grad is not None
+    _, lse = target_logprob(x, weight, targets, face=face)
+    dx, dborder = target_logprob_backward(strided(x), strided(weight), targets, dlogprob, lse, border=border, face=face)
+    # Plain torch from the same lse, which is part of the contract: its own rounding to fp32 moves every probability.
+    dlogits = -dlogprob.masked_fill(targets < 0, 0).sum(-1, keepdim=True) * torch.exp((x @ weight.T) - lse[:, None])
+    for m, k in (targets >= 0).nonzero().tolist():
+        dlogits[m, targets[m, k]] += dlogprob[m, k]
+    dlogits = dlogits.to(dtype)
+    within_budget("dx", dx, leaf.grad, dlogits @ weight)
+    within_budget("dborder", dborder, w.grad[:, h - border :], dlogits.T @ x[:, h - border :])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_fp32_sums(face: str, dtype: torch.dtype, case: tuple[int, int, int, int]) -> None:
+    x, weight, _ = inputs(case, dtype)
+    got = logits(strided(x), strided(weight), face=face)
+    assert got.dtype is torch.float32
+    within_budget("logits", got, x.double() @ weight.double().T, x.float() @ weight.float().T)
+
+
+def test_one_row_alone_equals_the_row_in_a_batch(face: str, dtype: torch.dtype) -> None:
+    # Sampling scores one row, training many: the two must agree to fp32 rounding.
+    x, weight, targets = inputs((40, 100, 2000, 1), dtype)
+    batch, _ = target_logprob(x, weight, targets, face=face)
+    alone = torch.cat([target_logprob(x[i : i + 1], weight, targets[i : i + 1], face=face)[0] for i in range(40)])
+    within_budget("logprob", alone, plain_logprob(x.double(), weight.double(), targets), batch)
+
+
+def test_threads_do_not_change_a_bit(face: str, dtype: torch.dtype) -> None:
+    x, weight, targets = inputs((33, 200, 1500, 2), dtype)
+    dlogprob = normal(33, 2, seed=4)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            logprob, lse = target_logprob(x, weight, targets, face=face)
+            gradients = target_logprob_backward(x, weight, targets, dlogprob, lse, border=8, face=face)
+            results.append((logprob, lse, *gradients))
+    finally:
+        torch.set_num_threads(before)
+    if face == "cpu":  # plain torch makes no such promise
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_large_logits_do_not_overflow(face: str) -> None:
+    x, weight = torch.full((10, 1), 200.0), torch.linspace(-10, 10, 70)[:, None]
+    targets = torch.full((10, 1), 69)
+    logprob, lse = target_logprob(x, weight, targets, face=face)
+    exact = plain_logprob(x.double(), weight.double(), targets)
+    assert lse.isfinite().all()
+    torch.testing.assert_close(logprob.double(), exact, rtol=0, atol=2000 * 2**-23)  # an ulp of lse = 2000
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_a_nan_row_is_nan_and_alone(face: str, dtype: torch.dtype, rows: int) -> None:
+    x, weight, targets = inputs((rows, 40, 300, 1), dtype)
+    x[1, 5] = float("nan")
+    targets[1, 0] = 7
+    logprob, lse = target_logprob(x, weight, targets, face=face)
+    assert lse[1].isnan()
+    assert logprob[1].isnan().all()
+    others = [i for i in range(rows) if i != 1]
+    assert lse[others].isfinite().all()
+
+
+def test_a_target_outside_the_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"targets: expected -1 .skip. to 9, got 0 to 10"):
+        target_logprob(torch.zeros(2, 4), torch.zeros(10, 4), torch.tensor([[0], [10]]))
