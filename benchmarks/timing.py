@@ -1,4 +1,4 @@
-"""Honest timing on a shared machine: contenders interleaved in one run, medians, and the machine written beside them."""
+"""Honest timing on a shared machine: contenders interleaved in one run, medians, the machine beside them."""
 
 from __future__ import annotations
 
@@ -49,9 +49,19 @@ def machine() -> dict[str, Any]:
         fields = {k.strip(): v.strip() for k, v in fields.items()}
         cpu = f"{fields.get('model name', cpu)} (family {fields.get('cpu family')}, model {fields.get('model')})"
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit,
+    }
 
 
 def report(name: str, document: dict[str, Any], save: bool) -> None:

@@ -63,9 +63,9 @@ def theirs(directory: Path, data: list[types.Datum], dtype: torch.dtype) -> Call
 
 
 def step_flops(config: ModelConfig, tokens: int, weighted: int) -> float:
-    """Multiply-adds x2 that no LoRA step can avoid: every linear forward and for dX (not the first layer's qkv), the
-    unembedding forward for every row whose log-probability is returned and twice more for the weighted ones, the adapters
-    three times. Attention is left out: on sequences of 20 tokens it is nothing."""
+    """Multiply-adds x2 that no LoRA step can avoid: every linear forward and for dX (not the first layer's qkv),
+    the unembedding forward for every row whose log-probability is returned and twice more for the weighted ones, the
+    adapters three times. Attention is left out: on sequences of 20 tokens it is nothing."""
     h, f, d = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_heads * d, config.num_kv_heads * d
     layer = h * (q + 2 * kv) + q * h + 3 * h * f
@@ -96,7 +96,9 @@ def main() -> None:
     mine = median["mint-engine bf16"]
     print(f"{tokens} tokens, {weighted} in the loss, {torch.get_num_threads()} threads; floor {floor * 1e3:.0f} ms")
     for name, seconds in median.items():
-        print(f"{name:24s} {seconds * 1e3:7.0f} ms  {seconds / mine:5.2f} x ours  floor is {floor / seconds:4.0%} of it")
+        print(
+            f"{name:24s} {seconds * 1e3:7.0f} ms  {seconds / mine:5.2f} x ours  floor is {floor / seconds:4.0%} of it"
+        )
     ms = {name: round(seconds * 1e3, 1) for name, seconds in median.items()}
     speedup = {name: round(seconds / mine, 2) for name, seconds in median.items() if name != "mint-engine bf16"}
     report("train_step", {

@@ -1,3 +1,3 @@
-"""mint-engine: LoRA post-training as software you own. See README.md; ``import mint`` is the API of the MinT documents."""
+"""mint-engine: LoRA post-training as software you own. ``import mint`` is the API of the MinT documents."""
 
 __version__ = "0.1.0"

@@ -42,7 +42,12 @@ class BaseModels:
     """Loads each base model once, however many ask for it at the same time."""
 
     def __init__(
-        self, home: Path, dtype: torch.dtype, cache_bytes: int, on_load: Callable[[Sampler], None], wake: Callable[[], None]
+        self,
+        home: Path,
+        dtype: torch.dtype,
+        cache_bytes: int,
+        on_load: Callable[[Sampler], None],
+        wake: Callable[[], None],
     ) -> None:
         self._home, self._dtype, self._cache_bytes = home, dtype, cache_bytes
         self._on_load, self._wake = on_load, wake
@@ -79,7 +84,12 @@ class BaseModels:
         config = load_config(files.directory)
         reader = WeightReader(files.directory)
         validate(reader, config)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, transient=True, console=Console(stderr=True)) as progress:
             task = progress.add_task(f"loading {name}", total=None)
             names = set(reader.names())

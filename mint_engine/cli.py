@@ -66,7 +66,9 @@ def checkpoint_path(path: PathArgument) -> None:
 
 
 @checkpoint.command("export")
-def export(path: PathArgument, output: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")]) -> None:
+def export(
+    path: PathArgument, output: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")]
+) -> None:
     """Copy a checkpoint's PEFT adapter (adapter_config.json, adapter_model.safetensors) to a directory."""
     source = _store().resolve(path).directory
     if output.exists():
@@ -78,9 +80,7 @@ def export(path: PathArgument, output: Annotated[Path, typer.Argument(help="A di
 
 
 @checkpoint.command("delete")
-def delete(
-    path: PathArgument, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False
-) -> None:
+def delete(path: PathArgument, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
     """Delete a checkpoint for good."""
     store = _store()
     resolved = store.resolve(path)

@@ -60,13 +60,17 @@ def evaluate(fn: CustomLoss, data: list[Datum], outputs: Sequence[Mapping[str, T
             raise UserError(f"loss_fn: expected (loss, metrics), got {type(returned).__name__}")
         loss, metrics = returned
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            raise UserError(f"loss_fn: expected a loss tensor of one element, got {getattr(loss, 'shape', type(loss).__name__)}")
+            raise UserError(
+                f"loss_fn: expected a loss tensor of one element, got {getattr(loss, 'shape', type(loss).__name__)}"
+            )
         gradients = (
             torch.autograd.grad(loss.reshape(()), logprobs, allow_unused=True)
             if loss.requires_grad
             else [None] * len(logprobs)
         )
-    weights = [np.zeros(lp.shape, np.float32) if g is None else -g.numpy() for lp, g in zip(logprobs, gradients, strict=True)]
+    weights = [
+        np.zeros(lp.shape, np.float32) if g is None else -g.numpy() for lp, g in zip(logprobs, gradients, strict=True)
+    ]
     value = float(loss.detach())
     if not math.isfinite(value) or not all(np.isfinite(w).all() for w in weights):
         raise NonFiniteError(f"loss_fn: its loss ({value}) or its gradient is not finite; the call was refused")
@@ -74,7 +78,7 @@ def evaluate(fn: CustomLoss, data: list[Datum], outputs: Sequence[Mapping[str, T
 
 
 def result(surrogate: ForwardBackwardOutput, evaluated: Evaluated) -> ForwardBackwardOutput:
-    """The call's output: ``loss:sum`` is the caller's loss, ``surrogate_loss:sum`` that of the cross-entropy it became."""
+    """The call's output: ``loss:sum`` is the caller's loss, ``surrogate_loss:sum`` the cross-entropy it became."""
     metrics = dict(surrogate.metrics)
     metrics["surrogate_loss:sum"] = metrics["loss:sum"]
     return replace(surrogate, metrics={**metrics, **evaluated.metrics, "loss:sum": evaluated.loss}, weight_sum=None)

@@ -25,7 +25,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class CheckedDatum:
-    """``tokens`` int64 [N]; ``targets`` int64 [N, K]; ``inputs`` fp32 [N, K] each; ``shape`` is that of the user's targets."""
+    """``tokens`` int64 [N]; ``targets`` int64 [N, K]; ``inputs`` fp32 [N, K] each; ``shape``: the user's targets'."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -62,7 +62,9 @@ def _check_ids(tokens: np.ndarray, limits: Limits, what: str) -> np.ndarray:
     if bad.size:
         where = tuple(int(i) for i in np.unravel_index(bad[0], tokens.shape))
         at = where[0] if len(where) == 1 else where
-        raise UserError(f"{what}: expected token ids in [0, {limits.vocab_size}), got {tokens.flat[bad[0]]} at index {at}")
+        raise UserError(
+            f"{what}: expected token ids in [0, {limits.vocab_size}), got {tokens.flat[bad[0]]} at index {at}"
+        )
     return tokens
 
 
@@ -71,9 +73,7 @@ def check_prompt(prompt: ModelInput, limits: Limits, what: str = "prompt") -> np
     return check_tokens(np.asarray(prompt.to_ints(), dtype=np.int64), limits, what)
 
 
-def check_data(
-    data: Sequence[Datum], loss: Loss, config: Mapping[str, float], limits: Limits
-) -> list[CheckedDatum]:
+def check_data(data: Sequence[Datum], loss: Loss, config: Mapping[str, float], limits: Limits) -> list[CheckedDatum]:
     """Every datum of a call, checked. An optional input that some datum gives is filled from ``config`` in the others.
 
     Raises:
@@ -105,7 +105,9 @@ def _check_datum(datum: Datum, index: int, loss: Loss, limits: Limits) -> Checke
         values = given[name].to_numpy().astype(np.float32, copy=False)
         if values.shape != targets.shape:
             _check_length(values, targets.shape[0], name, "target_tokens", at)
-            raise UserError(f"{name}: expected shape {list(targets.shape)} like target_tokens, got {list(values.shape)} {at}")
+            raise UserError(
+                f"{name}: expected shape {list(targets.shape)} like target_tokens, got {list(values.shape)} {at}"
+            )
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
             raise UserError(f"{name}: expected finite numbers, got {values.flat[bad[0]]} at index {bad[0]} {at}")

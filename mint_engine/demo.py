@@ -82,7 +82,10 @@ def run(
     out.adapter, out.plot = output / "adapter", output / "loss.png"
     _extract(archive, out.adapter)
     _plot(out.losses, out.plot)
-    console.print(f"Checkpoint  {out.checkpoint}\nAdapter     {out.adapter}  (loads with PEFT)\nLoss curve  {out.plot}")
+    console.print(
+        f"Checkpoint  {out.checkpoint}\nAdapter     {out.adapter}  (loads with PEFT)\nLoss curve  {out.plot}",
+        soft_wrap=True,
+    )
     return out
 
 
@@ -109,7 +112,9 @@ def _answers(sampler: SamplingClient, examples: list[dict[str, str]], tokenizer:
     params = types.SamplingParams(max_tokens=16, temperature=0.7, seed=0)
     prompts = [tokenizer.encode(f"Question: {ex['question']}\nAnswer:") for ex in examples]
     # All calls are made before the first result is read, so that they are decoded together.
-    futures = [sampler.sample(prompt=types.ModelInput.from_ints(p), sampling_params=params, num_samples=2) for p in prompts]
+    futures = [
+        sampler.sample(prompt=types.ModelInput.from_ints(p), sampling_params=params, num_samples=2) for p in prompts
+    ]
     return ["\n".join(repr(tokenizer.decode(s.tokens)) for s in future.sequences) for future in futures]
 
 
@@ -138,7 +143,9 @@ def _plot(losses: list[float], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(range(1, len(losses) + 1), losses)
-    axes.set(xlabel="step", ylabel="cross-entropy per answer token (nats)", title="LoRA fine-tuning on a * b", ylim=(0, None))
+    axes.set(
+        xlabel="step", ylabel="cross-entropy per answer token (nats)", title="LoRA fine-tuning on a * b", ylim=(0, None)
+    )
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

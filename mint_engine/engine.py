@@ -15,22 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from mint_engine import custom_loss, trainer
 from mint_engine.adapters import Adapter, TrainState
 from mint_engine.bases import Base, BaseModels
-from mint_engine.datums import check_data, check_prompt
+from mint_engine.datums import check_data
 from mint_engine.errors import NotFoundError, UserError
 from mint_engine.executor import Executor, Lane
 from mint_engine.kv_cache import DEFAULT_BYTES
 from mint_engine.losses import get_loss
 from mint_engine.optimizer import optim_step
 from mint_engine.prompt_scores import PromptQuery
-from mint_engine.sampler import Request
+from mint_engine.requests import make_request
 from mint_engine.state import load_adapter, load_state, save_adapter, save_state
-from mint_engine.stopping import StopRule
 from mint_engine.store import Store
 from mint_engine.types import (
     AdamParams,
@@ -92,9 +90,7 @@ class Engine:
         self.dtype, self.home = dtype, home
         self.store = Store(home)
         self._executor = Executor("mint-engine")
-        self._bases = BaseModels(
-            home, DTYPES[dtype], kv_cache_bytes, self._executor.add_stepper, self._executor.notify
-        )
+        self._bases = BaseModels(home, DTYPES[dtype], kv_cache_bytes, self._executor.add_stepper, self._executor.notify)
         self._lock = threading.Lock()
         self._lanes: dict[str, Lane] = {}
         self._models: dict[str, _Model] = {}
@@ -327,38 +323,17 @@ class Engine:
         target_prompt_logprobs: TensorData | None = None, prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
     ) -> Future[SampleResponse]:  # fmt: skip
-        """``num_samples`` continuations of ``prompt``; 0 only scores the prompt. Requests of one sampler are independent."""
+        """``num_samples`` continuations of ``prompt``; 0 only scores the prompt. Requests are independent."""
         try:
             entry = self._sampler(sampler_id)
-            tokens = check_prompt(prompt, entry.base.limits)
-            counts = {
-                "num_samples": num_samples, "topk_prompt_logprobs": topk_prompt_logprobs,
-                "topk_sample_logprobs": topk_sample_logprobs, "prompt_alt_tokens_k": prompt_alt_tokens_k,
-                "prompt_logprobs_last_n": prompt_logprobs_last_n or 0,
-            }  # fmt: skip
-            for name, count in counts.items():
-                if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                    raise UserError(f"{name}: expected an integer of at least 0, got {count!r}")
-            tokenizer = entry.base.tokenizer if sampling_params.stop_strings else None
-            request = Request(
-                adapter=entry.adapter,
-                prompt=tokens,
-                num_samples=num_samples,
-                params=sampling_params,
-                stop=StopRule.of(
-                    sampling_params, entry.base.config.eos_token_ids,
-                    lambda ids: str(tokenizer.decode(ids)) if tokenizer is not None else "",
-                ),  # fmt: skip
-                query=PromptQuery(
-                    logprobs=include_prompt_logprobs,
-                    topk=topk_prompt_logprobs,
-                    targets=_target_matrix(target_prompt_logprobs, len(tokens), entry.base.config.vocab_size),
-                    alternatives=prompt_alt_tokens_k,
-                    last_n=prompt_logprobs_last_n,
-                ),
-                topk=topk_sample_logprobs,
-                sequence_ids=[f"{sampler_id}:seq:{uuid.uuid4().hex}:{i}" for i in range(num_samples)],
-            )
+            query = PromptQuery(
+                logprobs=include_prompt_logprobs, topk=topk_prompt_logprobs, alternatives=prompt_alt_tokens_k,
+                last_n=prompt_logprobs_last_n,
+            )  # fmt: skip
+            request = make_request(
+                entry.base, entry.adapter, prompt, num_samples, sampling_params, query, topk=topk_sample_logprobs,
+                targets=target_prompt_logprobs,
+            )  # fmt: skip
             return entry.base.sampler.submit(request)
         except Exception as error:
             failed: Future[SampleResponse] = Future()
@@ -375,7 +350,10 @@ class Engine:
         return GetServerCapabilitiesResponse(
             supported_models=[
                 SupportedModel(
-                    model_name=base.name, max_context_length=base.limits.max_context_length, trainable=True, sampleable=True
+                    model_name=base.name,
+                    max_context_length=base.limits.max_context_length,
+                    trainable=True,
+                    sampleable=True,
                 )
                 for base in self._bases.loaded
             ]
@@ -409,20 +387,6 @@ class Engine:
             if sampler_id in self._samplers:
                 return self._samplers[sampler_id]
         raise NotFoundError(f"sampler_id: there is no sampler {sampler_id!r}")
-
-
-def _target_matrix(targets: TensorData | None, prompt: int, vocab_size: int) -> np.ndarray | None:
-    if targets is None:
-        return None
-    matrix = targets.to_numpy(pad_value=-1)
-    if matrix.ndim != 2 or matrix.shape[0] != prompt - 1 or matrix.dtype.kind != "i":
-        raise UserError(
-            f"target_prompt_logprobs: expected int64 of shape [{prompt - 1}, K] (one row per prompt token but the first), "
-            f"got {matrix.dtype} {list(matrix.shape)}"
-        )
-    if matrix.size and (matrix.min() < -1 or matrix.max() >= vocab_size):
-        raise UserError(f"target_prompt_logprobs: expected token ids in [0, {vocab_size}) or -1 to skip")
-    return matrix
 
 
 _engines: dict[tuple[str, Path], Engine] = {}

@@ -162,7 +162,8 @@ class Executor:
             try:
                 value = call()
             except BaseException as error:
-                self._resume(lambda e=error: self._advance(lane, future, steps, lambda: steps.throw(e)))
+                failure = error  # `error` is unbound when the except block ends
+                self._resume(lambda: self._advance(lane, future, steps, lambda: steps.throw(failure)))
             else:
                 self._resume(lambda: self._advance(lane, future, steps, lambda: steps.send(value)))
 
@@ -207,5 +208,3 @@ def settle(future: Future, result: Any = None, error: BaseException | None = Non
             future.set_exception(error)
     except InvalidStateError:
         pass
-
-

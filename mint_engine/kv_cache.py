@@ -52,7 +52,7 @@ class KVCache:
 
     @staticmethod
     def blocks_needed(prompt: int, total: int, samples: int) -> int:
-        """Worst case of ``samples`` continuations of one prompt, each up to ``total`` tokens: full prompt blocks are shared."""
+        """Worst case of ``samples`` continuations of one prompt to ``total`` tokens each: prompt blocks are shared."""
         shared = prompt // BLOCK_TOKENS
         return shared + samples * (-(-total // BLOCK_TOKENS) - shared)
 

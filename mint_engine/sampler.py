@@ -11,9 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,38 +24,13 @@ from mint_engine.executor import settle
 from mint_engine.kv_cache import CachedSequence, KVCache
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.layer import Attend
-from mint_engine.prompt_scores import PromptQuery, score_prompt
-from mint_engine.sampling import Draw, UniformStream, choose, tempered_logprobs
-from mint_engine.stopping import StopRule
-from mint_engine.types import SampledSequence, SampleResponse, SamplingParams, StopReason
+from mint_engine.prompt_scores import score_prompt
+from mint_engine.requests import Request
+from mint_engine.sampling import UniformStream, choose, tempered_logprobs
+from mint_engine.types import SampledSequence, StopReason
 
 MAX_PREFILL_TOKENS = 4096  # bounds how long running samples wait for new prompts
 MAX_ROWS = 256  # sequences decoded together; more wait
-
-
-@dataclass
-class Request:
-    """One sample call. ``num_samples`` 0 only scores the prompt. ``adapter`` None is the base model."""
-
-    adapter: Adapter | None
-    prompt: np.ndarray
-    num_samples: int
-    params: SamplingParams
-    stop: StopRule
-    query: PromptQuery = field(default_factory=PromptQuery)
-    topk: int = 0  # alternatives reported beside each sampled token
-    sequence_ids: list[str] = field(default_factory=list)
-    future: Future = field(default_factory=Future)
-    finished: dict[int, SampledSequence] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def draw(self) -> Draw:
-        return Draw(self.params.temperature, self.params.top_k, self.params.top_p)
-
-    @property
-    def response(self) -> SampleResponse:
-        return SampleResponse(sequences=[self.finished[i] for i in range(self.num_samples)], **self.scores)
 
 
 @dataclass
@@ -126,7 +99,7 @@ class Sampler:
         return bool(admitted or running)
 
     def _guarded(self, requests: list[Request], work: Callable[[], None]) -> None:
-        """An error in a batch reaches the requests of that batch; their memory is given back, everybody else goes on."""
+        """An error in a batch reaches the requests of that batch; their memory is given back, the others go on."""
         try:
             work()
         except Exception as error:
@@ -181,7 +154,9 @@ class Sampler:
         try:
             slots = {i: self._cache.extend(cache, len(requests[i].prompt)) for i, cache in caches.items()}
             rows = [row for i in caches for row in range(bounds[i], bounds[i + 1])]
-            attend = self._prefill_attend(self._decoder.packed_attend(batch), rows, sum(slots.values(), []))
+            attend = self._prefill_attend(
+                self._decoder.packed_attend(batch), rows, [s for group in slots.values() for s in group]
+            )
             h, _ = self._decoder.hidden(batch.tokens, batch.positions, seating, attend)
             self._score(requests, h, bounds, seating)
             if not caches:
@@ -227,9 +202,7 @@ class Sampler:
         n, most = len(request.prompt), self._max_tokens(request)
         own_blocks = self._cache.blocks_needed(n, n + most, 2) - self._cache.blocks_needed(n, n + most, 1)
         caches = [self._cache.fork(prompt, own_blocks) for _ in range(request.num_samples - 1)] + [prompt]
-        return [
-            _Row(request, i, cache, UniformStream(request.params.seed, i), most) for i, cache in enumerate(caches)
-        ]
+        return [_Row(request, i, cache, UniformStream(request.params.seed, i), most) for i, cache in enumerate(caches)]
 
     def _decode(self) -> None:
         """One token for every running row, whatever its adapter."""
@@ -255,7 +228,9 @@ class Sampler:
         if not all(finite):
             for row, fine in zip(rows, finite, strict=True):
                 if not fine:
-                    self._drop(row.request, NonFiniteError("logits: not finite; the adapter or the base model is broken"))
+                    self._drop(
+                        row.request, NonFiniteError("logits: not finite; the adapter or the base model is broken")
+                    )
             alive = [i for i, row in enumerate(rows) if not row.request.future.done()]
             rows, logits = [rows[i] for i in alive], logits[alive]
         draws = [row.request.draw for row in rows]

@@ -33,7 +33,7 @@ class UniformStream:
 
 
 def tempered_logprobs(logits: Tensor, draws: list[Draw]) -> Tensor:
-    """fp32 [R, V]: log softmax(z / temperature) per row; at temperature 0 that of temperature 1 (what greedy reports)."""
+    """fp32 [R, V]: log softmax(z / temperature) per row; at temperature 0 that of temperature 1, as greedy reports."""
     temperatures = torch.tensor([d.temperature or 1.0 for d in draws])
     if bool((temperatures == 1.0).all()):
         return F.log_softmax(logits, dim=-1)

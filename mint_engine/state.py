@@ -78,9 +78,8 @@ def load_state(
         _check_base(meta, base, what)
     differences = [] if meta.rank == adapter.rank else [f"rank {meta.rank}, this model has {adapter.rank}"]
     if set(meta.target_modules) != set(adapter.target_modules):
-        differences.append(
-            f"modules {', '.join(sorted(meta.target_modules))}; this model trains {', '.join(sorted(adapter.target_modules))}"
-        )
+        theirs, ours = (", ".join(sorted(m)) for m in (meta.target_modules, adapter.target_modules))
+        differences.append(f"modules {theirs}; this model trains {ours}")
     if differences:
         raise CheckpointError(f"{what}: does not fit: it has {'; '.join(differences)}")
     params = torch.empty_like(adapter.params)

@@ -90,7 +90,13 @@ def _one_pass(
             grads = {adapter.uid: adapter.views(scratch)}
             dh = torch.zeros_like(h)
             dh[active] = decoder.head_backward(
-                h[active], x[active], batch.targets[active], gradient[active], lse[active], seating.select(active), grads
+                h[active],
+                x[active],
+                batch.targets[active],
+                gradient[active],
+                lse[active],
+                seating.select(active),
+                grads,
             )
             p.cu_seqlens = packed.cu_seqlens
             decoder.hidden_backward(dh, saved, p, grads)

@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No MINT_* variable of the developer reaches a test; MINT_HOME is a fresh directory, and its engine ends with it."""
+    """No MINT_* variable of the developer reaches a test; MINT_HOME is fresh, and its engine ends with it."""
     for name in [n for n in os.environ if n.startswith("MINT_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MINT_HOME", str(tmp_path_factory.mktemp("mint-home")))

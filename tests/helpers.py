@@ -101,4 +101,6 @@ def our_gradients(adapter: Adapter, state: TrainState) -> dict[str, torch.Tensor
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """L2 distance relative to b."""
-    return float(torch.linalg.vector_norm(a.double() - b.double()) / torch.linalg.vector_norm(b.double()).clamp(min=1e-30))
+    return float(
+        torch.linalg.vector_norm(a.double() - b.double()) / torch.linalg.vector_norm(b.double()).clamp(min=1e-30)
+    )

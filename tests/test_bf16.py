@@ -24,7 +24,9 @@ from mint_engine.adapters import Adapter, TrainState
 from mint_engine.types import LoraConfig
 
 
-def peft_gradients(directory: Path, adapter: Adapter, loss_fn: str, data: list, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def peft_gradients(
+    directory: Path, adapter: Adapter, loss_fn: str, data: list, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     model = peft_model(directory, adapter, dtype)
     autograd_loss(loss_fn, peft_logprobs(model, data), data, {}).backward()
     return {n: p.grad.double() for n, p in peft_parameters(model).items() if p.grad is not None}
@@ -53,7 +55,10 @@ def test_gradients_in_bf16_are_as_good_as_pefts(family: str, loss_fn: str, tmp_p
     def error(got: dict[str, torch.Tensor], kind: str) -> float:
         """Relative L2 error over all modules of a kind ("q_proj.lora_A", ...)."""
         names = [n for n in exact if kind in n]
-        return (sum(float((got[n] - exact[n]).square().sum()) for n in names) / sum(float(exact[n].square().sum()) for n in names)) ** 0.5
+        return (
+            sum(float((got[n] - exact[n]).square().sum()) for n in names)
+            / sum(float(exact[n].square().sum()) for n in names)
+        ) ** 0.5
 
     kinds = sorted({".".join(n.split(".")[-3:-1]) for n in exact})
     assert len(kinds) == 16

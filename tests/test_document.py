@@ -14,7 +14,7 @@ import mint
 from mint import types
 
 # The code of the document, snippet after snippet; the marked line is the only one we add.
-PROGRAM = '''
+PROGRAM = """
 import re
 
 import mint
@@ -73,12 +73,14 @@ samples = checkpoint.sample(
 )
 for seq in samples.sequences:
     print(tokenizer.decode(seq.tokens))
-'''
+"""
 
 
 def batches(n: int, size: int = 8) -> list[list[dict[str, str]]]:
     rng = random.Random(0)
-    return [[{"question": f"What is {rng.randint(10, 99)} * {rng.randint(10, 99)}?"} for _ in range(size)] for _ in range(n)]
+    return [
+        [{"question": f"What is {rng.randint(10, 99)} * {rng.randint(10, 99)}?"} for _ in range(size)] for _ in range(n)
+    ]
 
 
 def run_document(model: str, program: str, capsys: pytest.CaptureFixture, steps: int) -> dict[str, Any]:
@@ -102,7 +104,9 @@ def run_document(model: str, program: str, capsys: pytest.CaptureFixture, steps:
 
 @pytest.fixture(scope="module")
 def tiny_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = build_tiny("qwen3", tmp_path_factory.mktemp("doc"), tie_word_embeddings=True, vocab_size=VOCAB, eos_token_id=256)
+    directory = build_tiny(
+        "qwen3", tmp_path_factory.mktemp("doc"), tie_word_embeddings=True, vocab_size=VOCAB, eos_token_id=256
+    )
     save_byte_tokenizer(directory)
     return directory
 
@@ -133,14 +137,17 @@ def test_the_sdks_forms_run_too(tiny_with_tokenizer: Path, form: str) -> None:
     if form == "0.38":
         trainer = trainer.result()
     datum = types.Datum(
-        model_input=types.ModelInput(chunks=[types.EncodedTextChunk(tokens=[1, 2]), types.EncodedTextChunk(tokens=[3])]),
+        model_input=types.ModelInput(
+            chunks=[types.EncodedTextChunk(tokens=[1, 2]), types.EncodedTextChunk(tokens=[3])]
+        ),
         loss_fn_inputs={
             "target_tokens": types.TensorData(data=[2, 3, 4], dtype="int64", shape=[3]),
             "weights": types.TensorData(data=[0.0, 1.0, 1.0], dtype="float32", shape=[3]),
         },
     )
-    pending = trainer.forward_backward([datum], "cross_entropy"), trainer.optim_step(
-        types.AdamParams(learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-12)
+    pending = (
+        trainer.forward_backward([datum], "cross_entropy"),
+        trainer.optim_step(types.AdamParams(learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-12)),
     )
     first, step = (p.result() for p in pending)
     assert first.metrics["loss:sum"] == pytest.approx(2 * first.loss)

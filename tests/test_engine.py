@@ -55,7 +55,8 @@ def logprobs(engine: Engine, model: str) -> np.ndarray:
 def sampled(engine: Engine, sampler: str) -> list:
     params = SamplingParams(max_tokens=8, seed=1)
     return [
-        (s.tokens, s.logprobs) for s in engine.sample(sampler, ModelInput.from_ints([1, 2, 3]), 2, params).result().sequences
+        (s.tokens, s.logprobs)
+        for s in engine.sample(sampler, ModelInput.from_ints([1, 2, 3]), 2, params).result().sequences
     ]
 
 
@@ -180,7 +181,10 @@ def test_stopping_and_going_on_in_a_new_process_is_bit_equal(tiny_tied: Path, tm
         end = engine.save_weights(model, "end").result().path
         paths = [p for p in sys.path if p]
         done = subprocess.run(
-            [sys.executable, "-c", RESUME.format(paths=paths), str(tmp_path), middle], capture_output=True, text=True, check=False
+            [sys.executable, "-c", RESUME.format(paths=paths), str(tmp_path), middle],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         resumed = done.stdout.strip().splitlines()[-1]
@@ -277,10 +281,15 @@ def test_gradients_are_clipped_by_their_global_norm(engine: Engine, session: str
     a, b = (new_model(engine, session, tiny_tied) for _ in range(2))
     data = make_data("cross_entropy", (6, 9), VOCAB)
     engine.forward_backward(a, data, "cross_entropy").result()
-    norm = engine.optim_step(a, AdamParams(learning_rate=1e-2, eps=1.0, grad_clip_norm=0.5)).result().metrics["grad_norm"]
+    norm = (
+        engine.optim_step(a, AdamParams(learning_rate=1e-2, eps=1.0, grad_clip_norm=0.5)).result().metrics["grad_norm"]
+    )
     assert norm > 0.5
     scaled = [
-        Datum(d.model_input, {**d.loss_fn_inputs, "weights": d.loss_fn_inputs["weights"].to_numpy() * np.float32(0.5 / norm)})
+        Datum(
+            d.model_input,
+            {**d.loss_fn_inputs, "weights": d.loss_fn_inputs["weights"].to_numpy() * np.float32(0.5 / norm)},
+        )
         for d in data
     ]
     engine.forward_backward(b, scaled, "cross_entropy").result()
@@ -308,7 +317,9 @@ def test_a_custom_loss_has_the_gradient_of_its_built_in_twin(engine: Engine, ses
     np.testing.assert_allclose(logprobs(engine, a), logprobs(engine, b), atol=1e-4)
 
 
-def test_while_a_custom_loss_runs_its_model_waits_and_others_work(engine: Engine, session: str, tiny_tied: Path) -> None:
+def test_while_a_custom_loss_runs_its_model_waits_and_others_work(
+    engine: Engine, session: str, tiny_tied: Path
+) -> None:
     a, b = (new_model(engine, session, tiny_tied) for _ in range(2))
     data = make_data("cross_entropy", (5,), VOCAB)
     go = threading.Event()

@@ -105,7 +105,9 @@ def test_every_rank_has_pefts_gradient(models: dict, rank: int) -> None:
     compare(models["llama", True], "cross_entropy", LoraConfig(rank=rank, seed=3))
 
 
-@pytest.mark.parametrize("flags", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)])
+@pytest.mark.parametrize(
+    "flags", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
+)
 def test_only_the_modules_asked_for_are_trained(models: dict, flags: tuple[bool, bool, bool]) -> None:
     attn, mlp, unembed = flags
     lora = LoraConfig(rank=4, seed=4, train_attn=attn, train_mlp=mlp, train_unembed=unembed)

@@ -1,4 +1,4 @@
-"""Each loss's hand-written gradient is the derivative of its value, in float64, for weights and advantages of any sign."""
+"""Each loss's hand-written gradient is the derivative of its value, for weights and advantages of any sign."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from mint_engine.errors import NonFiniteError, UserError
 from mint_engine.kv_cache import BLOCK_TOKENS
 from mint_engine.models.decoder import Decoder
 from mint_engine.prompt_scores import PromptQuery
-from mint_engine.sampler import Request, Sampler
+from mint_engine.requests import Request
+from mint_engine.sampler import Sampler
 from mint_engine.stopping import StopRule
 from mint_engine.types import Datum, LoraConfig, ModelInput, SampleResponse, SamplingParams
 
@@ -58,7 +59,9 @@ def drain(sampler: Sampler, futures: list[Future]) -> list[SampleResponse]:
 def teacher_forced(decoder: Decoder, adapter: Adapter | None, tokens: list[int]) -> np.ndarray:
     """Log-probabilities of tokens[1:] as the trainer computes them."""
     adapter = adapter or Adapter(decoder.groups, LoraConfig(rank=1))  # B = 0: the base model
-    datum = Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)})
+    datum = Datum(
+        ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)}
+    )
     out = trainer.run(decoder, adapter, None, *checked([datum], "cross_entropy", decoder))
     return out.loss_fn_outputs[0]["logprobs"].to_numpy()
 

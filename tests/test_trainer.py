@@ -41,7 +41,9 @@ lengths = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
 
 @settings(max_examples=25, deadline=None)
-@given(lengths=lengths, seed=st.integers(0, 1000), max_tokens=st.integers(1, 30), permute=st.randoms(use_true_random=False))
+@given(
+    lengths=lengths, seed=st.integers(0, 1000), max_tokens=st.integers(1, 30), permute=st.randoms(use_true_random=False)
+)
 def test_splitting_or_permuting_a_batch_changes_nothing(tiny_tied, lengths, seed, max_tokens, permute) -> None:
     data = make_data("cross_entropy", tuple(lengths), 199, seed)
     loss, gradient, logprobs = run(tiny_tied, data)

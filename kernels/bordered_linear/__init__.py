@@ -13,10 +13,9 @@ others. All tensors are 2-D with unit stride in the last dimension and any row s
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from mint_engine.kernels import args
 from mint_engine.kernels.op import Op
+from torch import Tensor
 
 __all__ = ["bordered_linear", "bordered_linear_backward", "expand_backward", "shrink"]
 
@@ -49,7 +48,10 @@ def bordered_linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, fa
 
 
 def bordered_linear_backward(dy: Tensor, weight: Tensor, *, face: str | None = None) -> Tensor:
-    """``dx[M, K] = dy[M, N+p] @ weight[N+p, K]``: ``dy`` carries dS in its last p columns, ``weight`` A in its last rows."""
+    """``dx[M, K] = dy[M, N+p] @ weight[N+p, K]``.
+
+    ``dy`` carries dS in its last p columns and ``weight`` A in its last p rows. Bytes moved: dy, weight and dx once.
+    """
     (_, n), (_, k) = args.matrix("bordered_linear", "dy", dy), args.matrix("bordered_linear", "weight", weight)
     args.tensor("bordered_linear_backward", "weight", weight, (n, k), dy.dtype)
     dx: Tensor = _op.pick(face, dy, weight).bordered_linear_backward(dy, weight)

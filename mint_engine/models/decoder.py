@@ -1,4 +1,4 @@
-"""The frozen base model: embedding, bordered layers, norm and unembedding, with forward and backward over packed rows."""
+"""The frozen base model: embedding, bordered layers, norm, unembedding; forward and backward over packed rows."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Decoder:
         return h + delta, p
 
     def hidden_backward(self, dh: Tensor, saved: list[Saved], p: Pass, grads: linear.Gradients) -> None:
-        """Backward of :meth:`hidden`. Empties ``saved``, so that a layer's tensors are freed as soon as they are used."""
+        """Backward of :meth:`hidden`. Empties ``saved``: a layer's tensors are freed as soon as they are used."""
         gradient: Tensor | None = dh
         for la in reversed(self.layers):
             assert gradient is not None

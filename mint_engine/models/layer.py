@@ -73,7 +73,9 @@ class Saved:
     s_down: Tensor
 
 
-def forward(layer: DecoderLayer, delta: Tensor, h: Tensor | None, p: Pass, save: bool) -> tuple[Tensor, Tensor, Saved | None]:
+def forward(
+    layer: DecoderLayer, delta: Tensor, h: Tensor | None, p: Pass, save: bool
+) -> tuple[Tensor, Tensor, Saved | None]:
     """One layer over M packed rows.
 
     ``delta`` [M, H] is what the previous layer adds to the residual stream ``h`` [M, H] (None: delta is the stream).
@@ -137,8 +139,7 @@ def backward(
     o, s_o = saved.o[:, : layer.o.k], saved.o[:, layer.o.k :]
     linear.accumulate(layer.o, d_o, o, s_o, seating, grads)
     do = linear.backward(layer.o, d_o, seating)
-    norm = {"q_weight": layer.q_norm, "k_weight": layer.k_norm, "eps": eps}
-    qk = qk_norm_rope(saved.qkv, p.cos, p.sin, n_q, n_kv, **norm)
+    qk = qk_norm_rope(saved.qkv, p.cos, p.sin, n_q, n_kv, q_weight=layer.q_norm, k_weight=layer.k_norm, eps=eps)
     dqk = torch.empty_like(qk)
     dqkv = linear.gradient_buffer(layer.qkv, rows, seating)
     assert p.cu_seqlens is not None  # only training passes come here
@@ -146,7 +147,10 @@ def backward(
         do, qk[:, :q_width], qk[:, q_width:], saved.qkv[:, qk.shape[1] :], o, saved.lse, p.cu_seqlens, n_q, n_kv,
         config.head_dim**-0.5, dq=dqk[:, :q_width], dk=dqk[:, q_width:], dv=dqkv[:, qk.shape[1] : layer.qkv.n],
     )  # fmt: skip
-    qk_norm_rope_backward(dqk, saved.qkv, p.cos, p.sin, n_q, n_kv, **norm, dqkv=dqkv[:, : layer.qkv.n])
+    qk_norm_rope_backward(
+        dqk, saved.qkv, p.cos, p.sin, n_q, n_kv, q_weight=layer.q_norm, k_weight=layer.k_norm, eps=eps,
+        dqkv=dqkv[:, : layer.qkv.n],
+    )  # fmt: skip
     linear.shrink_gradient(layer.qkv, dqkv, seating)
     if seating.of(layer.qkv.group):
         x, _ = rms_norm(saved.h, layer.attention_norm, eps)

@@ -20,7 +20,7 @@ Gradients = dict[int, dict[str, GroupFactors]]
 
 
 def input_buffer(w: BorderedWeight, rows: int, seating: Seating) -> Tensor:
-    """An uninitialised ``[rows, K + p]``: the caller writes X into the first K columns, then calls :func:`shrink_tail`."""
+    """An uninitialised ``[rows, K + p]``: the caller writes X into the first K columns, then :func:`shrink_tail` S."""
     return torch.empty(rows, w.k + w.m * seating.ranks_of(w.group), dtype=w.buf.dtype)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,6 +43,10 @@ class Datum:
 
     model_input: ModelInput
     loss_fn_inputs: LossFnInputs = field(default_factory=dict)
+
+    if TYPE_CHECKING:
+
+        def __init__(self, model_input: ModelInput, loss_fn_inputs: Mapping[str, Any] = ...) -> None: ...
 
     def __post_init__(self) -> None:
         model_input: Any = self.model_input

@@ -1,4 +1,4 @@
-"""The bordered linear: one GEMM over [[W, B], [A, 0]] is the frozen linear plus its LoRA adapter, forward and backward."""
+"""One GEMM over [[W, B], [A, 0]] is the frozen linear plus its LoRA adapter, forward and backward."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from check import normal, strided, within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from mint_engine.kernels import bordered_linear, bordered_linear_backward, expand_backward, shrink
 from mint_engine.kernels.bordered_linear.reference import lora_linear
 
@@ -73,7 +72,9 @@ def test_adapters_side_by_side_do_not_mix(ranks: list[int], seed: int) -> None:
     """Rows of several adapters in one GEMM, each with S in its own columns and zeros elsewhere."""
     k, n, rows = 16, 24, 5
     x, w = (normal(*s, seed=seed).double() for s in ((rows * len(ranks), k), (n, k)))
-    factors = [(normal(r, k, seed=seed + i).double(), normal(n, r, seed=seed - i).double()) for i, r in enumerate(ranks)]
+    factors = [
+        (normal(r, k, seed=seed + i).double(), normal(n, r, seed=seed - i).double()) for i, r in enumerate(ranks)
+    ]
     buf = border(w, torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], 1))
     wide = torch.zeros(len(x), k + sum(ranks), dtype=torch.float64)
     wide[:, :k] = x

@@ -1,4 +1,4 @@
-"""Logits agree with transformers in float32 to 1e-4, for every family and on a real model; bf16 is no worse than theirs."""
+"""Logits agree with transformers in float32 to 1e-4, for every family and on a real model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mint_engine.borders import Seating
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.gguf import smollm2_directory
 
-PROSE = """A lighthouse stands on the last rock before the open sea. Every evening its keeper climbs 214 steps, cleans the
-lens, winds the clockwork and lights the lamp; every morning he writes the weather into a book that nobody reads. In
-1911 a ship came too close in the fog. He rang the bell for nine hours, and when the fog lifted the ship was at anchor."""
+PROSE = """A lighthouse stands on the last rock before the open sea. Every evening its keeper climbs 214 steps, cleans
+the lens, winds the clockwork and lights the lamp; every morning he writes the weather into a book that nobody reads.
+In 1911 a ship came too close in the fog. He rang the bell for nine hours; when the fog lifted the ship was safe."""
 
 
 def logits_of(decoder: Decoder, sequences: list[list[int]]) -> list[torch.Tensor]:
@@ -79,7 +79,7 @@ def test_the_embedding_of_a_tied_model_is_the_head_s_own_storage(tiny_tied: Path
 
 @pytest.mark.slow
 def test_logits_of_smollm2_equal_those_of_transformers(smollm2_home: Path) -> None:
-    """Real text. (On 200 random tokens either side is up to 2e-4 from float64, so there is nothing to agree on to 1e-4.)"""
+    """Real text. (On 200 random tokens either side is up to 2e-4 from float64: nothing to agree on to 1e-4.)"""
     directory = smollm2_directory(smollm2_home)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "What is 12 * 34? Explain."}], tokenize=False)
