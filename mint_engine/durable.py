@@ -179,5 +179,13 @@ def recover(directory: Path, *, lock: Path) -> None:
                     shutil.rmtree(path)
                 else:
                     path.rename(target)
-            elif time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            elif _age(path) > _STALE_SECONDS:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _age(path: Path) -> float:
+    """Seconds since the last change; 0 for a temporary whose writer, who needs no lock, has just finished with it."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
