@@ -35,6 +35,7 @@ format: setup
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp
 
 bench: setup
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/bench_kernels.py -m "" --benchmark-enable --benchmark-only --benchmark-group-by=group --benchmark-columns=median,rounds
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.train_step
 
 clean:

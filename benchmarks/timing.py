@@ -40,6 +40,14 @@ def matmul_peak(dtype: torch.dtype, n: int = 2048, rounds: int = 20) -> float:
     return 2 * n**3 / min(times)
 
 
+def copy_bandwidth(mebibytes: int = 256, rounds: int = 10) -> float:
+    """Bytes/s read plus written by a copy larger than the caches."""
+    source = torch.zeros(mebibytes << 18)
+    target = torch.empty_like(source)
+    times = interleaved({"copy": lambda: target.copy_(source)}, rounds=rounds)["copy"]
+    return 2 * source.numel() * 4 / min(times)
+
+
 def machine() -> dict[str, Any]:
     """CPU, threads, versions and commit, for the JSON document."""
     cpu = platform.processor() or platform.machine()
