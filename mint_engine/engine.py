@@ -6,9 +6,11 @@ it belongs to and leaves the model as it was. Method names and results follow th
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -96,6 +98,7 @@ class Engine:
         self._models: dict[str, _Model] = {}
         self._samplers: dict[str, _SamplerEntry] = {}
         self._counts: dict[str, int] = {}
+        self._released: deque[str] = deque()
 
     # ---- sessions and models -------------------------------------------------------------------------------------
 
@@ -146,6 +149,7 @@ class Engine:
         self, session_id: str, model_id: str, base: Base, adapter: Adapter, user_metadata: dict[str, str] | None,
         state: TrainState | None = None,
     ) -> None:  # fmt: skip
+        self._reap()
         self.store.create_run(
             model_id, session_id=session_id, base_model=base.name, lora=adapter.lora, user_metadata=user_metadata
         )
@@ -158,7 +162,7 @@ class Engine:
         def unload() -> None:
             self._model(model_id)
             with self._lock:
-                del self._models[model_id]
+                del self._models[model_id], self._lanes[model_id]
 
         return self._lane(model_id).submit(unload)
 
@@ -266,9 +270,14 @@ class Engine:
 
     def save_weights_for_sampler(
         self, model_id: str, name: str | None = None, *, ttl_seconds: int | None = None,
-        user_metadata: dict[str, str] | None = None,
+        user_metadata: dict[str, str] | None = None, overwrite: bool = False, sampler: bool | None = None,
     ) -> Future[SaveWeightsForSamplerResponse]:  # fmt: skip
-        """A snapshot to sample from. With a name it is also kept as ``tinker://<model id>/sampler_weights/<name>``."""
+        """A snapshot to sample from.
+
+        With a name it is kept as ``tinker://<model id>/sampler_weights/<name>``. A sampler of it, which stays until
+        :meth:`release`, is made if ``sampler``, by default if it has no name.
+        """
+        wanted = name is None if sampler is None else sampler
 
         def run() -> Generator[Callable[[], Any], Any, SaveWeightsForSamplerResponse]:
             model = self._model(model_id)
@@ -276,9 +285,11 @@ class Engine:
             if name is not None:
                 path = yield lambda: self.store.write_checkpoint(
                     model_id, "sampler_weights", name, save_adapter(snapshot, model.base), base_model=model.base.name,
-                    lora=snapshot.lora, user_metadata=user_metadata, ttl_seconds=ttl_seconds, overwrite=False,
+                    lora=snapshot.lora, user_metadata=user_metadata, ttl_seconds=ttl_seconds, overwrite=overwrite,
                 )  # fmt: skip
-            sampler_id = self._add_sampler(model_id.split(":")[0], _SamplerEntry(model.base, snapshot, path))
+            sampler_id = None
+            if wanted:
+                sampler_id = self._add_sampler(model_id.split(":")[0], _SamplerEntry(model.base, snapshot, path))
             return SaveWeightsForSamplerResponse(path=path, sampling_session_id=sampler_id)
 
         return self._lane(model_id).submit(run)
@@ -307,11 +318,29 @@ class Engine:
         return self._executor.lane().submit(create)
 
     def _add_sampler(self, session_id: str, entry: _SamplerEntry) -> str:
+        self._reap()
         sampler_id = self._new_id(session_id, "sample")
         self.store.add_sampler(session_id, sampler_id, base_model=entry.base.name, model_path=entry.model_path)
         with self._lock:
             self._samplers[sampler_id] = entry
         return sampler_id
+
+    def release(self, identifier: str) -> None:
+        """Let go of a model's or a sampler's weights once what was asked of it is done; its checkpoints stay.
+
+        Takes no lock and does its work later, when the next model or sampler is made: a client calls it from its
+        finalizer, which the garbage collector may run inside any other call.
+        """
+        self._released.append(identifier)
+
+    def _reap(self) -> None:
+        while self._released:
+            identifier = self._released.popleft()
+            with self._lock:
+                self._samplers.pop(identifier, None)
+                known = identifier in self._models
+            if known:
+                self.unload_model(identifier)
 
     def get_sampler(self, sampler_id: str) -> GetSamplerResponse:
         entry = self._sampler(sampler_id)
@@ -416,3 +445,7 @@ def close_engines() -> None:
         _engines.clear()
     for engine in engines:
         engine.close()
+
+
+# At exit, let the operation that is running finish: a thread killed inside a kernel may take the process with it.
+atexit.register(close_engines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import safetensors.torch
 import torch
 from helpers import make_data
 
+from mint_engine.client import ServiceClient
 from mint_engine.engine import Engine
 from mint_engine.errors import CheckpointError, EngineClosedError, NonFiniteError, NotFoundError, UserError
 from mint_engine.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
@@ -106,7 +108,7 @@ def test_interleaved_clients_train_as_if_alone(engine: Engine, session: str, tin
 def test_a_sampler_is_an_immutable_version(engine: Engine, session: str, tiny_tied: Path) -> None:
     model = new_model(engine, session, tiny_tied)
     train(engine, model, 2)
-    first = engine.save_weights_for_sampler(model, "v1").result()
+    first = engine.save_weights_for_sampler(model, "v1", sampler=True).result()
     assert first.path == f"tinker://{model}/sampler_weights/v1"
     assert first.sampling_session_id is not None
     said = sampled(engine, first.sampling_session_id)
@@ -149,6 +151,7 @@ import torch
 torch.set_num_threads(1)
 sys.path[:0] = {paths!r}
 from helpers import make_data
+from mint_engine.client import ServiceClient
 from mint_engine.engine import Engine
 from mint_engine.types import AdamParams
 engine = Engine(dtype="float32", home=Path(sys.argv[1]))
@@ -366,3 +369,29 @@ def test_a_closed_engine_refuses_work_and_says_so(tiny_tied: Path, tmp_path: Pat
         assert error is None or isinstance(error, EngineClosedError)
     with pytest.raises(EngineClosedError):
         engine.optim_step(model, ADAM).result(timeout=5)
+
+
+def test_clients_that_are_gone_leave_no_weights_behind(tiny_tied: Path, tmp_path: Path) -> None:
+    """An RL loop makes a sampler a step: their snapshots must not pile up."""
+    engine = Engine(dtype="float32", home=tmp_path, kv_cache_bytes=1 << 22)
+    service = ServiceClient(engine=engine)
+    trainer = service.create_lora_training_client(str(tiny_tied), rank=4)
+    for step in range(5):
+        sampler = trainer.save_weights_and_get_sampling_client(name="latest" if step % 2 else None)
+        pending = sampler.sample([1, 2], 1, SamplingParams(max_tokens=4))
+    assert trainer.save_weights_for_sampler("kept").result().path
+    del sampler
+    gc.collect()
+    assert len(pending.sequences) == 1, "a sampler that is let go finishes what was asked of it"
+    assert len(engine._samplers) <= 2, "those let go since the last one was made wait for the next"
+    step = trainer.optim_step(ADAM)
+    del trainer
+    gc.collect()
+    assert step.result().metrics is not None
+    other = service.create_lora_training_client(str(tiny_tied), rank=4)
+    other.forward([Datum(ModelInput.from_ints([1]), {"target_tokens": [1], "weights": [1]})]).result()
+    assert list(engine._models) == [other.model_id]
+    assert engine._samplers == {}
+    service.close()
+    assert engine._models == {}
+    engine.close()

@@ -13,9 +13,10 @@ others. All tensors are 2-D with unit stride in the last dimension and any row s
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from mint_engine.kernels import args
 from mint_engine.kernels.op import Op
-from torch import Tensor
 
 __all__ = ["bordered_linear", "bordered_linear_backward", "expand_backward", "shrink"]
 

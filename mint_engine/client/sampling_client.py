@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ class SamplingClient(Ready):
     def __init__(self, engine: Engine, sampler_id: str) -> None:
         self._engine = engine
         self._info = engine.get_sampler(sampler_id)
+        weakref.finalize(self, engine.release, sampler_id).atexit = False
 
     @property
     def sampler_id(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,6 +44,8 @@ class TrainingClient(Ready):
         self._engine = engine
         self._session_id = session_id
         self._info = engine.get_info(model_id)
+        # Nobody can reach the model without this client: let it go with it, after the work already submitted.
+        weakref.finalize(self, engine.release, model_id).atexit = False
 
     @property
     def model_id(self) -> str:
@@ -136,7 +139,7 @@ class TrainingClient(Ready):
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
         """Save the adapter as a PEFT directory. `.path` is `tinker://<model_id>/sampler_weights/<name>`."""
         future = self._engine.save_weights_for_sampler(
-            self.model_id, name, ttl_seconds=ttl_seconds, user_metadata=user_metadata
+            self.model_id, name, ttl_seconds=ttl_seconds, user_metadata=user_metadata, sampler=False
         )
         return APIFuture(future)
 
@@ -158,8 +161,11 @@ class TrainingClient(Ready):
         record_stability_info: bool = False,
         kind: Literal["snapshot"] = "snapshot",
     ) -> SamplingClient:
-        """A sampler of the adapter as it is after the calls made so far. With a `name` it is also saved, as by
-        `save_weights_for_sampler`. Waits for those calls. `retry_config` has nothing to retry in one process."""
+        """A sampler of the adapter as it is after the calls made so far. Waits for those calls.
+
+        With a `name` it is also saved, as by `save_weights_for_sampler`, in place of an earlier one of that name (the
+        SDKs ignore the name). `retry_config` has nothing to retry in one process.
+        """
         saved = self._snapshot(name, record_stability_info, kind).result()
         return self._sampler_of(saved)
 
@@ -209,7 +215,7 @@ class TrainingClient(Ready):
         check_stability(stability)
         if kind != "snapshot":
             raise UserError(f"kind: expected 'snapshot', got {kind!r}: a sampler here never changes under its user")
-        return self._engine.save_weights_for_sampler(self.model_id, name)
+        return self._engine.save_weights_for_sampler(self.model_id, name, overwrite=True, sampler=True)
 
     def _sampler_of(self, saved: SaveWeightsForSamplerResponse) -> SamplingClient:
         assert saved.sampling_session_id is not None, "the engine gives every snapshot a sampler"

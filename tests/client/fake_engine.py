@@ -122,7 +122,9 @@ class FakeEngine:
         self._samplers[sampler_id] = self.store.get_sampler(sampler_id)
         return sampler_id
 
-    def save_weights_for_sampler(self, model_id, name=None, *, ttl_seconds=None, user_metadata=None):
+    def save_weights_for_sampler(
+        self, model_id, name=None, *, ttl_seconds=None, user_metadata=None, overwrite=False, sampler=None
+    ):
         def answer() -> SaveWeightsForSamplerResponse:
             path = None if name is None else f"tinker://{model_id}/sampler_weights/{name}"
             sampler_id = self._new_sampler(model_id.split(":")[0], self._infos[model_id].model_name, path)
@@ -134,6 +136,9 @@ class FakeEngine:
         return self._later(
             "create_sampler", lambda: self._new_sampler(session_id, base_model or "stored", model_path), path=model_path
         )
+
+    def release(self, identifier):
+        pass
 
     def get_sampler(self, sampler_id):
         return self._samplers[sampler_id]

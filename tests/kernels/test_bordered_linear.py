@@ -7,6 +7,7 @@ import torch
 from check import normal, strided, within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mint_engine.kernels import bordered_linear, bordered_linear_backward, expand_backward, shrink
 from mint_engine.kernels.bordered_linear.reference import lora_linear
 
