@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all lint format bench clean
+.PHONY: setup demo test test-slow lint format bench clean
 
 setup: $(VENV)/.ready
 
@@ -20,8 +20,8 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-test-all: setup
-	$(BIN)/python -m pytest -m "slow or not slow"
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 # mypy does not know that kernels/ installs as mint_engine.kernels, so it is shown a copy laid out that way.
 lint: setup

@@ -18,8 +18,8 @@ from mint_engine.models.decoder import Decoder
 from mint_engine.models.layer import Saved
 from mint_engine.types import ForwardBackwardOutput, TensorData
 
-# Bounds the activations kept at once; a longer call is cut at datum boundaries, with the same sums.
-MAX_TOKENS_PER_PASS = 8192
+# Activations kept at once; a call that needs more is cut at datum boundaries into passes, with the same sums.
+ACTIVATION_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,24 @@ def run(
     loss: Loss,
     config: Mapping[str, float],
     *,
-    max_tokens: int = MAX_TOKENS_PER_PASS,
+    max_tokens: int | None = None,
 ) -> ForwardBackwardOutput:
     """The loss of ``data`` and, when ``state`` is given, its gradients added to ``state.grads``.
 
-    Losses and gradients are sums over tokens and datums (DESIGN.md 2.5).
+    Losses and gradients are sums over tokens and datums (DESIGN.md 2.5). ``max_tokens`` per pass: by default what
+    ACTIVATION_BYTES allow.
 
     Raises:
         NonFiniteError: the loss or a gradient is not finite. ``state`` is as it was.
     """
     # Gradients of this call collect in a scratch buffer of their own: a call that fails half-way leaves no trace.
     scratch = None if state is None else torch.zeros_like(state.grads)
-    results: list[tuple[TrainingBatch, _PassResult]] = []
+    if max_tokens is None:
+        max_tokens = max(1, ACTIVATION_BYTES // decoder.activation_bytes_per_token)
+    results: list[_PassResult] = []
     for chosen in micro_batches([d.tokens.size for d in data], max_tokens):
         batch = pack_training([data[i] for i in chosen])
-        results.append((batch, _one_pass(decoder, adapter, scratch, batch, loss, config)))
+        results.append(_one_pass(decoder, adapter, scratch, batch, loss, config))
     if state is not None and scratch is not None:
         if not bool(torch.isfinite(scratch.sum())) and not bool(torch.isfinite(scratch).all()):
             raise NonFiniteError("gradient: not finite; the call was refused and the adapter is as it was")
@@ -59,9 +62,9 @@ def run(
         state.has_grads = True
     return ForwardBackwardOutput(
         loss_fn_output_type=loss.name,
-        loss_fn_outputs=_per_datum(data, [r.logprobs.numpy() for _, r in results]),
-        metrics={"loss:sum": sum(r.loss for _, r in results), "tokens:sum": float(sum(d.tokens.size for d in data))},
-        weight_sum=sum(r.weight for _, r in results) if loss.name == "cross_entropy" else None,
+        loss_fn_outputs=_per_datum(data, [r.logprobs.numpy() for r in results]),
+        metrics={"loss:sum": sum(r.loss for r in results), "tokens:sum": float(sum(d.tokens.size for d in data))},
+        weight_sum=sum(r.weight for r in results) if loss.name == "cross_entropy" else None,
     )
 
 

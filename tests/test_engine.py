@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import safetensors.torch
 import torch
-from helpers import make_data
+import transformers
+from helpers import make_data, peft_logprobs
+from tiny_models import build_tiny
 
 from mint_engine.client import ServiceClient
 from mint_engine.engine import Engine
@@ -395,3 +398,26 @@ def test_clients_that_are_gone_leave_no_weights_behind(tiny_tied: Path, tmp_path
     service.close()
     assert engine._models == {}
     engine.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-tied", "qwen3-tied"])
+def test_peft_loads_a_trained_adapter_and_says_the_same(
+    engine: Engine, session: str, family: str, tmp_path: Path
+) -> None:
+    """PeftModel.from_pretrained on the checkpoint's directory: its log-probabilities are ours."""
+    base = build_tiny(family, tmp_path / "base")
+    model = new_model(engine, session, base)
+    train(engine, model, 5)
+    path = engine.save_weights_for_sampler(model, "v1").result().path
+    assert path is not None
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        engine.store.resolve(path).directory,
+    )
+    data = make_data("cross_entropy", (8,), VOCAB, 3)
+    with torch.no_grad():
+        (expected,) = peft_logprobs(theirs, data)
+        with theirs.disable_adapter():
+            (untrained,) = peft_logprobs(theirs, data)
+    assert float((expected - untrained).abs().max()) > 0.1, "the adapter says something else than the base"
+    np.testing.assert_allclose(logprobs(engine, model), expected.numpy(), atol=1e-5)

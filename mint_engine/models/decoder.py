@@ -72,6 +72,14 @@ class Decoder:
         return tuple(w.group for w in self.borders.weights)
 
     @property
+    def activation_bytes_per_token(self) -> int:
+        """What a training pass keeps per token (layer.Saved): h, qkv, o, h2, gate and up of every layer."""
+        c = self.config
+        heads = c.num_heads * c.head_dim
+        kept = 2 * c.hidden_size + 2 * heads + 2 * c.num_kv_heads * c.head_dim + 2 * c.intermediate_size
+        return c.num_layers * kept * self.dtype.itemsize
+
+    @property
     def embedding(self) -> Tensor:
         """[V, H]; on tied models the unembedding's own rows (the storage is shared, the head's adapter is not)."""
         return self.head.weight if self._embedding is None else self._embedding
