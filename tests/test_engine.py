@@ -410,10 +410,8 @@ def test_peft_loads_a_trained_adapter_and_says_the_same(
     train(engine, model, 5)
     path = engine.save_weights_for_sampler(model, "v1").result().path
     assert path is not None
-    theirs = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        engine.store.resolve(path).directory,
-    )
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(plain, engine.store.resolve(path).directory)
     data = make_data("cross_entropy", (8,), VOCAB, 3)
     with torch.no_grad():
         (expected,) = peft_logprobs(theirs, data)
