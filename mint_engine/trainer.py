@@ -54,7 +54,7 @@ def run(
     results: list[_PassResult] = []
     for chosen in micro_batches([d.tokens.size for d in data], max_tokens):
         batch = pack_training([data[i] for i in chosen])
-        results.append(_one_pass(decoder, adapter, scratch, batch, loss, config))
+        results.append(_one_pass(decoder, adapter, scratch, batch, loss, config, first_datum=chosen.start))
     if state is not None and scratch is not None:
         if not bool(torch.isfinite(scratch.sum())) and not bool(torch.isfinite(scratch).all()):
             raise NonFiniteError("gradient: not finite; the call was refused and the adapter is as it was")
@@ -70,7 +70,7 @@ def run(
 
 def _one_pass(
     decoder: Decoder, adapter: Adapter, scratch: Tensor | None, batch: TrainingBatch, loss: Loss,
-    config: Mapping[str, float],
+    config: Mapping[str, float], *, first_datum: int,
 ) -> _PassResult:  # fmt: skip
     packed = batch.packed
     seating = decoder.borders.seat([(adapter, 0, packed.num_tokens)])
@@ -82,25 +82,22 @@ def _one_pass(
     padded = batch.targets < 0
     values, gradient = values.masked_fill(padded, 0.0), gradient.masked_fill(padded, 0.0)
     total = float(values.double().sum())
-    if not np.isfinite(total):
-        row = int((~torch.isfinite(values)).any(1).nonzero()[0]) if not bool(torch.isfinite(values).all()) else -1
-        where = f" (first at packed token {row})" if row >= 0 else ""
-        raise NonFiniteError(f"loss: {loss.name} is {total}{where}; the call was refused and the adapter is as it was")
+    broken = (~torch.isfinite(values)).any(1).nonzero()
+    if broken.numel():
+        row = int(broken[0])
+        datum = int(torch.searchsorted(packed.cu_seqlens, row, right=True)) - 1
+        raise NonFiniteError(
+            f"loss: {loss.name} is {float(values[row].sum())} (datum {first_datum + datum}, position "
+            f"{row - int(packed.cu_seqlens[datum])}); the call was refused and the adapter is as it was"
+        )
     if scratch is not None and saved is not None:
         # A row whose gradient is zero costs nothing in the unembedding's backward.
         active = (gradient != 0).any(1).nonzero().squeeze(1)
         if active.numel():
             grads = {adapter.uid: adapter.views(scratch)}
             dh = torch.zeros_like(h)
-            dh[active] = decoder.head_backward(
-                h[active],
-                x[active],
-                batch.targets[active],
-                gradient[active],
-                lse[active],
-                seating.select(active),
-                grads,
-            )
+            rows = (t[active] for t in (h, x, batch.targets, gradient, lse))
+            dh[active] = decoder.head_backward(*rows, seating.select(active), grads)
             p.cu_seqlens = packed.cu_seqlens
             decoder.hidden_backward(dh, saved, p, grads)
     weights = batch.inputs.get("weights")
