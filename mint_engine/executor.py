@@ -30,6 +30,9 @@ class Stepper(Protocol):
     def fail(self, error: BaseException) -> None:
         """Give up on everything that is waiting or running."""
 
+    def close(self, error: BaseException) -> None:
+        """The same, and refuse whatever comes later."""
+
 
 class Lane:
     """The operations of one model, run in the order of the calls."""
@@ -169,7 +172,12 @@ class Executor:
 
         with self._wake:
             self._off_thread += 1
-        self._offload.submit(off_thread)
+        try:
+            self._offload.submit(off_thread)
+        except RuntimeError as error:  # the interpreter is shutting down
+            with self._wake:
+                self._off_thread -= 1
+            self._settle(lane, future, error=EngineClosedError(str(error)))
 
     def _resume(self, continuation: Callable[[], None]) -> None:
         with self._wake:
@@ -196,7 +204,7 @@ class Executor:
             for _, future in lane.waiting:
                 settle(future, error=closed)
         for stepper in steppers:
-            stepper.fail(closed)
+            stepper.close(closed)
 
 
 def settle(future: Future, result: Any = None, error: BaseException | None = None) -> None:

@@ -57,6 +57,7 @@ class Sampler:
         self._lock = threading.Lock()
         self._waiting: deque[Request] = deque()
         self._rows: list[_Row] = []
+        self._closed: BaseException | None = None
 
     def submit(self, request: Request) -> Future:
         """Queue a request; its future gets a SampleResponse.
@@ -76,6 +77,8 @@ class Sampler:
         if request.num_samples > MAX_ROWS:
             raise UserError(f"num_samples: expected at most {MAX_ROWS}, got {request.num_samples}")
         with self._lock:
+            if self._closed is not None:
+                raise self._closed
             self._waiting.append(request)
         self._wake()
         return request.future
@@ -87,6 +90,12 @@ class Sampler:
             self._waiting.clear()
         for request in requests:
             self._drop(request, error)
+
+    def close(self, error: BaseException) -> None:
+        """The same, and every later request is refused with ``error``."""
+        with self._lock:
+            self._closed = error
+        self.fail(error)
 
     def step(self) -> bool:
         """Admit and prefill what fits, then decode one token of every running sample. False if there was nothing."""

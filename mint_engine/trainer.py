@@ -96,8 +96,8 @@ def _one_pass(
         if active.numel():
             grads = {adapter.uid: adapter.views(scratch)}
             dh = torch.zeros_like(h)
-            rows = (t[active] for t in (h, x, batch.targets, gradient, lse))
-            dh[active] = decoder.head_backward(*rows, seating.select(active), grads)
+            targets, own = batch.targets[active], seating.select(active)
+            dh[active] = decoder.head_backward(h[active], x[active], targets, gradient[active], lse[active], own, grads)
             p.cu_seqlens = packed.cu_seqlens
             decoder.hidden_backward(dh, saved, p, grads)
     weights = batch.inputs.get("weights")

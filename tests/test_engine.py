@@ -364,7 +364,9 @@ def test_an_error_in_a_custom_loss_reaches_its_future_and_leaves_the_model(
 
 def test_a_closed_engine_refuses_work_and_says_so(tiny_tied: Path, tmp_path: Path) -> None:
     engine = Engine(dtype="float32", home=tmp_path, kv_cache_bytes=1 << 22)
-    model = new_model(engine, engine.create_session(), tiny_tied)
+    session = engine.create_session()
+    model = new_model(engine, session, tiny_tied)
+    sampler = engine.create_sampler(session, base_model=str(tiny_tied)).result()
     waiting = [engine.forward(model, make_data("cross_entropy", (50,), VOCAB), "cross_entropy") for _ in range(20)]
     engine.close()
     for future in waiting:
@@ -372,6 +374,8 @@ def test_a_closed_engine_refuses_work_and_says_so(tiny_tied: Path, tmp_path: Pat
         assert error is None or isinstance(error, EngineClosedError)
     with pytest.raises(EngineClosedError):
         engine.optim_step(model, ADAM).result(timeout=5)
+    with pytest.raises(EngineClosedError):
+        engine.sample(sampler, ModelInput.from_ints([1]), 1, SamplingParams(max_tokens=2)).result(timeout=5)
 
 
 def test_clients_that_are_gone_leave_no_weights_behind(tiny_tied: Path, tmp_path: Path) -> None:
