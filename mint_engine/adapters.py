@@ -53,7 +53,7 @@ class Adapter:
         self.uid = next(self._ids)
         self.version = 0  # counts changes of params; a border that holds an older one is stale
         size = sum(self.rank * (len(g.modules) * g.in_features + g.out_features) for g in self.groups)
-        self.params = torch.zeros(size)
+        self.params = torch.zeros(size, dtype=torch.float32)
         self.factors = self.views(self.params)
         self._init_a(lora.seed)
 

@@ -66,6 +66,8 @@ class BaseModels:
         Raises:
             ModelError: the name resolves to nothing, or to something damaged or unsupported.
         """
+        path = Path(name).expanduser()
+        name = str(path.resolve()) if path.is_dir() else name  # one copy, however its directory is spelled
         with self._lock:
             future = self._loading.get(name)
             mine = future is None or (future.done() and future.exception() is not None)
@@ -90,7 +92,8 @@ class BaseModels:
             TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, transient=True, console=Console(stderr=True)) as progress:
+        console = Console(stderr=True)
+        with Progress(*columns, transient=True, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task(f"loading {name}", total=None)
             names = set(reader.names())
             progress.update(task, total=len(names))

@@ -12,10 +12,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mint_engine.checkpoint import ADAPTER_CONFIG, ADAPTER_MODEL
 from mint_engine.errors import MintError, UserError
 from mint_engine.store import Store
+from mint_engine.types import Checkpoint
 
 app = typer.Typer(help="LoRA post-training as software you own.", no_args_is_help=True, pretty_exceptions_enable=False)
 checkpoint = typer.Typer(help="Checkpoints under MINT_HOME (default ~/.mint-engine).", no_args_is_help=True)
@@ -52,11 +54,10 @@ def list_checkpoints(
         for c in found:
             print(c.tinker_path, c.size_bytes, c.time.isoformat(), sep="\t")
         return
-    table = Table("path", "size", "saved", "expires")
-    for c in found:
-        expires = "" if c.expires_at is None else f"{c.expires_at:%Y-%m-%d %H:%M}"
-        table.add_row(c.tinker_path, f"{(c.size_bytes or 0) / 1e6:.1f} MB", _age(c.time), expires)
-    Console().print(table if found else "no checkpoints")
+    if not found:
+        print("no checkpoints")
+        return
+    Console().print(_table(found))
 
 
 @checkpoint.command("path")
@@ -73,9 +74,13 @@ def export(
     source = _store().resolve(path).directory
     if output.exists():
         raise UserError(f"output: {output} exists already")
-    output.mkdir(parents=True)
-    for name in (ADAPTER_CONFIG, ADAPTER_MODEL):
-        shutil.copyfile(source / name, output / name)
+    try:
+        output.mkdir(parents=True)
+        for name in (ADAPTER_CONFIG, ADAPTER_MODEL):
+            shutil.copyfile(source / name, output / name)
+    except OSError:
+        shutil.rmtree(output, ignore_errors=True)
+        raise
     print(output)
 
 
@@ -94,6 +99,17 @@ def _store() -> Store:
     return Store(Path(os.environ.get("MINT_HOME") or Path.home() / ".mint-engine").expanduser())
 
 
+def _table(checkpoints: list[Checkpoint]) -> Table:
+    table = Table()
+    table.add_column("path", overflow="fold")  # paths are there to be copied: never cut, never styled
+    for name in ("size", "saved", "expires"):
+        table.add_column(name, no_wrap=True)
+    for c in checkpoints:
+        expires = "" if c.expires_at is None else f"{c.expires_at:%Y-%m-%d %H:%M}"
+        table.add_row(Text(c.tinker_path), f"{(c.size_bytes or 0) / 1e6:.1f} MB", _age(c.time), expires)
+    return table
+
+
 def _age(when: datetime) -> str:
     seconds = (datetime.now(UTC) - when).total_seconds()
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
@@ -106,8 +122,9 @@ def main() -> None:
     """The console script: errors made for people are printed, not traced."""
     try:
         app()
-    except MintError as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+    except (MintError, OSError) as error:
+        typer.secho("error: ", fg="red", err=True, nl=False)
+        typer.echo(error, err=True)
         sys.exit(1)
 
 

@@ -63,11 +63,9 @@ def evaluate(fn: CustomLoss, data: list[Datum], outputs: Sequence[Mapping[str, T
             raise UserError(
                 f"loss_fn: expected a loss tensor of one element, got {getattr(loss, 'shape', type(loss).__name__)}"
             )
-        gradients = (
-            torch.autograd.grad(loss.reshape(()), logprobs, allow_unused=True)
-            if loss.requires_grad
-            else [None] * len(logprobs)
-        )
+        if not loss.requires_grad:
+            raise UserError("loss_fn: its loss does not depend on the log-probabilities, so there is nothing to train")
+        gradients = torch.autograd.grad(loss.reshape(()), logprobs, allow_unused=True)
     weights = [
         np.zeros(lp.shape, np.float32) if g is None else -g.numpy() for lp, g in zip(logprobs, gradients, strict=True)
     ]

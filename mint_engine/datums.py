@@ -70,7 +70,11 @@ def _check_ids(tokens: np.ndarray, limits: Limits, what: str) -> np.ndarray:
 
 def check_prompt(prompt: ModelInput, limits: Limits, what: str = "prompt") -> np.ndarray:
     """The prompt's token ids, int64 [N], checked as by :func:`check_tokens`."""
-    return check_tokens(np.asarray(prompt.to_ints(), dtype=np.int64), limits, what)
+    try:
+        tokens = np.asarray(prompt.to_ints(), dtype=np.int64)
+    except OverflowError:
+        raise UserError(f"{what}: expected token ids in [0, {limits.vocab_size}), got one beyond 64 bits") from None
+    return check_tokens(tokens, limits, what)
 
 
 def check_data(data: Sequence[Datum], loss: Loss, config: Mapping[str, float], limits: Limits) -> list[CheckedDatum]:

@@ -7,6 +7,7 @@ it belongs to and leaves the model as it was. Method names and results follow th
 from __future__ import annotations
 
 import atexit
+import copy
 import os
 import threading
 import uuid
@@ -25,7 +26,7 @@ from mint_engine.bases import Base, BaseModels
 from mint_engine.datums import check_data
 from mint_engine.errors import NotFoundError, UserError
 from mint_engine.executor import Executor, Lane
-from mint_engine.kv_cache import DEFAULT_BYTES
+from mint_engine.kv_cache import default_bytes
 from mint_engine.losses import get_loss
 from mint_engine.optimizer import optim_step
 from mint_engine.prompt_scores import PromptQuery
@@ -83,16 +84,17 @@ class Engine:
     Args:
         dtype: "bfloat16" or "float32", the compute dtype. Masters, moments and log-probabilities are always fp32.
         home: where runs, checkpoints and converted models are kept.
-        kv_cache_bytes: size of each base model's KV cache.
+        kv_cache_bytes: size of each base model's KV cache; default a quarter of the machine's memory.
     """
 
-    def __init__(self, *, dtype: str = "bfloat16", home: Path, kv_cache_bytes: int = DEFAULT_BYTES) -> None:
+    def __init__(self, *, dtype: str = "bfloat16", home: Path, kv_cache_bytes: int | None = None) -> None:
         if dtype not in DTYPES:
             raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         self.dtype, self.home = dtype, home
         self.store = Store(home)
         self._executor = Executor("mint-engine")
-        self._bases = BaseModels(home, DTYPES[dtype], kv_cache_bytes, self._executor.add_stepper, self._executor.notify)
+        cache_bytes = kv_cache_bytes or default_bytes()
+        self._bases = BaseModels(home, DTYPES[dtype], cache_bytes, self._executor.add_stepper, self._executor.notify)
         self._lock = threading.Lock()
         self._lanes: dict[str, Lane] = {}
         self._models: dict[str, _Model] = {}
@@ -193,7 +195,7 @@ class Engine:
     def _train(
         self, model_id: str, data: Sequence[Datum], loss_fn: str, config: Mapping[str, Any] | None, *, backward: bool
     ) -> Future[ForwardBackwardOutput]:
-        data = list(data)
+        data, config = list(data), copy.copy(config)  # the caller may change both once this returns
 
         def run() -> ForwardBackwardOutput:
             model, loss = self._model(model_id), get_loss(loss_fn)
@@ -259,12 +261,12 @@ class Engine:
 
         def run() -> Generator[Callable[[], Any], Any, LoadWeightsResponse]:
             model = self._model(model_id)
-            directory = self.store.resolve(path).directory
+            found = self.store.resolve(path)
             apply = yield lambda: load_state(
-                directory, model.adapter, model.state, path, optimizer=optimizer, base=model.base
+                found.directory, model.adapter, model.state, path, optimizer=optimizer, base=model.base
             )
             apply()
-            return LoadWeightsResponse(path=path, model_id=model_id)
+            return LoadWeightsResponse(path=found.tinker_path, model_id=model_id)
 
         return self._lane(model_id).submit(run)
 
@@ -311,9 +313,9 @@ class Engine:
             if base_model is not None and base_model != info.base_model:
                 raise UserError(f"base_model: {model_path} was trained on {info.base_model!r}, got {base_model!r}")
             base = yield lambda: self._bases.get(info.base_model)
-            directory = self.store.resolve(model_path).directory
-            adapter = yield lambda: load_adapter(directory, base, model_path)
-            return self._add_sampler(session_id, _SamplerEntry(base, adapter, model_path))
+            found = self.store.resolve(model_path)
+            adapter = yield lambda: load_adapter(found.directory, base, model_path)
+            return self._add_sampler(session_id, _SamplerEntry(base, adapter, found.tinker_path))
 
         return self._executor.lane().submit(create)
 
@@ -354,6 +356,8 @@ class Engine:
     ) -> Future[SampleResponse]:  # fmt: skip
         """``num_samples`` continuations of ``prompt``; 0 only scores the prompt. Requests are independent."""
         try:
+            if (inherited := self._executor.inherited()) is not None:
+                raise inherited
             entry = self._sampler(sampler_id)
             query = PromptQuery(
                 logprobs=include_prompt_logprobs, topk=topk_prompt_logprobs, alternatives=prompt_alt_tokens_k,
@@ -388,9 +392,9 @@ class Engine:
             ]
         )
 
-    def close(self) -> None:
-        """Finish what is running, refuse what is waiting."""
-        self._executor.close()
+    def close(self, *, drain: bool = False) -> None:
+        """Finish what is running; refuse what is waiting, or with ``drain`` do that first (samples excepted)."""
+        self._executor.close(drain=drain)
 
     def _new_id(self, session_id: str, kind: str) -> str:
         with self._lock:
@@ -425,27 +429,36 @@ _engines_lock = threading.Lock()
 def get_engine(dtype: str | None = None, home: Path | None = None) -> Engine:
     """The process's engine for a compute dtype and a home directory, made on first use.
 
-    Defaults: MINT_DTYPE or "bfloat16"; MINT_HOME or ``~/.mint-engine``; MINT_KV_CACHE_BYTES or 2 GiB.
+    Defaults: MINT_DTYPE or "bfloat16"; MINT_HOME or ``~/.mint-engine``; MINT_KV_CACHE_BYTES or a quarter of
+    the machine's memory (touched only as it is used).
     """
     dtype = dtype or os.environ.get("MINT_DTYPE") or "bfloat16"
     home = Path(home or os.environ.get("MINT_HOME") or Path.home() / ".mint-engine").expanduser().resolve()
     with _engines_lock:
         if (dtype, home) not in _engines:
-            cache_bytes = os.environ.get("MINT_KV_CACHE_BYTES") or str(DEFAULT_BYTES)
-            if not cache_bytes.isdigit():
-                raise UserError(f"MINT_KV_CACHE_BYTES: expected a number of bytes, got {cache_bytes!r}")
-            _engines[dtype, home] = Engine(dtype=dtype, home=home, kv_cache_bytes=int(cache_bytes))
+            given = os.environ.get("MINT_KV_CACHE_BYTES") or "0"
+            if not given.isdecimal():
+                raise UserError(f"MINT_KV_CACHE_BYTES: expected a number of bytes, got {given!r}")
+            _engines[dtype, home] = Engine(dtype=dtype, home=home, kv_cache_bytes=int(given))
         return _engines[dtype, home]
 
 
-def close_engines() -> None:
+def close_engines(*, drain: bool = False) -> None:
     """Close every engine :func:`get_engine` made; the next call makes a new one."""
     with _engines_lock:
         engines = list(_engines.values())
         _engines.clear()
     for engine in engines:
-        engine.close()
+        engine.close(drain=drain)
 
 
-# At exit, let the operation that is running finish: a thread killed inside a kernel may take the process with it.
-atexit.register(close_engines)
+def _forget_inherited() -> None:
+    """In a forked child the parent's engines have no thread: the child makes its own."""
+    global _engines_lock
+    _engines_lock = threading.Lock()  # the parent may have held it
+    _engines.clear()
+
+
+# What was accepted is done before the process ends: a script may end with save_state() and never read its future.
+atexit.register(close_engines, drain=True)
+os.register_at_fork(after_in_child=_forget_inherited)

@@ -6,10 +6,12 @@ operation each, and between any two operations every sampler with work takes one
 
 from __future__ import annotations
 
+import os
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +21,8 @@ from mint_engine.errors import EngineClosedError
 # An operation: a function, or a generator function that yields callables to be run off the device thread (disk, the
 # user's own loss) and receives their results. While it waits its model stands still, the device does not.
 Operation = Callable[[], Any]
+
+OFF_THREADS = 4  # calls run off the device thread at once
 
 
 class Stepper(Protocol):
@@ -58,7 +62,12 @@ class Executor:
         self._off_thread = 0  # operations waiting for a call off the device thread
         self._signalled = False  # a stepper got work since the thread last looked
         self._closed = False
-        self._offload = ThreadPoolExecutor(max_workers=4, thread_name_prefix=f"{name}-io")
+        self._draining = False  # closed, but what was accepted is still done
+        self._pid = os.getpid()
+        # Daemon threads of our own: those of concurrent.futures are gone before an exit handler can drain the queue.
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        for i in range(OFF_THREADS):
+            threading.Thread(target=self._serve_calls, name=f"{name}-io-{i}", daemon=True).start()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -71,6 +80,9 @@ class Executor:
 
     def enqueue(self, lane: Lane, operation: Operation) -> Future:
         future: Future = Future()
+        if (error := self.inherited()) is not None:
+            future.set_exception(error)
+            return future
         with self._wake:
             if self._closed:
                 future.set_exception(EngineClosedError("the engine is closed"))
@@ -88,14 +100,28 @@ class Executor:
             self._signalled = True
             self._wake.notify()
 
-    def close(self) -> None:
-        """Finish what is running, refuse what is waiting."""
+    def inherited(self) -> EngineClosedError | None:
+        """The reason why a forked child cannot use this executor: its thread stayed in the parent."""
+        if os.getpid() == self._pid:
+            return None
+        return EngineClosedError(
+            f"this engine lives in process {self._pid}; start processes by 'spawn' (torch's threads do not survive a "
+            "fork) and make a ServiceClient in each"
+        )
+
+    def close(self, *, drain: bool = False) -> None:
+        """Finish what is running; refuse what is waiting or, with ``drain``, do it first. Nothing new is accepted."""
         with self._wake:
-            self._closed = True
+            self._closed, self._draining = True, drain
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        self._offload.shutdown(wait=True)
+        for _ in range(OFF_THREADS):
+            self._calls.put(None)
+
+    def _serve_calls(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
 
     def _run(self) -> None:
         with torch.no_grad():
@@ -110,15 +136,18 @@ class Executor:
             while not (worked or self._ready or self._resumed or self._signalled or self._closed):
                 self._wake.wait()
             self._signalled = False
-            while self._closed and self._off_thread and not self._resumed:
+            while self._closed and self._off_thread and not (self._resumed or self._may_start()):
                 self._wake.wait()
-            return not self._closed or bool(self._resumed)
+            return not self._closed or bool(self._resumed) or self._may_start()
+
+    def _may_start(self) -> bool:
+        return bool(self._ready) and (self._draining or not self._closed)
 
     def _turn(self) -> bool:
         """One operation of the next model, one step of every sampler. False if there was nothing to do."""
         with self._wake:
             resumed = self._resumed.popleft() if self._resumed else None
-            lane = self._ready.popleft() if self._ready and not self._closed else None
+            lane = self._ready.popleft() if self._may_start() else None
             steppers = [] if self._closed else list(self._steppers)
         if resumed is not None:
             resumed()
@@ -172,12 +201,7 @@ class Executor:
 
         with self._wake:
             self._off_thread += 1
-        try:
-            self._offload.submit(off_thread)
-        except RuntimeError as error:  # the interpreter is shutting down
-            with self._wake:
-                self._off_thread -= 1
-            self._settle(lane, future, error=EngineClosedError(str(error)))
+        self._calls.put(off_thread)
 
     def _resume(self, continuation: Callable[[], None]) -> None:
         with self._wake:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +11,12 @@ from torch import Tensor
 from mint_engine.models.config import ModelConfig
 
 BLOCK_TOKENS = 32
-DEFAULT_BYTES = 2 << 30
 _MAX_BLOCKS = 1 << 16  # keeps the free list of a tiny test model short
+
+
+def default_bytes() -> int:
+    """A quarter of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
 @dataclass
@@ -30,7 +35,7 @@ class KVCache:
     allocated at once but its pages are only touched, hence only taken from the system, when they are used.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, max_bytes: int = DEFAULT_BYTES) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, max_bytes: int) -> None:
         width = config.num_kv_heads * config.head_dim
         block_bytes = 2 * config.num_layers * BLOCK_TOKENS * width * dtype.itemsize
         self.num_blocks = max(1, min(max_bytes // block_bytes, _MAX_BLOCKS))
@@ -55,6 +60,11 @@ class KVCache:
         """Worst case of ``samples`` continuations of one prompt to ``total`` tokens each: prompt blocks are shared."""
         shared = prompt // BLOCK_TOKENS
         return shared + samples * (-(-total // BLOCK_TOKENS) - shared)
+
+    def longest(self, prompt: int, samples: int) -> int:
+        """The largest ``total`` for which :meth:`blocks_needed` is at most the whole pool."""
+        shared = prompt // BLOCK_TOKENS
+        return (shared + (self.num_blocks - shared) // max(1, samples)) * BLOCK_TOKENS
 
     def open(self, reserve: int) -> CachedSequence:
         """A new empty sequence with ``reserve`` blocks promised to it."""

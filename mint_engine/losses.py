@@ -8,6 +8,7 @@ q = the given ``logprobs``, A = ``advantages``, r = exp(lp - q), the formulas ar
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ class Loss:
             if key not in config:
                 known = ", ".join(config) or "none"
                 raise UserError(f"loss_fn_config: {self.name} has no key {key!r}; its keys: {known}")
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
                 raise UserError(f"loss_fn_config[{key!r}]: expected a finite number, got {value!r}")
             config[key] = float(value)
         low, high = config.get("clip_low_threshold", 0.0), config.get("clip_high_threshold", math.inf)

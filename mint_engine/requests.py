@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mint_engine.bases import Base
 
 
-@dataclass
+@dataclass(eq=False)  # a request is itself, not its fields
 class Request:
     """What the sampler works on. ``num_samples`` 0 only scores the prompt. ``adapter`` None is the base model."""
 

@@ -33,7 +33,7 @@ MAX_PREFILL_TOKENS = 4096  # bounds how long running samples wait for new prompt
 MAX_ROWS = 256  # sequences decoded together; more wait
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """One sample being decoded."""
 
@@ -65,13 +65,14 @@ class Sampler:
         Raises:
             UserError: it could never be admitted: more KV cache than the whole pool, or more samples than a batch.
         """
-        if request.num_samples and self._max_tokens(request) < 1:
-            limit = self._decoder.config.max_context_length
+        limit = self._decoder.config.max_context_length
+        if request.num_samples and len(request.prompt) >= limit:
             raise UserError(f"prompt: {len(request.prompt)} tokens leave no room to sample in a context of {limit}")
-        total = len(request.prompt) + self._max_tokens(request)
-        if self._blocks(request) > self._cache.num_blocks:
+        most = self._max_tokens(request)
+        if request.num_samples and (most < 1 or self._blocks(request) > self._cache.num_blocks):
+            total = len(request.prompt) + max(1, most)
             raise UserError(
-                f"max_tokens: {request.num_samples} samples of up to {total} tokens do not fit the KV cache of "
+                f"sample: {request.num_samples} samples of up to {total} tokens do not fit the KV cache of "
                 f"{self._cache.capacity} tokens; ask for fewer, or give the engine more (MINT_KV_CACHE_BYTES)"
             )
         if request.num_samples > MAX_ROWS:
@@ -123,12 +124,13 @@ class Sampler:
             settle(request.future, error=error)
 
     def _max_tokens(self, request: Request) -> int:
-        """Tokens a sample may have: what was asked for, cut at the end of the context."""
+        """Tokens a sample may have: what was asked for, else what the cache holds, cut at the context's end."""
         if request.num_samples == 0:
             return 0
-        room = self._decoder.config.max_context_length - len(request.prompt)
-        asked = request.params.max_tokens
-        return room if asked is None else min(asked, room)
+        n, asked = len(request.prompt), request.params.max_tokens
+        if asked is None:
+            asked = self._cache.longest(n, request.num_samples) - n
+        return min(asked, self._decoder.config.max_context_length - n)
 
     def _blocks(self, request: Request) -> int:
         """Cache blocks the request needs at worst."""
@@ -247,15 +249,24 @@ class Sampler:
         tokens = choose(logprobs, draws, [row.stream.next() for row in rows])
         chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
         for i, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), chosen, strict=True)):
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
-            if row.request.topk:
-                values, ids = logprobs[i].topk(min(row.request.topk, logprobs.shape[1]))
-                row.topk.append(list(zip(ids.tolist(), values.tolist(), strict=True)))
-            if row.request.stop.reached(row.tokens):
-                self._finish(row, "stop")
-            elif len(row.tokens) >= row.max_tokens:
-                self._finish(row, "length")
+            if row.request.future.done():
+                continue  # another sample of the same call has just failed
+            try:
+                self._append(row, token, logprob, logprobs[i])
+            except Exception as error:
+                self._drop(row.request, error)
+
+    def _append(self, row: _Row, token: int, logprob: float, distribution: Tensor) -> None:
+        """Give a row its next token, and end it if that was the last."""
+        row.tokens.append(token)
+        row.logprobs.append(logprob)
+        if row.request.topk:
+            values, ids = distribution.topk(min(row.request.topk, distribution.numel()))
+            row.topk.append(list(zip(ids.tolist(), values.tolist(), strict=True)))
+        if row.request.stop.reached(row.tokens):
+            self._finish(row, "stop")
+        elif len(row.tokens) >= row.max_tokens:
+            self._finish(row, "length")
 
     def _finish(self, row: _Row, reason: StopReason) -> None:
         request = row.request

@@ -34,10 +34,12 @@ class UniformStream:
 
 def tempered_logprobs(logits: Tensor, draws: list[Draw]) -> Tensor:
     """fp32 [R, V]: log softmax(z / temperature) per row; at temperature 0 that of temperature 1, as greedy reports."""
-    temperatures = torch.tensor([d.temperature or 1.0 for d in draws])
+    temperatures = torch.tensor([d.temperature or 1.0 for d in draws], dtype=torch.float32)
     if bool((temperatures == 1.0).all()):
         return F.log_softmax(logits, dim=-1)
-    return F.log_softmax(logits / temperatures[:, None], dim=-1)
+    # The maximum goes first and the temperature stays a normal number: the quotient may be -inf, never NaN.
+    below = logits - logits.amax(dim=-1, keepdim=True)
+    return F.log_softmax(below / temperatures.clamp(min=1e-30)[:, None], dim=-1)
 
 
 def choose(logprobs: Tensor, draws: list[Draw], uniforms: list[float]) -> Tensor:

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 KINDS: tuple[CheckpointKind, ...] = ("weights", "sampler_weights")
 ARCHIVE_SECONDS = 24 * 3600
+MAX_TTL_SECONDS = 100 * 365 * 86400
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,199}")
 _Record = TypeVar("_Record", bound=BaseModel)
@@ -191,8 +192,7 @@ class Store:
             StorageError: the disk is full or refuses. Whatever else `writer` raises.
         """
         check_name(name)
-        if ttl_seconds is not None and ttl_seconds <= 0:
-            raise UserError(f"ttl_seconds: expected a positive number of seconds or None, got {ttl_seconds}")
+        _check_ttl(ttl_seconds)
         if kind not in KINDS:
             raise UserError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
         directory = self._run_directory(self._run(run_id).run_id) / kind / name
@@ -261,8 +261,7 @@ class Store:
 
     def set_ttl(self, path: str, ttl_seconds: int | None) -> None:
         """Let a checkpoint expire in `ttl_seconds`, counted from now, or never (None)."""
-        if ttl_seconds is not None and ttl_seconds <= 0:
-            raise UserError(f"ttl_seconds: expected a positive number of seconds or None, got {ttl_seconds}")
+        _check_ttl(ttl_seconds)
         self._update(path, expires_at=None if ttl_seconds is None else _now() + timedelta(seconds=ttl_seconds))
 
     def publish(self, path: str) -> None:
@@ -418,6 +417,16 @@ def check_name(name: str) -> None:
         raise UserError(f"name: expected no leading dot, got {name!r}")
     if "/" in name or "\\" in name or not name.isprintable():
         raise UserError(f"name: expected no slash, backslash or control character, got {name!r}")
+
+
+def _check_ttl(ttl_seconds: int | None) -> None:
+    if ttl_seconds is None:
+        return
+    number = isinstance(ttl_seconds, int | float) and not isinstance(ttl_seconds, bool)
+    if not number or not 0 < ttl_seconds <= MAX_TTL_SECONDS:
+        raise UserError(
+            f"ttl_seconds: expected None or a positive number of seconds up to {MAX_TTL_SECONDS}, got {ttl_seconds!r}"
+        )
 
 
 def _file_name(identifier: str, what: str) -> str:

@@ -64,6 +64,10 @@ CALLS: dict[str, tuple[Callable[[mint.TrainingClient], mint.APIFuture], str]] = 
         lambda t: t.forward_backward([datum([1, VOCAB, 3], target_tokens=[1, 2, 3])], "cross_entropy"),
         r"model_input \(datum 0\): expected token ids in \[0, 199\), got 199 at index 1",
     ),
+    "token beyond 64 bits": (
+        lambda t: t.forward_backward([datum([1, 2**70, 3], target_tokens=[1, 2, 3])], "cross_entropy"),
+        r"model_input \(datum 0\): expected token ids in \[0, 199\), got one beyond 64 bits",
+    ),
     "negative token": (
         lambda t: t.forward_backward([datum([1, -2, 3])], "cross_entropy"),
         r"expected token ids in \[0, 199\), got -2 at index 1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def test_checkpoints_are_listed_resolved_exported_and_deleted(saved: list[str], 
     run("checkpoint", "delete", "--yes", sampler)
     assert not directory.exists()
     assert [line.split("\t")[0] for line in run("checkpoint", "list").splitlines()] == [saved[1]]
+
+
+def test_paths_are_printed_whole_on_a_narrow_terminal(saved: list[str]) -> None:
+    console = Console(record=True, width=60, file=io.StringIO())
+    console.print(cli._table(mint.RestClient().list_user_checkpoints().result().checkpoints))
+    folded = "".join(line.split("│")[1].strip() for line in console.export_text().splitlines() if "│" in line)
+    for path in saved:
+        assert path in folded
 
 
 def test_a_mistake_is_one_line_and_a_failing_exit_code(

@@ -21,6 +21,7 @@ from tiny_models import build_tiny
 from mint_engine.client import ServiceClient
 from mint_engine.engine import Engine
 from mint_engine.errors import CheckpointError, EngineClosedError, NonFiniteError, NotFoundError, UserError
+from mint_engine.store import Store
 from mint_engine.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 
 VOCAB = 199
@@ -423,3 +424,94 @@ def test_peft_loads_a_trained_adapter_and_says_the_same(
             (untrained,) = peft_logprobs(theirs, data)
     assert float((expected - untrained).abs().max()) > 0.1, "the adapter says something else than the base"
     np.testing.assert_allclose(logprobs(engine, model), expected.numpy(), atol=1e-5)
+
+
+def run_script(body: str, home: Path) -> subprocess.CompletedProcess:
+    code = f"import sys\nsys.path[:0] = {[p for p in sys.path if p]!r}\nhome = {str(home)!r}\n{body}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_what_was_accepted_is_done_before_the_process_ends(tiny_tied: Path, tmp_path: Path) -> None:
+    """A script whose last line is save_state(), without reading its future, leaves the checkpoint."""
+    body = f"""
+from pathlib import Path
+from helpers import make_data
+from mint_engine.client import ServiceClient
+from mint_engine.engine import get_engine
+from mint_engine.types import AdamParams
+client = ServiceClient(engine=get_engine("float32", Path(home))).create_lora_training_client({str(tiny_tied)!r}, rank=4)
+data = make_data("cross_entropy", (6, 9), 199)
+for _ in range(10):
+    client.forward_backward(data)
+    client.optim_step(AdamParams())
+client.save_state("final")
+"""
+    done = run_script(body, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    (saved,) = Store(tmp_path).list_user_checkpoints().checkpoints
+    assert saved.checkpoint_id == "weights/final"
+
+
+def test_a_forked_child_is_told_at_once(tiny_tied: Path, tmp_path: Path) -> None:
+    body = f"""
+import os, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+from helpers import make_data
+from mint_engine.client import ServiceClient
+from mint_engine.engine import get_engine
+data = make_data("cross_entropy", (6,), 199)
+mine = ServiceClient(engine=get_engine("float32", Path(home))).create_lora_training_client({str(tiny_tied)!r}, rank=4)
+mine.forward(data).result()
+if os.fork() == 0:
+    error = mine.forward(data).future().exception(timeout=30)
+    print("child:", type(error).__name__, "by 'spawn'" in str(error), flush=True)
+    os._exit(0)
+os.wait()
+print("parent:", mine.forward(data).result().loss != 0)
+"""
+    done = run_script(body, tmp_path)
+    assert done.stdout.splitlines() == ["child: EngineClosedError True", "parent: True"], done.stderr
+
+
+def test_a_dict_changed_after_the_call_changes_nothing(engine: Engine, session: str, tiny_tied: Path) -> None:
+    model = new_model(engine, session, tiny_tied)
+    data = make_data("ppo", (6,), VOCAB)
+    expected = engine.forward(model, data, "ppo", {"clip_high_threshold": 1.01}).result().loss
+    first = engine.forward(model, make_data("cross_entropy", (100,) * 20, VOCAB), "cross_entropy")
+    config = {"clip_high_threshold": 1.01}
+    pending = engine.forward(model, data, "ppo", config)
+    config["clip_high_threshold"] = 5.0
+    first.result()
+    assert pending.result().loss == expected
+
+
+def test_one_copy_of_a_base_however_its_directory_is_spelled(engine: Engine, session: str, tiny_tied: Path) -> None:
+    for spelling in (str(tiny_tied), f"{tiny_tied}/", f"{tiny_tied}/../{tiny_tied.name}"):
+        engine.create_model(session, spelling, LoraConfig(rank=2)).result()
+    assert len(engine._bases.loaded) == 1
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_torch_s_default_dtype_is_none_of_our_business(
+    engine: Engine, session: str, tiny_tied: Path, default: torch.dtype
+) -> None:
+    expected_model = new_model(engine, session, tiny_tied)
+    expected = train(engine, expected_model, 2)
+    sampler = engine.save_weights_for_sampler(expected_model).result().sampling_session_id
+    assert sampler is not None
+    said = sampled(engine, sampler)
+    torch.set_default_dtype(default)
+    try:
+        assert train(engine, new_model(engine, session, tiny_tied), 2) == expected
+        assert sampled(engine, sampler) == said
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_custom_loss_that_ignores_the_logprobs_is_refused(engine: Engine, session: str, tiny_tied: Path) -> None:
+    model = new_model(engine, session, tiny_tied)
+    with pytest.raises(UserError, match="does not depend on the log-probabilities"):
+        engine.forward_backward_custom(
+            model, make_data("cross_entropy", (4,), VOCAB), lambda d, lps: (lps[0].detach().sum(), {})
+        ).result()

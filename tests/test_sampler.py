@@ -233,3 +233,42 @@ def test_logits_that_are_not_finite_fail_the_request_and_not_the_sampler(tiny_ti
     (got,) = drain(sampler, [sampler.submit(request([1, 2], n=3))])
     assert len(got.sequences) == 3
     assert sampler._cache.blocks_available == sampler._cache.num_blocks
+
+
+def test_a_failing_request_takes_nobody_with_it(decoder: Decoder, adapters: list) -> None:
+    """Its neighbours share prompt and adapter: requests are told apart by identity, not by equal fields."""
+    sampler = make_sampler(decoder)
+
+    def broken(ids: list[int]) -> str:
+        raise ZeroDivisionError("the tokenizer's")
+
+    rule = StopRule(frozenset(), ("x",), broken)
+    futures = [
+        sampler.submit(request([1, 2, 3], adapters[1], n=2, stop_rule=r)) for r in (StopRule(), rule, StopRule())
+    ]
+    with torch.no_grad():
+        while sampler.step():
+            pass
+    assert isinstance(futures[1].exception(timeout=0), ZeroDivisionError)
+    first, last = (f.result(timeout=0).sequences for f in (futures[0], futures[2]))
+    assert [s.tokens for s in first] == [s.tokens for s in last]
+    assert sampler._cache.blocks_available == sampler._cache.num_blocks
+
+
+def test_without_max_tokens_a_sample_goes_as_far_as_context_and_cache_allow(decoder: Decoder) -> None:
+    config = decoder.config
+    block_bytes = 2 * config.num_layers * BLOCK_TOKENS * config.num_kv_heads * config.head_dim * 4
+    small = make_sampler(decoder, 5 * block_bytes)
+    (got,) = drain(small, [small.submit(request([1, 2, 3], n=2, max_tokens=None))])
+    assert [len(s.tokens) for s in got.sequences] == [2 * BLOCK_TOKENS - 3] * 2, "five blocks, two for each"
+    assert got.sequences[0].stop_reason == "length"
+
+
+@pytest.mark.parametrize("temperature", [1e-50, 1e-39, 1e-3])
+def test_a_tiny_temperature_is_greedy(decoder: Decoder, temperature: float) -> None:
+    sampler = make_sampler(decoder)
+    cases = ((0.0, 1.0), (temperature, 1.0), (temperature, 0.5))
+    futures = [sampler.submit(request([3, 17], temperature=t, top_p=p)) for t, p in cases]
+    greedy, plain, filtered = (r.sequences[0] for r in drain(sampler, futures))
+    assert plain.tokens == filtered.tokens == greedy.tokens
+    assert np.isfinite(plain.logprobs or []).all()

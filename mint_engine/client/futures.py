@@ -111,6 +111,8 @@ def transformed(source: Future[S], fn: Callable[[S], T]) -> Future[T]:
     target: Future[T] = Future()
 
     def pass_on(done: Future[S]) -> None:
+        if not target.set_running_or_notify_cancel():
+            return
         try:
             target.set_result(fn(done.result()))
         except BaseException as error:  # whatever it is, it belongs to whoever waits for `target`

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from mint_engine.client.connection import check_metadata
 from mint_engine.client.futures import APIFuture, completed, failed, future_twin
 from mint_engine.client.ready import Ready
 from mint_engine.client.sampling_client import SamplingClient
@@ -119,6 +120,7 @@ class TrainingClient(Ready):
         user_metadata: dict[str, str] | None = None,
     ) -> APIFuture[SaveWeightsResponse]:
         """Save everything needed to continue training from here. `.path` is `tinker://<model_id>/weights/<name>`."""
+        check_metadata(user_metadata)
         future = self._engine.save_weights(
             self.model_id, name, ttl_seconds=ttl_seconds, overwrite=overwrite, user_metadata=user_metadata
         )
@@ -138,6 +140,7 @@ class TrainingClient(Ready):
         self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, str] | None = None
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
         """Save the adapter as a PEFT directory. `.path` is `tinker://<model_id>/sampler_weights/<name>`."""
+        check_metadata(user_metadata)
         future = self._engine.save_weights_for_sampler(
             self.model_id, name, ttl_seconds=ttl_seconds, user_metadata=user_metadata, sampler=False
         )

@@ -104,7 +104,8 @@ class SamplingParams(RequestModel):
     """How to sample.
 
     max_tokens: most tokens to generate; None = up to the model's context.
-    seed: the same seed gives the same tokens; None = a fresh one.
+    seed: fixes the random numbers of every sample; None = fresh ones. The same request then gives the same tokens,
+        except that in bfloat16 other requests decoded beside it change roundings, which may tip a draw.
     stop: string(s) or token id(s) that end a sample and are part of it; None = the model's end-of-sequence tokens;
         [] = nothing stops it.
     stop_token_ids: token ids added to `stop`.
