@@ -11,6 +11,7 @@ import copy
 import os
 import threading
 import uuid
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
@@ -101,6 +102,7 @@ class Engine:
         self._samplers: dict[str, _SamplerEntry] = {}
         self._counts: dict[str, int] = {}
         self._released: deque[str] = deque()
+        _alive.add(self)
 
     # ---- sessions and models -------------------------------------------------------------------------------------
 
@@ -422,6 +424,7 @@ class Engine:
         raise NotFoundError(f"sampler_id: there is no sampler {sampler_id!r}")
 
 
+_alive: weakref.WeakSet[Engine] = weakref.WeakSet()
 _engines: dict[tuple[str, Path], Engine] = {}
 _engines_lock = threading.Lock()
 
@@ -443,13 +446,18 @@ def get_engine(dtype: str | None = None, home: Path | None = None) -> Engine:
         return _engines[dtype, home]
 
 
-def close_engines(*, drain: bool = False) -> None:
+def close_engines() -> None:
     """Close every engine :func:`get_engine` made; the next call makes a new one."""
     with _engines_lock:
         engines = list(_engines.values())
         _engines.clear()
     for engine in engines:
-        engine.close(drain=drain)
+        engine.close()
+
+
+def _drain_all() -> None:
+    for engine in list(_alive):
+        engine.close(drain=True)
 
 
 def _forget_inherited() -> None:
@@ -457,8 +465,10 @@ def _forget_inherited() -> None:
     global _engines_lock
     _engines_lock = threading.Lock()  # the parent may have held it
     _engines.clear()
+    _alive.clear()
 
 
 # What was accepted is done before the process ends: a script may end with save_state() and never read its future.
-atexit.register(close_engines, drain=True)
+# (And a thread killed inside a kernel may take the process with it.)
+atexit.register(_drain_all)
 os.register_at_fork(after_in_child=_forget_inherited)

@@ -66,8 +66,11 @@ class Executor:
         self._pid = os.getpid()
         # Daemon threads of our own: those of concurrent.futures are gone before an exit handler can drain the queue.
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        for i in range(OFF_THREADS):
-            threading.Thread(target=self._serve_calls, name=f"{name}-io-{i}", daemon=True).start()
+        self._call_threads = [
+            threading.Thread(target=self._serve_calls, name=f"{name}-io-{i}", daemon=True) for i in range(OFF_THREADS)
+        ]
+        for thread in self._call_threads:
+            thread.start()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -115,9 +118,12 @@ class Executor:
             self._closed, self._draining = True, drain
             self._wake.notify()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
-        for _ in range(OFF_THREADS):
+            self._thread.join()  # it waits for the calls off its thread
+        for _ in self._call_threads:
             self._calls.put(None)
+        for thread in self._call_threads:
+            if thread is not threading.current_thread():
+                thread.join()
 
     def _serve_calls(self) -> None:
         while (call := self._calls.get()) is not None:
