@@ -104,12 +104,12 @@ struct AttentionForward {
             F top = S::load(scores + c);
             for (int64_t j = 1; j < n_keys; ++j) top = S::max(top, S::load(scores + j * kRows + c));
             top = S::mul(top, vscale);
-            F sum = S::zero();
+            F sum = S::zero(), earlier = S::zero();  // a tile is summed from zero and added once
             if (!first) {
                 const F before = S::load(row_max + c);
                 top = S::max(top, before);
                 const F shrink = S::exp(S::sub(before, top));
-                sum = S::mul(S::load(row_sum + c), shrink);
+                earlier = S::mul(S::load(row_sum + c), shrink);
                 for (int64_t i = 0; i < shape.d; ++i) {
                     float* o = output + i * kRows + c;
                     S::store(o, S::mul(S::load(o), shrink));
@@ -139,7 +139,7 @@ struct AttentionForward {
                     S::store(reinterpret_cast<float*>(weights) + j * kRows + c, a);
                 }
             }
-            S::store(row_sum + c, sum);
+            S::store(row_sum + c, S::add(earlier, sum));
         }
     }
 
@@ -192,18 +192,32 @@ void attention(const T* q, int64_t q_stride, const T* k, int64_t k_stride, const
     check::row_stride("attention", "out", out_stride, tokens, n_q * d);
     const AttentionShape shape{tokens, n_kv, n_q / n_kv, d};
     const AttentionPlan plan("attention", cu_seqlens, n_seqs, tokens, n_kv, shape.group, kAttentionChunk);
-    const int64_t n_tasks = plan.n_tasks(), threads = max64(1, min64(omp_get_max_threads(), n_tasks));
+    const int64_t n_tasks = plan.n_tasks();
     AttentionForward<S, T> shared{q,          k,       v,       out,     lse,     q_stride, k_stride, v_stride,
                                   out_stride, shape,   scale,   nullptr, nullptr, nullptr,  nullptr,  nullptr,
                                   nullptr,    nullptr, nullptr, nullptr, nullptr, nullptr};
     const size_t bytes = shared.place(nullptr, plan.longest());
-#pragma omp parallel num_threads(threads) if (threads > 1)
+    bool failed = false;  // nothing may throw out of a parallel region
+    // No num_threads: a smaller team would end libgomp's other threads, and their scratch with them.
+#pragma omp parallel if (n_tasks > 1)
     {
         AttentionForward<S, T> mine = shared;
-        mine.place(static_cast<char*>(scratch(Slot::kTile, bytes)), plan.longest());
+        char* base = nullptr;  // only threads that get a task take scratch
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < n_tasks; ++i) mine.run(plan.tasks()[i]);
+        for (int64_t i = 0; i < n_tasks; ++i) {
+            if (base == nullptr) {
+                base = static_cast<char*>(try_scratch(Slot::kTile, bytes));
+                if (base == nullptr) {
+#pragma omp atomic write
+                    failed = true;
+                    continue;
+                }
+                mine.place(base, plan.longest());
+            }
+            mine.run(plan.tasks()[i]);
+        }
     }
+    if (failed) out_of_memory();
 }
 
 }  // namespace mint

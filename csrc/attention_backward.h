@@ -170,7 +170,7 @@ void attention_backward(const T* d_out, int64_t d_out_stride, const T* q, int64_
     check::row_stride("attention_backward", "dv", dv_stride, tokens, n_kv * d);
     const AttentionShape shape{tokens, n_kv, n_q / n_kv, d};
     const AttentionPlan plan("attention_backward", cu_seqlens, n_seqs, tokens, n_kv, shape.group, 0);
-    const int64_t n_tasks = plan.n_tasks(), threads = max64(1, min64(omp_get_max_threads(), n_tasks));
+    const int64_t n_tasks = plan.n_tasks();
     AttentionBackward<S, T> shared{};
     shared.d_out = d_out, shared.q = q, shared.k = k, shared.v = v, shared.out = out, shared.lse = lse;
     shared.dq = dq, shared.dk = dk, shared.dv = dv, shared.shape = shape, shared.scale = scale;
@@ -178,13 +178,27 @@ void attention_backward(const T* d_out, int64_t d_out_stride, const T* q, int64_
     shared.v_stride = v_stride, shared.out_stride = out_stride;
     shared.dq_stride = dq_stride, shared.dk_stride = dk_stride, shared.dv_stride = dv_stride;
     const size_t bytes = shared.place(nullptr, plan.longest());
-#pragma omp parallel num_threads(threads) if (threads > 1)
+    bool failed = false;  // nothing may throw out of a parallel region
+    // No num_threads: a smaller team would end libgomp's other threads, and their scratch with them.
+#pragma omp parallel if (n_tasks > 1)
     {
         AttentionBackward<S, T> mine = shared;
-        mine.place(static_cast<char*>(scratch(Slot::kTile, bytes)), plan.longest());
+        char* base = nullptr;  // only threads that get a task take scratch
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < n_tasks; ++i) mine.run(plan.tasks()[i]);
+        for (int64_t i = 0; i < n_tasks; ++i) {
+            if (base == nullptr) {
+                base = static_cast<char*>(try_scratch(Slot::kTile, bytes));
+                if (base == nullptr) {
+#pragma omp atomic write
+                    failed = true;
+                    continue;
+                }
+                mine.place(base, plan.longest());
+            }
+            mine.run(plan.tasks()[i]);
+        }
     }
+    if (failed) out_of_memory();
 }
 
 }  // namespace mint

@@ -13,7 +13,7 @@ struct Buffer {
 };
 }  // namespace
 
-void* scratch(Slot slot, size_t bytes) {
+void* try_scratch(Slot slot, size_t bytes) noexcept {
     thread_local Buffer buffers[int(Slot::kCount)];
     Buffer& b = buffers[int(slot)];
     if (b.size < bytes) {
@@ -21,10 +21,18 @@ void* scratch(Slot slot, size_t bytes) {
         b.size = 0;
         const size_t rounded = (bytes + 4095) / 4096 * 4096;
         b.data = std::aligned_alloc(64, rounded);
-        if (b.data == nullptr) throw std::bad_alloc();
+        if (b.data == nullptr) return nullptr;
         b.size = rounded;
     }
     return b.data;
+}
+
+void out_of_memory() { throw std::bad_alloc(); }
+
+void* scratch(Slot slot, size_t bytes) {
+    void* p = try_scratch(slot, bytes);
+    if (p == nullptr) out_of_memory();
+    return p;
 }
 
 }  // namespace mint

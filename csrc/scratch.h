@@ -9,5 +9,7 @@ enum class Slot { kPanelsA, kPanelsB, kTile, kShared, kPartials, kCount };
 // At least `bytes` bytes, 64-byte aligned, this thread's own for `slot` until the thread asks for that slot again.
 // The contents are undefined. Throws std::bad_alloc. Defined in scratch.cpp, compiled without -m flags.
 void* scratch(Slot slot, size_t bytes);
+void* try_scratch(Slot slot, size_t bytes) noexcept;  // null instead: inside parallel regions
+[[noreturn]] void out_of_memory();
 
 }  // namespace mint

@@ -22,7 +22,7 @@ constexpr int64_t kRowChunk = 1 << 10;  // rows of x packed at once: bounds the 
 template <class S, class T>
 int64_t vocab_block(int64_t width) {
     using Q = Panel<S, T>;
-    const int64_t fit = (int64_t(400) << 10) / (Q::depth(width) * 4) / Q::kCols * Q::kCols;
+    const int64_t fit = (int64_t(400) << 10) / (max64(Q::depth(width), 1) * 4) / Q::kCols * Q::kCols;
     return min64(max64(fit, Q::kCols), (512 + Q::kCols - 1) / Q::kCols * Q::kCols);
 }
 
@@ -81,7 +81,7 @@ void target_logprob(const T* x, int64_t x_stride, const T* weight, int64_t w_str
                                   auto high = S::load(row);
                                   for (int64_t v = S::W; v < padded; v += S::W) high = S::max(high, S::load(row + v));
                                   const float top = S::hmax(high);
-                                  const auto shift = S::set1(top);
+                                  const auto shift = S::set1(top == -INFINITY ? 0.0f : top);  // inf - inf is NaN
                                   auto sum = S::zero(), sum2 = S::zero();
                                   int64_t v = 0;
                                   for (; v + 2 * S::W <= padded; v += 2 * S::W) {
@@ -102,7 +102,9 @@ void target_logprob(const T* x, int64_t x_stride, const T* weight, int64_t w_str
         for (int64_t b = 1; b < blocks; ++b) top = peaks[b] > top ? peaks[b] : top;
         double sum = 0;
         for (int64_t b = 0; b < blocks; ++b)
-            sum += double(total[m * blocks + b]) * std::exp(double(peaks[b]) - double(top));
+            // A block of -inf alone sums to 0, and its peak minus the top may be NaN; a NaN in a block is a NaN sum.
+            if (total[m * blocks + b] != 0.0f)
+                sum += double(total[m * blocks + b]) * std::exp(double(peaks[b]) - double(top));
         const double log_sum = double(top) + std::log(sum);
         lse[m] = float(log_sum);
         for (int64_t j = m * k; j < (m + 1) * k; ++j) logprob[j] = targets[j] < 0 ? 0.0f : float(logprob[j] - log_sum);

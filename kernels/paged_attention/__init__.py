@@ -67,11 +67,15 @@ def paged_attention(
     cells = (k_pool.shape[0], k_pool.shape[1], width // n_q * n_kv)
     for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
         args.tensor(op, name, pool, cells, q.dtype)
+    if k_pool.shape[1] < 1:
+        raise ValueError(f"k_pool: expected blocks of at least one token, got shape {list(k_pool.shape)} ({op})")
     args.tensor(op, "block_table", block_table, (m, args.matrix(op, "block_table", block_table)[1]), torch.int32)
     args.tensor(op, "lengths", lengths, (m,), torch.int32)
     if not 0.0 < scale < float("inf"):
         raise ValueError(f"scale: expected a finite number above 0, got {scale} ({op})")
     out = args.writable(op, "out", out, q, (m, width))
     run = _op.pick(face, q, k_pool, v_pool, out).paged_attention
+    if block_table.shape[1] > 1 and block_table.stride(1) != 1:
+        block_table = block_table.contiguous()
     run(q, k_pool, v_pool, block_table, lengths.contiguous(), n_q, n_kv, scale, out)
     return out

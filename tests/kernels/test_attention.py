@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate, pairwise
 
 import pytest
@@ -191,6 +192,17 @@ def test_scores_far_beyond_exp_range_are_a_hard_choice(face: str, dtype: torch.d
         assert torch.equal(lse[0], sign * k[winner, 0].float())
         for g in attention_backward(torch.ones_like(o), q, k, v, o, lse, bounds([100]), 1, 1, 1.0, face=face):
             assert g.isfinite().all()
+
+
+def test_a_long_sum_of_small_weights_keeps_its_digits(face: str) -> None:
+    """Key 0 scores 0, every other ln 0.3: the sum of 1 + 0.3 i must not be one chain of fp32 additions."""
+    n = 8192
+    q, k = torch.zeros(n, 2), torch.zeros(n, 2)
+    q[:, 0], k[1:, 0] = 1.0, math.log(0.3)
+    _, lse = attention(q, k, torch.zeros(n, 2), bounds([n]), 1, 1, 1.0, face=face)
+    exact = torch.log1p(0.3 * torch.arange(n, dtype=torch.float64))
+    ulp = 2.0**-21  # of values in [4, 8)
+    assert float((lse[0].double() - exact).abs().max()) < 8 * ulp
 
 
 def test_nan_stays_in_its_sequence(face: str, dtype: torch.dtype) -> None:

@@ -163,5 +163,17 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         paged_attention(q, pool, pool, table.long(), lengths, 2, 1, 1.0)
     with pytest.raises(ValueError, match=r"lengths: expected torch.int32 \[3\], got torch.int32 \[2\]"):
         paged_attention(q, pool, pool, table, lengths[:2], 2, 1, 1.0)
+    with pytest.raises(ValueError, match="k_pool: expected blocks of at least one token"):
+        paged_attention(q, pool[:, :0], pool[:, :0], table, lengths, 2, 1, 1.0)
     with pytest.raises(ValueError, match="n_q: expected a multiple of n_kv = 2, got 3"):
         paged_attention(q, pool, pool, table, lengths, 3, 2, 1.0)
+
+
+def test_a_table_stored_by_columns_is_the_same_table(face: str) -> None:
+    pool = normal(6, 8, seed=1).view(6, 2, 4)
+    table = torch.tensor([[3, 1], [5, 0], [2, 4]], dtype=torch.int32)
+    lengths = torch.tensor([4, 3, 2], dtype=torch.int32)
+    q = normal(3, 4, seed=2)
+    expected = paged_attention(q, pool, pool, table, lengths, 1, 1, 1.0, face=face)
+    by_columns = table.T.contiguous().T
+    assert torch.equal(paged_attention(q, pool, pool, by_columns, lengths, 1, 1, 1.0, face=face), expected)

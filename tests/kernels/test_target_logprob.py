@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from check import normal, strided, within_budget
@@ -123,6 +125,17 @@ def test_a_nan_row_is_nan_and_alone(face: str, dtype: torch.dtype, rows: int) ->
     assert logprob[1].isnan().all()
     others = [i for i in range(rows) if i != 1]
     assert lse[others].isfinite().all()
+
+
+def test_a_block_of_impossible_tokens_leaves_the_others_alone(face: str) -> None:
+    """Whole vocabulary blocks at -inf take part with probability zero."""
+    x, weight = torch.ones(2, 3), torch.zeros(5000, 3)
+    weight[:4000, 0] = -torch.inf
+    targets = torch.tensor([[4500], [10]])
+    logprob, lse = target_logprob(x, weight, targets, face=face)
+    torch.testing.assert_close(lse, torch.full((2,), math.log(1000.0)))
+    assert logprob[0, 0] == pytest.approx(-math.log(1000.0), rel=1e-6)
+    assert logprob[1, 0] == -torch.inf
 
 
 def test_a_target_outside_the_vocabulary_is_refused() -> None:
