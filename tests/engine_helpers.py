@@ -1,0 +1,40 @@
+"""What the tests of the engine share: a model, some training, what it says, what it samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from helpers import make_data
+
+from mint_engine.engine import Engine
+from mint_engine.types import AdamParams, LoraConfig, ModelInput, SamplingParams
+
+VOCAB = 199
+ADAM = AdamParams(learning_rate=1e-2)
+
+
+def new_model(engine: Engine, session: str, base: Path, **lora) -> str:
+    return engine.create_model(session, str(base), LoraConfig(**{"rank": 4, "seed": 0, **lora})).result()
+
+
+def train(engine: Engine, model: str, steps: int = 1, seed: int = 0) -> list[float]:
+    data = make_data("cross_entropy", (6, 9), VOCAB, seed)
+    losses = []
+    for _ in range(steps):
+        losses.append(engine.forward_backward(model, data, "cross_entropy").result().metrics["loss:sum"])
+        engine.optim_step(model, ADAM).result()
+    return losses
+
+
+def logprobs(engine: Engine, model: str) -> np.ndarray:
+    out = engine.forward(model, make_data("cross_entropy", (8,), VOCAB, 3), "cross_entropy").result()
+    return out.loss_fn_outputs[0]["logprobs"].to_numpy()
+
+
+def sampled(engine: Engine, sampler: str) -> list:
+    params = SamplingParams(max_tokens=8, seed=1)
+    return [
+        (s.tokens, s.logprobs)
+        for s in engine.sample(sampler, ModelInput.from_ints([1, 2, 3]), 2, params).result().sequences
+    ]
