@@ -1,4 +1,4 @@
-"""Supervised fine-tuning as the MinT document writes it: two-digit multiplication, about three minutes on two cores.
+"""Supervised fine-tuning as the MinT document writes it: two-digit multiplication, about a minute on two cores.
 
     python examples/sft.py                                  # smollm2-135m
     MINT_BASE_MODEL=/path/to/model python examples/sft.py   # any Llama, Qwen2 or Qwen3 directory or hub name

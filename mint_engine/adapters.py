@@ -145,11 +145,6 @@ class TrainState:
         self.step = 0
         self.has_grads = False
 
-    def reset_optimizer(self) -> None:
-        self.exp_avg.zero_()
-        self.exp_avg_sq.zero_()
-        self.step = 0
-
     def zero_grads(self) -> None:
         self.grads.zero_()
         self.has_grads = False

@@ -64,7 +64,6 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class _Model:
     """A training client's side of the engine. ``adapter`` and ``state`` are touched by the device thread only."""
 
-    id: str
     base: Base
     adapter: Adapter
     state: TrainState
@@ -139,12 +138,12 @@ class Engine:
                 raise UserError(f"base_model: {path} was trained on {info.base_model!r}, got {base_model!r}")
             base = yield lambda: self._bases.get(info.base_model)
             directory = self.store.resolve(path).directory
-            loaded = yield lambda: load_adapter(directory, base, path)
-            model = _Model(model_id, base, loaded, TrainState(loaded))
+            adapter = yield lambda: load_adapter(directory, base, path)
+            state = TrainState(adapter)
             if optimizer:
-                apply = yield lambda: load_state(directory, model.adapter, model.state, path, optimizer=True)
+                apply = yield lambda: load_state(directory, adapter, state, path, optimizer=True)
                 apply()
-            self._add_model(session_id, model_id, base, model.adapter, user_metadata, model.state)
+            self._add_model(session_id, model_id, base, adapter, user_metadata, state)
             return model_id
 
         return self._lane(model_id).submit(create)
@@ -158,7 +157,7 @@ class Engine:
             model_id, session_id=session_id, base_model=base.name, lora=adapter.lora, user_metadata=user_metadata
         )
         with self._lock:
-            self._models[model_id] = _Model(model_id, base, adapter, state or TrainState(adapter))
+            self._models[model_id] = _Model(base, adapter, state or TrainState(adapter))
 
     def unload_model(self, model_id: str) -> Future[None]:
         """Forget a model after everything submitted for it; its checkpoints stay."""

@@ -1,7 +1,6 @@
 """The GGUF conversion equals transformers' own route; whatever interrupts it leaves nothing that looks like a model."""
 
 import errno
-import importlib.util
 import subprocess
 import sys
 import threading
@@ -235,7 +234,6 @@ def test_another_kind_of_file_is_refused_by_name(tmp_path, change, message):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec(gguf.PACKAGE) is None, reason=f"needs `{gguf.INSTALL}`")
 def test_smollm2_equals_transformers_own_route(tmp_path):
     directory = gguf.smollm2_directory(tmp_path)
     assert_equal_to_transformers(directory, gguf.find_gguf())
