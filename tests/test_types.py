@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 import warnings
@@ -105,6 +106,24 @@ def test_a_mostly_empty_matrix_is_stored_sparse_and_agrees_with_torch():
     assert tensor.sparse_col_indices == csr.col_indices().tolist()
     assert tensor.data == csr.values().tolist()
     assert torch.equal(tensor.to_torch(), array)
+
+
+@given(
+    st.lists(st.integers(-1, 4), min_size=1, max_size=5),
+    st.lists(st.integers(-1, 4), max_size=5),
+    st.integers(0, 4),
+)
+def test_csr_is_taken_exactly_when_its_rows_are_runs_of_rising_columns(crow, col, columns):
+    rows = [col[start:end] for start, end in itertools.pairwise(crow)]
+    good = crow[0] == 0 and crow[-1] == len(col) and crow == sorted(crow)
+    good = good and all(row == sorted(set(row)) and set(row) <= set(range(columns)) for row in rows)
+    arguments = {"dtype": "int64", "shape": [len(crow) - 1, columns], "sparse_crow_indices": crow}
+    if good:
+        tensor = types.TensorData([1] * len(col), **arguments, sparse_col_indices=col)
+        assert [np.flatnonzero(row).tolist() for row in tensor.to_numpy()] == rows
+    else:
+        with pytest.raises(UserError, match=r"sparse_(crow|col)_indices: expected"):
+            types.TensorData([1] * len(col), **arguments, sparse_col_indices=col)
 
 
 def test_one_dimensional_tensor_data_reads_like_a_list():

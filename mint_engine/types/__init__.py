@@ -5,6 +5,7 @@ both forms work.
 """
 
 from mint_engine.types.datum import Datum, LossFnInputs
+from mint_engine.types.mint import InterpolateCheckpointsResponse, ReverseKLDatum, ReverseKLOutput
 from mint_engine.types.model_input import EncodedTextChunk, ModelInput, ModelInputChunk
 from mint_engine.types.params import (
     LORA_ALPHA,
@@ -17,12 +18,14 @@ from mint_engine.types.params import (
     SamplingParams,
 )
 from mint_engine.types.records import (
+    AccessScope,
     Checkpoint,
     CheckpointArchiveUrlResponse,
     CheckpointKind,
     CheckpointsListResponse,
     CheckpointType,
     Cursor,
+    ExternalWeightsUrlsResponse,
     GetSamplerResponse,
     GetServerCapabilitiesResponse,
     GetSessionResponse,
@@ -45,16 +48,26 @@ from mint_engine.types.results import (
     PromptAltTokens,
     SampledSequence,
     SampleResponse,
+    SaveWeightsExternalResponse,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
     StopReason,
     TopkLogprobs,
+)
+from mint_engine.types.sessions import (
+    FinishReason,
+    SessionSearchCursor,
+    SessionSearchRequest,
+    SessionSearchResponse,
+    SessionStatus,
+    SessionSummary,
 )
 from mint_engine.types.tensor_data import TensorData, TensorDtype
 
 __all__ = [
     "LORA_ALPHA",
     "MAX_RANK",
+    "AccessScope",
     "AdamOptimizerConfig",
     "AdamParams",
     "Checkpoint",
@@ -65,12 +78,15 @@ __all__ = [
     "Cursor",
     "Datum",
     "EncodedTextChunk",
+    "ExternalWeightsUrlsResponse",
+    "FinishReason",
     "ForwardBackwardOutput",
     "ForwardBackwardResult",
     "GetInfoResponse",
     "GetSamplerResponse",
     "GetServerCapabilitiesResponse",
     "GetSessionResponse",
+    "InterpolateCheckpointsResponse",
     "ListSessionsResponse",
     "LoadWeightsResponse",
     "LoraConfig",
@@ -85,11 +101,19 @@ __all__ = [
     "OptimStepResponse",
     "ParsedCheckpointTinkerPath",
     "PromptAltTokens",
+    "ReverseKLDatum",
+    "ReverseKLOutput",
     "SampleResponse",
     "SampledSequence",
     "SamplingParams",
+    "SaveWeightsExternalResponse",
     "SaveWeightsForSamplerResponse",
     "SaveWeightsResponse",
+    "SessionSearchCursor",
+    "SessionSearchRequest",
+    "SessionSearchResponse",
+    "SessionStatus",
+    "SessionSummary",
     "StopReason",
     "SupportedModel",
     "TensorData",

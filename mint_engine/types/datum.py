@@ -15,7 +15,7 @@ from mint_engine.types.tensor_data import TensorData, TensorDtype, cast_array, i
 LossFnInputs = dict[str, TensorData]
 
 # What the losses expect under each name; other names keep the dtype they come with.
-_DTYPES: dict[str, TensorDtype] = {
+LOSS_INPUT_DTYPES: dict[str, TensorDtype] = {
     "target_tokens": "int64",
     "weights": "float32",
     "advantages": "float32",
@@ -62,12 +62,39 @@ class Datum:
         inputs = {key: as_tensor_data(key, value) for key, value in self.loss_fn_inputs.items()}
         object.__setattr__(self, "loss_fn_inputs", inputs)
 
+    @classmethod
+    def of_arrays(cls, tokens: np.ndarray, loss_fn_inputs: LossFnInputs) -> Datum:
+        """A datum of token ids in an integer array [N] and of tensors of the right dtypes. Nothing is checked or
+        copied; `model_input` is made if somebody asks for it."""
+        datum = cls.__new__(cls)
+        datum.__dict__.update(_tokens=tokens, loss_fn_inputs=loss_fn_inputs)
+        return datum
+
+    def __getattr__(self, name: str) -> Any:
+        tokens = self.__dict__.get("_tokens")
+        if name != "model_input" or tokens is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        model_input = ModelInput.of_tokens(tokens.tolist())
+        object.__setattr__(self, "model_input", model_input)
+        return model_input
+
+    def token_array(self) -> np.ndarray:
+        """The token ids, int64 [N]. Raises OverflowError for an id beyond 64 bits."""
+        tokens: np.ndarray | None = self.__dict__.get("_tokens")
+        return self.model_input.token_array() if tokens is None else tokens.astype(np.int64, copy=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens that the model reads."""
+        tokens = self.__dict__.get("_tokens")
+        return self.model_input.length if tokens is None else len(tokens)
+
 
 def as_tensor_data(name: str, value: Any, dtype: TensorDtype | None = None) -> TensorData:
     """`value` as TensorData of `dtype`, or of what the loss input `name` wants. Raises UserError if it cannot be."""
     if isinstance(value, Mapping):
         value = TensorData(**value)
-    dtype = dtype or _DTYPES.get(name)
+    dtype = dtype or LOSS_INPUT_DTYPES.get(name)
     if isinstance(value, TensorData):
         if dtype is None or value.dtype == dtype:
             return value

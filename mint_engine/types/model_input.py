@@ -6,6 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 from pydantic import field_validator
 
 from mint_engine.types.base import RequestModel
@@ -71,6 +72,11 @@ class ModelInput(RequestModel):
         return cls(chunks=[EncodedTextChunk(tokens=tokens)])  # type: ignore[arg-type]  # the validator makes a list
 
     @classmethod
+    def of_tokens(cls, tokens: list[int]) -> ModelInput:
+        """As `from_ints`, of a list of Python ints: it is neither checked nor copied."""
+        return cls.model_construct(chunks=[EncodedTextChunk.model_construct(tokens=tokens)])
+
+    @classmethod
     def empty(cls) -> ModelInput:
         return cls(chunks=[])
 
@@ -85,6 +91,10 @@ class ModelInput(RequestModel):
     def to_ints(self) -> list[int]:
         """All token ids, chunk after chunk."""
         return [token for chunk in self.chunks for token in chunk.tokens]
+
+    def token_array(self) -> np.ndarray:
+        """All token ids, int64 [N]. Raises OverflowError for an id beyond 64 bits."""
+        return np.array(self.to_ints(), dtype=np.int64)
 
     @property
     def length(self) -> int:

@@ -12,10 +12,15 @@ from mint_engine.types.base import ResponseModel
 from mint_engine.types.params import AdamOptimizerConfig
 
 ModelID: TypeAlias = str
-CheckpointType: TypeAlias = Literal["training", "sampler"]
-CheckpointKind: TypeAlias = Literal["weights", "sampler_weights"]
+CheckpointType: TypeAlias = Literal["training", "sampler", "external"]
+CheckpointKind: TypeAlias = Literal["weights", "sampler_weights", "external_weights"]
+AccessScope: TypeAlias = Literal["owned", "accessible"]
 
-_TYPE_OF_KIND: dict[str, CheckpointType] = {"weights": "training", "sampler_weights": "sampler"}
+_TYPE_OF_KIND: dict[CheckpointKind, CheckpointType] = {
+    "weights": "training",
+    "sampler_weights": "sampler",
+    "external_weights": "external",
+}
 
 
 class Cursor(ResponseModel):
@@ -25,7 +30,7 @@ class Cursor(ResponseModel):
 
 
 class Checkpoint(ResponseModel):
-    """A saved version of an adapter: for training (with the optimiser's state) or for sampling."""
+    """A saved version of an adapter: for training (with the optimiser's state), for sampling, or to be downloaded."""
 
     checkpoint_id: str
     checkpoint_type: CheckpointType
@@ -38,7 +43,7 @@ class Checkpoint(ResponseModel):
 
 
 class ParsedCheckpointTinkerPath(ResponseModel):
-    """The parts of `tinker://<run>/weights/<name>` or `tinker://<run>/sampler_weights/<name>`."""
+    """The parts of `tinker://<run>/<kind>/<name>`; kind is `weights`, `sampler_weights` or `external_weights`."""
 
     tinker_path: str
     training_run_id: str
@@ -52,21 +57,22 @@ class ParsedCheckpointTinkerPath(ResponseModel):
             raise UserError(f"path: expected a string tinker://<run>/weights/<name>, got {type(tinker_path).__name__}")
         bare = strip_scheme(tinker_path)
         parts = bare.split("/")
-        if len(parts) != 3 or not all(parts) or parts[1] not in _TYPE_OF_KIND:
+        kind = next((k for k in _TYPE_OF_KIND if len(parts) == 3 and parts[1] == k), None)
+        if kind is None or not all(parts):
             raise UserError(
-                "path: expected tinker://<run>/weights/<name> or tinker://<run>/sampler_weights/<name>, "
+                f"path: expected tinker://<run>/<kind>/<name> with kind one of {', '.join(_TYPE_OF_KIND)}, "
                 f"got {tinker_path!r}"
             )
         return cls(
             tinker_path=f"tinker://{bare}",
             training_run_id=parts[0],
-            checkpoint_type=_TYPE_OF_KIND[parts[1]],
-            checkpoint_id=f"{parts[1]}/{parts[2]}",
+            checkpoint_type=_TYPE_OF_KIND[kind],
+            checkpoint_id=f"{kind}/{parts[2]}",
         )
 
     @property
     def kind(self) -> CheckpointKind:
-        return "weights" if self.checkpoint_type == "training" else "sampler_weights"
+        return next(kind for kind, of in _TYPE_OF_KIND.items() if of == self.checkpoint_type)
 
     @property
     def name(self) -> str:
@@ -87,6 +93,13 @@ class CheckpointArchiveUrlResponse(ResponseModel):
     """`url` of a tar.gz of the adapter, and when it stops being valid."""
 
     url: str
+    expires: datetime
+
+
+class ExternalWeightsUrlsResponse(ResponseModel):
+    """One URL for each file of a checkpoint, and when they stop being valid."""
+
+    urls: dict[str, str]
     expires: datetime
 
 

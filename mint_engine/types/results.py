@@ -56,6 +56,11 @@ class SaveWeightsResponse(ResponseModel):
     type: Literal["save_weights"] = "save_weights"
 
 
+class SaveWeightsExternalResponse(ResponseModel):
+    path: str
+    type: Literal["save_weights_external"] = "save_weights_external"
+
+
 class LoadWeightsResponse(ResponseModel):
     path: str | None = None
     model_id: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -93,12 +93,13 @@ class TensorData:
     One-dimensional tensors behave like lists: `len`, indexing, iteration.
     """
 
-    __slots__ = ("_array", "dtype", "shape", "sparse_col_indices", "sparse_crow_indices")
+    __slots__ = ("_array", "_col", "_crow", "dtype", "shape")
 
     dtype: TensorDtype
     shape: list[int]
-    sparse_crow_indices: list[int] | None
-    sparse_col_indices: list[int] | None
+    _array: np.ndarray
+    _crow: np.ndarray | None
+    _col: np.ndarray | None
 
     def __init__(
         self,
@@ -112,18 +113,38 @@ class TensorData:
             raise UserError("TensorData: dtype is required: 'int64' or 'float32'")
         array = cast_array([] if data is None else data, dtype, "TensorData.data")
         self.dtype = dtype
+        self._crow = self._col = None
         if sparse_crow_indices is None and sparse_col_indices is None:
             self._array = array if shape is None else _reshape(array, shape)
             self.shape = list(self._array.shape)
-            self.sparse_crow_indices = self.sparse_col_indices = None
             return
         if sparse_crow_indices is None or sparse_col_indices is None or shape is None or len(shape) != 2:
             raise UserError("TensorData: a sparse tensor needs sparse_crow_indices, sparse_col_indices and a 2-D shape")
         self._array = array.reshape(-1)
         self.shape = [int(n) for n in shape]
-        self.sparse_crow_indices = cast_array(sparse_crow_indices, "int64", "sparse_crow_indices").tolist()
-        self.sparse_col_indices = cast_array(sparse_col_indices, "int64", "sparse_col_indices").tolist()
-        _check_csr(self.sparse_crow_indices, self.sparse_col_indices, self._array.size, self.shape)
+        self._crow = cast_array(sparse_crow_indices, "int64", "sparse_crow_indices").reshape(-1)
+        self._col = cast_array(sparse_col_indices, "int64", "sparse_col_indices").reshape(-1)
+        _check_csr(self._crow, self._col, self._array.size, self.shape)
+
+    @classmethod
+    def wrap(cls, array: np.ndarray) -> TensorData:
+        """`array` itself, not a copy: C-contiguous int64 or float32, which nobody will change."""
+        self = cls.__new__(cls)
+        self.dtype = "int64" if array.dtype.kind == "i" else "float32"
+        self.shape = list(array.shape)
+        self._array = array
+        self._crow = self._col = None
+        return self
+
+    @classmethod
+    def wrap_sparse(cls, values: np.ndarray, crow: np.ndarray, col: np.ndarray, shape: Sequence[int]) -> TensorData:
+        """A CSR tensor of these arrays, not copies (int64 indices; `values` as for `wrap`). Checks them, as
+        `TensorData(...)` does."""
+        self = cls.wrap(values)
+        self.shape = list(shape)
+        self._crow, self._col = crow, col
+        _check_csr(crow, col, values.size, self.shape)
+        return self
 
     @classmethod
     def from_numpy(cls, array: np.ndarray) -> TensorData:
@@ -155,13 +176,28 @@ class TensorData:
         """The values, flat, in row-major order (of a sparse tensor: the listed values)."""
         return self._array.reshape(-1).tolist()
 
+    @property
+    def sparse_crow_indices(self) -> list[int] | None:
+        """Where each row starts among the listed values; None for a dense tensor."""
+        return None if self._crow is None else self._crow.tolist()
+
+    @property
+    def sparse_col_indices(self) -> list[int] | None:
+        """The column of each listed value; None for a dense tensor."""
+        return None if self._col is None else self._col.tolist()
+
+    @property
+    def csr(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """The listed values and their int64 crow and col indices, as stored; None for a dense tensor."""
+        return None if self._crow is None or self._col is None else (self._array, self._crow, self._col)
+
     def to_numpy(self, pad_value: int = 0) -> np.ndarray:
         """Dense array of `shape`. The stored array itself if the tensor is dense: copy it before you change it."""
-        if self.sparse_crow_indices is None or self.sparse_col_indices is None:
+        if self._crow is None or self._col is None:
             return self._array
         dense = np.full(self.shape, pad_value, dtype=self._array.dtype)
-        rows = np.repeat(np.arange(self.shape[0]), np.diff(self.sparse_crow_indices))
-        dense[rows, self.sparse_col_indices] = self._array
+        rows = np.repeat(np.arange(self.shape[0]), np.diff(self._crow))
+        dense[rows, self._col] = self._array
         return dense
 
     def to_torch(self, pad_value: int = 0) -> torch.Tensor:
@@ -177,7 +213,7 @@ class TensorData:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; `TensorData(**td.to_dict())` equals `td`."""
         record: dict[str, Any] = {"data": self.data, "dtype": self.dtype, "shape": self.shape}
-        if self.sparse_crow_indices is not None:
+        if self._crow is not None:
             record["sparse_crow_indices"] = self.sparse_crow_indices
             record["sparse_col_indices"] = self.sparse_col_indices
         return record
@@ -200,7 +236,7 @@ class TensorData:
         return array.astype(wanted, copy=True) if copy or wanted != array.dtype else array
 
     def __repr__(self) -> str:
-        sparse = ", sparse" if self.sparse_crow_indices is not None else ""
+        sparse = ", sparse" if self._crow is not None else ""
         values = np.array2string(self._array, threshold=8)
         return f"TensorData({values}, dtype={self.dtype!r}, shape={self.shape}{sparse})"
 
@@ -214,20 +250,30 @@ class TensorData:
 
 def _reshape(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     sizes = [int(n) for n in shape]
-    if any(n < 0 for n in sizes) or int(np.prod(sizes, dtype=np.int64)) != array.size:
+    if any(n < 0 for n in sizes) or math.prod(sizes) != array.size:
         raise UserError(f"TensorData: expected {sizes} to hold the {array.size} values of data")
     return array.reshape(sizes)
 
 
-def _check_csr(crow: list[int], col: list[int], count: int, shape: list[int]) -> None:
+def _check_csr(crow: np.ndarray, col: np.ndarray, count: int, shape: list[int]) -> None:
     rows, columns = shape
     if rows < 0 or columns < 0:
         raise UserError(f"TensorData.shape: expected sizes of at least 0, got {shape}")
-    if len(crow) != rows + 1 or crow[0] != 0 or crow[-1] != count or any(np.diff(crow) < 0):
-        raise UserError(f"sparse_crow_indices: expected {rows + 1} values rising from 0 to {count}, got {crow}")
+    if len(crow) != rows + 1 or crow[0] != 0 or crow[-1] != count or (crow[1:] < crow[:-1]).any():
+        raise UserError(
+            f"sparse_crow_indices: expected {rows + 1} values rising from 0 to {count}, got {_shorten(crow)}"
+        )
     if len(col) != count:
         raise UserError(f"sparse_col_indices: expected {count} values to match data, got {len(col)}")
-    for start, end in itertools.pairwise(crow):
-        row = col[start:end]
-        if row and (row[0] < 0 or row[-1] >= columns or any(np.diff(row) <= 0)):
-            raise UserError(f"sparse_col_indices: expected columns rising in 0..{columns - 1} in a row, got {row}")
+    bad = (col < 0) | (col >= columns)
+    bad[1:] |= col[1:] <= col[:-1]
+    first = crow[:-1][crow[:-1] < count]  # the first column of a row need not exceed the last of the row before
+    bad[first] = (col[first] < 0) | (col[first] >= columns)
+    if bad.any():
+        row = int(np.searchsorted(crow, np.flatnonzero(bad)[0], side="right")) - 1
+        got = _shorten(col[crow[row] : crow[row + 1]])
+        raise UserError(f"sparse_col_indices: expected columns rising in 0..{columns - 1} in a row, got {got}")
+
+
+def _shorten(values: np.ndarray) -> str:
+    return np.array2string(values, threshold=16, edgeitems=4, separator=", ")
