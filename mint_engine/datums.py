@@ -54,10 +54,11 @@ def check_tokens(tokens: np.ndarray, limits: Limits, what: str) -> np.ndarray:
         raise UserError(
             f"{what}: expected at most {limits.max_context_length} tokens (the model's context), got {tokens.size}"
         )
-    return _check_ids(tokens, limits, what)
+    return check_ids(tokens, limits, what)
 
 
-def _check_ids(tokens: np.ndarray, limits: Limits, what: str) -> np.ndarray:
+def check_ids(tokens: np.ndarray, limits: Limits, what: str) -> np.ndarray:
+    """``tokens`` itself, of any shape, if all are known token ids. Raises UserError, which names ``what``."""
     bad = np.flatnonzero((tokens < 0) | (tokens >= limits.vocab_size))
     if bad.size:
         where = tuple(int(i) for i in np.unravel_index(bad[0], tokens.shape))
@@ -68,10 +69,10 @@ def _check_ids(tokens: np.ndarray, limits: Limits, what: str) -> np.ndarray:
     return tokens
 
 
-def check_prompt(prompt: ModelInput, limits: Limits, what: str = "prompt") -> np.ndarray:
-    """The prompt's token ids, int64 [N], checked as by :func:`check_tokens`."""
+def check_prompt(prompt: ModelInput | Datum, limits: Limits, what: str = "prompt") -> np.ndarray:
+    """The token ids of a prompt or of a datum's input, int64 [N], checked as by :func:`check_tokens`."""
     try:
-        tokens = np.asarray(prompt.to_ints(), dtype=np.int64)
+        tokens = prompt.token_array()
     except OverflowError:
         raise UserError(f"{what}: expected token ids in [0, {limits.vocab_size}), got one beyond 64 bits") from None
     return check_tokens(tokens, limits, what)
@@ -94,7 +95,7 @@ def check_data(data: Sequence[Datum], loss: Loss, config: Mapping[str, float], l
 
 def _check_datum(datum: Datum, index: int, loss: Loss, limits: Limits) -> CheckedDatum:
     at = f"(datum {index})"
-    tokens = check_prompt(datum.model_input, limits, f"model_input {at}")
+    tokens = check_prompt(datum, limits, f"model_input {at}")
     given = datum.loss_fn_inputs
     missing = [name for name in ("target_tokens", *loss.required) if name not in given]
     if missing:
@@ -103,7 +104,7 @@ def _check_datum(datum: Datum, index: int, loss: Loss, limits: Limits) -> Checke
     _check_length(targets, tokens.size, "target_tokens", "model_input", at)
     if targets.ndim > 2 or (targets.ndim == 2 and not loss.matrix_targets):
         raise UserError(f"target_tokens: {loss.name} expects shape [N], got {list(targets.shape)} {at}")
-    _check_ids(targets, limits, f"target_tokens {at}")
+    check_ids(targets, limits, f"target_tokens {at}")
     inputs = {}
     for name in (*loss.required, *(n for n in loss.optional if n in given)):
         values = given[name].to_numpy().astype(np.float32, copy=False)
