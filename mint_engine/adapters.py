@@ -101,11 +101,12 @@ class Adapter:
         if not bool(torch.isfinite(self.params).all()):
             raise NonFiniteError("adapter: it has weights that are not finite")
 
-    def load(self, tensors: dict[str, Tensor], flat: Tensor, what: str) -> None:
+    def load(self, tensors: dict[str, Tensor], flat: Tensor, what: str, *, finite: bool = True) -> None:
         """Copy PEFT-named tensors into ``flat``, all or nothing.
 
         Raises:
             UserError: names or shapes differ; the message lists the difference.
+            NonFiniteError: they must be ``finite`` and are not.
         """
         wanted = dict(self.named(flat))
         problems = [f"missing {name}" for name in wanted if name not in tensors]
@@ -118,7 +119,7 @@ class Adapter:
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise UserError(f"{what}: does not fit this adapter: {'; '.join(problems[:5])}{more}")
-        if not all(bool(torch.isfinite(tensors[name]).all()) for name in wanted):
+        if finite and not all(bool(torch.isfinite(tensors[name]).all()) for name in wanted):
             raise NonFiniteError(f"{what}: it has values that are not finite")
         for name, view in wanted.items():
             view.copy_(tensors[name])

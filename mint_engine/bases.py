@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class BaseInfo:
+    """A loaded base model in a few words.
+
+    ``eos_token_ids`` end a sample. ``resident_bytes``: of its weights in memory, borders included.
+    """
+
+    name: str
+    directory: Path
+    architecture: str
+    dtype: str
+    num_layers: int
+    vocab_size: int
+    max_context_length: int
+    eos_token_ids: tuple[int, ...]
+    resident_bytes: int
+
+
 class Base:
     """A loaded base model with its sampler. ``name`` is what the caller asked for."""
 
@@ -32,6 +51,20 @@ class Base:
         self.name, self.directory = files.name, files.directory
         self.config, self.decoder, self.sampler = config, decoder, sampler
         self.limits = Limits(config.vocab_size, config.max_context_length)
+
+    @property
+    def info(self) -> BaseInfo:
+        return BaseInfo(
+            name=self.name,
+            directory=self.directory,
+            architecture=self.config.architecture,
+            dtype=str(self.decoder.dtype).removeprefix("torch."),
+            num_layers=self.config.num_layers,
+            vocab_size=self.config.vocab_size,
+            max_context_length=self.config.max_context_length,
+            eos_token_ids=tuple(self.config.eos_token_ids),
+            resident_bytes=self.decoder.resident_bytes,
+        )
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -67,7 +100,11 @@ class BaseModels:
             ModelError: the name resolves to nothing, or to something damaged or unsupported.
         """
         path = Path(name).expanduser()
-        name = str(path.resolve()) if path.is_dir() else name  # one copy, however its directory is spelled
+        if name and path.is_dir():  # one copy, however its directory is spelled
+            name = str(path.resolve())
+            alias = next((base for base in self.loaded if str(base.directory) == name), None)
+            if alias is not None:
+                return alias
         with self._lock:
             future = self._loading.get(name)
             mine = future is None or (future.done() and future.exception() is not None)

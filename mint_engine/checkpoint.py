@@ -29,6 +29,7 @@ ADAPTER_MODEL = "adapter_model.safetensors"
 OPTIMIZER_STATE = "optimizer.safetensors"
 
 _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_NUMPY_DTYPES = ("F16", "F32", "F64")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 # PEFT options that change what an adapter computes, and the value under which it computes what ours does.
@@ -127,6 +128,11 @@ def read_adapter(directory: Path) -> tuple[AdapterMeta, dict[str, torch.Tensor]]
     meta = _parse_config(config, metadata, directory / ADAPTER_CONFIG)
     _check_factors(tensors, meta.rank, directory / ADAPTER_MODEL)
     return meta, tensors
+
+
+def read_meta(directory: Path) -> AdapterMeta:
+    """What `adapter_config.json` says, without reading the tensors. Raises CheckpointError."""
+    return _parse_config(_read_json(directory / ADAPTER_CONFIG), {}, directory / ADAPTER_CONFIG)
 
 
 def write_training_state(
@@ -272,10 +278,19 @@ def _load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing")
     try:
-        with safe_open(path, framework="pt") as file:
+        # By way of numpy, which knows no bfloat16: safetensors 0.8 leaks two integers with every tensor it makes for
+        # torch, and is three times as slow.
+        with safe_open(path, framework="np") as file, safe_open(path, framework="pt") as wide:
             metadata = dict(file.metadata() or {})
             # The file is mapped into memory: copy, so that replacing or removing it cannot reach a loaded tensor.
-            tensors = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in file.keys()}  # noqa: SIM118
+            tensors = {
+                name: (
+                    torch.from_numpy(file.get_tensor(name))
+                    if file.get_slice(name).get_dtype() in _NUMPY_DTYPES
+                    else wide.get_tensor(name)
+                ).to(torch.float32, copy=True)
+                for name in file.keys()  # noqa: SIM118
+            }
     except SafetensorError as error:
         raise CheckpointError(f"{path}: damaged ({error})") from error
     return tensors, metadata

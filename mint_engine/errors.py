@@ -44,3 +44,7 @@ class TransportError(MintError):
 
 class EngineClosedError(MintError, RuntimeError):
     """Work was given to an engine, session or model that has been closed."""
+
+
+class SampleCancelledError(MintError):
+    """A sample was given up because the one who asked for it said so. What it had drawn is lost."""

@@ -59,6 +59,7 @@ class Executor:
         self._ready: deque[Lane] = deque()
         self._steppers: list[Stepper] = []
         self._resumed: deque[Callable[[], None]] = deque()
+        self._queued = 0  # operations accepted and not begun
         self._off_thread = 0  # operations waiting for a call off the device thread
         self._signalled = False  # a stepper got work since the thread last looked
         self._closed = False
@@ -91,11 +92,17 @@ class Executor:
                 future.set_exception(EngineClosedError("the engine is closed"))
                 return future
             lane.waiting.append((operation, future))
+            self._queued += 1
             if not lane.busy:
                 lane.busy = True
                 self._ready.append(lane)
                 self._wake.notify()
         return future
+
+    @property
+    def queued(self) -> int:
+        """Operations accepted and not begun."""
+        return self._queued
 
     def notify(self) -> None:
         """Wake the thread: a stepper has work."""
@@ -128,6 +135,7 @@ class Executor:
     def _serve_calls(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
+            del call  # it holds the future and its result, and this thread may sleep long
 
     def _run(self) -> None:
         with torch.no_grad():
@@ -154,6 +162,7 @@ class Executor:
         with self._wake:
             resumed = self._resumed.popleft() if self._resumed else None
             lane = self._ready.popleft() if self._may_start() else None
+            self._queued -= lane is not None
             steppers = [] if self._closed else list(self._steppers)
         if resumed is not None:
             resumed()
@@ -196,9 +205,12 @@ class Executor:
             self._settle(lane, future, error=error)
             return
 
+        calls = [call]
+        del call  # what it worked on may be freed the moment it has returned, not when the next call comes
+
         def off_thread() -> None:
             try:
-                value = call()
+                value = calls.pop()()
             except BaseException as error:
                 failure = error  # `error` is unbound when the except block ends
                 self._resume(lambda: self._advance(lane, future, steps, lambda: steps.throw(failure)))

@@ -37,8 +37,8 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, max_bytes: int) -> None:
         width = config.num_kv_heads * config.head_dim
-        block_bytes = 2 * config.num_layers * BLOCK_TOKENS * width * dtype.itemsize
-        self.num_blocks = max(1, min(max_bytes // block_bytes, _MAX_BLOCKS))
+        self.block_bytes = 2 * config.num_layers * BLOCK_TOKENS * width * dtype.itemsize
+        self.num_blocks = max(1, min(max_bytes // self.block_bytes, _MAX_BLOCKS))
         shape = (config.num_layers, self.num_blocks, BLOCK_TOKENS, width)
         self.k, self.v = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
         self._free = list(range(self.num_blocks - 1, -1, -1))
@@ -54,6 +54,11 @@ class KVCache:
     def blocks_available(self) -> int:
         """Blocks neither used nor promised."""
         return len(self._free) - self._promised
+
+    @property
+    def blocks_used(self) -> int:
+        """Blocks that hold somebody's keys and values."""
+        return self.num_blocks - len(self._free)
 
     @staticmethod
     def blocks_needed(prompt: int, total: int, samples: int) -> int:

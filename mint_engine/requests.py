@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from mint_engine.bases import Base
 
 
+# (sample index, token, log-probability): called on the device thread, which waits for it.
+OnToken = Callable[[int, int, float], None]
+
+
 @dataclass(eq=False)  # a request is itself, not its fields
 class Request:
     """What the sampler works on. ``num_samples`` 0 only scores the prompt. ``adapter`` None is the base model."""
@@ -36,6 +41,8 @@ class Request:
     future: Future[SampleResponse] = field(default_factory=Future)
     finished: dict[int, SampledSequence] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
+    on_token: OnToken | None = None
+    begun: float | None = None  # time.perf_counter() when it was admitted
 
     @property
     def draw(self) -> Draw:
@@ -56,6 +63,7 @@ def make_request(
     *,
     topk: int = 0,
     targets: TensorData | None = None,
+    on_token: OnToken | None = None,
 ) -> Request:
     """Check a call and turn it into a request. ``targets`` become ``query.targets``.
 
@@ -87,6 +95,7 @@ def make_request(
         query=replace(query, targets=_target_matrix(targets, len(tokens), base.limits.vocab_size)),
         topk=topk,
         sequence_ids=[uuid.uuid4().hex for _ in range(num_samples)],
+        on_token=on_token,
     )
 
 

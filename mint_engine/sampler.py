@@ -7,6 +7,7 @@ sampling is the one the trainer computes. Requests join and leave at any step.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,7 +20,7 @@ from mint_engine import kernels
 from mint_engine.adapters import Adapter
 from mint_engine.batch import pack
 from mint_engine.borders import Seating
-from mint_engine.errors import NonFiniteError, UserError
+from mint_engine.errors import NonFiniteError, SampleCancelledError, UserError
 from mint_engine.executor import settle
 from mint_engine.kv_cache import CachedSequence, KVCache
 from mint_engine.models.decoder import Decoder
@@ -48,7 +49,10 @@ class _Row:
 
 
 class Sampler:
-    """Continuous batching over one base model. ``submit`` from any thread; ``step`` on the device thread."""
+    """Continuous batching over one base model. ``submit`` and ``cancel`` from any thread; ``step`` on the device's.
+
+    ``tokens_sampled`` and ``tokens_prefilled`` count since the beginning; the device thread alone changes them.
+    """
 
     def __init__(self, decoder: Decoder, max_cache_bytes: int, wake: Callable[[], None]) -> None:
         self._decoder = decoder
@@ -57,6 +61,8 @@ class Sampler:
         self._lock = threading.Lock()
         self._waiting: deque[Request] = deque()
         self._rows: list[_Row] = []
+        self._open: dict[Future, Request] = {}  # accepted and not answered yet
+        self.tokens_sampled = self.tokens_prefilled = 0
         self._closed: BaseException | None = None
 
     def submit(self, request: Request) -> Future:
@@ -80,9 +86,49 @@ class Sampler:
         with self._lock:
             if self._closed is not None:
                 raise self._closed
+            self._open[request.future] = request
             self._waiting.append(request)
+        request.future.add_done_callback(self._answered)
         self._wake()
         return request.future
+
+    def _answered(self, future: Future) -> None:
+        request = self._open.pop(future, None)
+        if request is not None and future.cancelled():  # by its owner, while it waited
+            self._withdraw(request)
+
+    def _withdraw(self, request: Request) -> None:
+        with self._lock:
+            if request in self._waiting:
+                self._waiting.remove(request)
+
+    def cancel(self, future: Future) -> bool:
+        """Give up a request: its future fails with SampleCancelledError now, its memory is free after the next step.
+
+        False if the request is not one of this sampler's, or has been answered already.
+        """
+        request = self._open.get(future)
+        if request is None:
+            return False
+        self._withdraw(request)
+        error = SampleCancelledError("sample: cancelled")
+        settle(future, error=error)
+        self._wake()
+        return not future.cancelled() and future.exception() is error
+
+    def load(self) -> tuple[int, int]:
+        """(requests that wait to be admitted, their prompt tokens)."""
+        with self._lock:
+            return len(self._waiting), sum(len(r.prompt) for r in self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests admitted and not answered yet."""
+        return max(0, len(self._open) - len(self._waiting))
+
+    @property
+    def cache(self) -> KVCache:
+        return self._cache
 
     def fail(self, error: BaseException) -> None:
         """Every running and waiting request gets ``error``."""
@@ -100,13 +146,26 @@ class Sampler:
 
     def step(self) -> bool:
         """Admit and prefill what fits, then decode one token of every running sample. False if there was nothing."""
+        freed = self._leave_abandoned()
         admitted = self._admit()
         if admitted:
             self._guarded(admitted, lambda: self._prefill(admitted))
         running = [row.request for row in self._rows]
         if running:
             self._guarded(running, self._decode)
-        return bool(admitted or running)
+        return bool(freed or admitted or running)
+
+    def _leave_abandoned(self) -> bool:
+        """Free the rows of requests whose future somebody else has settled: they were cancelled."""
+        kept: list[_Row] = []
+        for row in self._rows:
+            if row.request.future.done():
+                self._cache.close(row.cache)
+            else:
+                kept.append(row)
+        freed = len(kept) < len(self._rows)
+        self._rows = kept
+        return freed
 
     def _guarded(self, requests: list[Request], work: Callable[[], None]) -> None:
         """An error in a batch reaches the requests of that batch; their memory is given back, the others go on."""
@@ -152,6 +211,7 @@ class Sampler:
                     break
                 self._waiting.popleft()
                 if request.future.set_running_or_notify_cancel():
+                    request.begun = time.perf_counter()
                     admitted.append(request)
                     tokens, blocks, rows = tokens + n, blocks - needed, rows + request.num_samples
         return sorted(admitted, key=lambda r: _adapter_key(r.adapter))
@@ -169,6 +229,7 @@ class Sampler:
                 self._decoder.packed_attend(batch), rows, [s for group in slots.values() for s in group]
             )
             h, _ = self._decoder.hidden(batch.tokens, batch.positions, seating, attend)
+            self.tokens_prefilled += batch.num_tokens
             self._score(requests, h, bounds, seating)
             if not caches:
                 return
@@ -250,7 +311,7 @@ class Sampler:
         chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
         for i, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), chosen, strict=True)):
             if row.request.future.done():
-                continue  # another sample of the same call has just failed
+                continue  # another sample of the same call has just failed, or the call was cancelled
             try:
                 self._append(row, token, logprob, logprobs[i])
             except Exception as error:
@@ -260,9 +321,12 @@ class Sampler:
         """Give a row its next token, and end it if that was the last."""
         row.tokens.append(token)
         row.logprobs.append(logprob)
+        self.tokens_sampled += 1
         if row.request.topk:
             values, ids = distribution.topk(min(row.request.topk, distribution.numel()))
             row.topk.append(list(zip(ids.tolist(), values.tolist(), strict=True)))
+        if row.request.on_token is not None:
+            row.request.on_token(row.index, token, logprob)
         if row.request.stop.reached(row.tokens):
             self._finish(row, "stop")
         elif len(row.tokens) >= row.max_tokens:

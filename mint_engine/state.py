@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,7 +27,7 @@ def save_adapter(snapshot: Adapter, base: Base) -> Callable[[Path], None]:
     """A writer of a PEFT directory. ``snapshot`` must not change until it has run."""
 
     def write(directory: Path) -> None:
-        write_adapter(directory, dict(snapshot.named(snapshot.params)), **_description(snapshot, base))
+        write_adapter(directory, dict(snapshot.named(snapshot.params)), **description(snapshot, base))
 
     return write
 
@@ -46,7 +46,7 @@ def save_state(adapter: Adapter, state: TrainState, base: Base) -> Callable[[Pat
             exp_avg_sq=dict(snapshot.named(exp_avg_sq)),
             step=step,
             gradients=None if grads is None else dict(snapshot.named(grads)),
-            **_description(snapshot, base),
+            **description(snapshot, base),
         )
 
     return write
@@ -60,7 +60,7 @@ def load_adapter(directory: Path, base: Base, what: str) -> Adapter:
     """
     meta, tensors = read_adapter(directory)
     _check_base(meta, base, what)
-    adapter = Adapter(base.decoder.groups, _lora_of(meta, what))
+    adapter = Adapter(base.decoder.groups, lora_of(meta, what))
     adapter.load(tensors, adapter.params, what)
     return adapter
 
@@ -102,7 +102,8 @@ def load_state(
     return apply
 
 
-def _description(adapter: Adapter, base: Base) -> dict:
+def description(adapter: Adapter, base: Base) -> dict[str, Any]:
+    """What `checkpoint.write_adapter` wants to know of an adapter."""
     return {
         "base_model": base.name,
         "rank": adapter.rank,
@@ -117,7 +118,12 @@ def _check_base(meta: AdapterMeta, base: Base, what: str) -> None:
         raise CheckpointError(f"{what}: was trained on {meta.base_model!r}, this model is {base.name!r}")
 
 
-def _lora_of(meta: AdapterMeta, what: str) -> LoraConfig:
+def lora_of(meta: AdapterMeta, what: str) -> LoraConfig:
+    """The configuration of an adapter of ours with that rank and those modules.
+
+    Raises:
+        CheckpointError: no such adapter of ours computes the same.
+    """
     unknown = [m for m in meta.target_modules if m not in _FLAG_OF_MODULE]
     if unknown:
         raise CheckpointError(f"{what}: adapts modules this engine does not: {', '.join(unknown)}")

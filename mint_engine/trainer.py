@@ -56,16 +56,21 @@ def run(
         batch = pack_training([data[i] for i in chosen])
         results.append(_one_pass(decoder, adapter, scratch, batch, loss, config, first_datum=chosen.start))
     if state is not None and scratch is not None:
-        if not bool(torch.isfinite(scratch.sum())) and not bool(torch.isfinite(scratch).all()):
-            raise NonFiniteError("gradient: not finite; the call was refused and the adapter is as it was")
-        state.grads.add_(scratch)
-        state.has_grads = True
+        add_gradients(state, scratch)
     return ForwardBackwardOutput(
         loss_fn_output_type=loss.name,
         loss_fn_outputs=_per_datum(data, [r.logprobs.numpy() for r in results]),
         metrics={"loss:sum": sum(r.loss for r in results), "tokens:sum": float(sum(d.tokens.size for d in data))},
         weight_sum=sum(r.weight for r in results) if loss.name == "cross_entropy" else None,
     )
+
+
+def add_gradients(state: TrainState, scratch: Tensor) -> None:
+    """Add a whole call's gradients to those since the last step. Raises NonFiniteError, and then adds nothing."""
+    if not bool(torch.isfinite(scratch.sum())) and not bool(torch.isfinite(scratch).all()):
+        raise NonFiniteError("gradient: not finite; the call was refused and the adapter is as it was")
+    state.grads.add_(scratch)
+    state.has_grads = True
 
 
 def _one_pass(

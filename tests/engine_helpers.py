@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,16 @@ from mint_engine.types import AdamParams, LoraConfig, ModelInput, SamplingParams
 
 VOCAB = 199
 ADAM = AdamParams(learning_rate=1e-2)
+
+
+@contextmanager
+def open_engine(home: Path, dtype: str = "float32") -> Iterator[Engine]:
+    """An engine with a small KV cache. Several may be opened on one home, one after the other or at once."""
+    engine = Engine(dtype=dtype, home=home, kv_cache_bytes=1 << 22)
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 def new_model(engine: Engine, session: str, base: Path, **lora) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 from tiny_models import build_tiny
 from tiny_tokenizer import VOCAB, save_byte_tokenizer
@@ -13,6 +15,8 @@ from typer.testing import CliRunner
 
 import mint
 from mint_engine import cli, demo
+from mint_engine.cli import checkpoints
+from mint_engine.server import Settings
 
 
 def run(*args: str, code: int = 0, stdin: str = "") -> str:
@@ -49,7 +53,7 @@ def test_checkpoints_are_listed_resolved_exported_and_deleted(saved: list[str], 
 
 def test_paths_are_printed_whole_on_a_narrow_terminal(saved: list[str]) -> None:
     console = Console(record=True, width=60, file=io.StringIO())
-    console.print(cli._table(mint.RestClient().list_user_checkpoints().result().checkpoints))
+    console.print(checkpoints._table(mint.RestClient().list_user_checkpoints().result().checkpoints))
     folded = "".join(line.split("│")[1].strip() for line in console.export_text().splitlines() if "│" in line)
     for path in saved:
         assert path in folded
@@ -79,3 +83,37 @@ def test_the_demo_trains_samples_and_leaves_an_adapter_and_a_plot(tmp_path: Path
     text = console.export_text()
     for expected in ("before", "after", out.checkpoint, "tokens/s"):
         assert expected in text
+
+
+def test_a_key_is_shown_once_listed_without_its_secret_and_revoked() -> None:
+    secret = run("keys", "create", "ada").splitlines()[-1]
+    assert secret.startswith("tml-")
+    listed = run("keys", "list")
+    assert "ada" in listed
+    assert "active" in listed
+    assert secret not in listed
+    key_id = listed.split("\t")[0]
+    run("keys", "revoke", key_id)
+    assert "revoked" in run("keys", "list")
+
+
+def test_runs_are_listed_and_shown(saved: list[str]) -> None:
+    run_id = saved[0].removeprefix("tinker://").split("/")[0]
+    assert run("runs", "list").split("\t")[0] == run_id
+    assert '"lora_rank": 4' in run("runs", "info", run_id)
+
+
+def test_serve_explains_every_setting_and_refuses_a_wrong_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert "--config" in run("serve", "--help")
+    command: Any = typer.main.get_command(cli.app)
+    options = {option.name: option for option in command.commands["serve"].params}
+    for name, setting in Settings.model_fields.items():
+        assert setting.description in options[name].help, name
+    assert "--model" in options["models"].opts
+    monkeypatch.setattr("sys.argv", ["mint-engine", "serve", "--port", "70000"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 1
+    assert "port" in capsys.readouterr().err

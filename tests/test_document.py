@@ -1,17 +1,21 @@
-"""The SFT document's program, verbatim but for the model's name, runs and learns."""
+"""The SFT document's program, verbatim but for the model's name, runs and learns: in process, and over HTTP."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from server_fixture import live_server
 from tiny_models import build_tiny
 from tiny_tokenizer import VOCAB, save_byte_tokenizer
 
 import mint
 from mint import types
+from mint_engine.client.remote import close_connections
 
 # The code of the document, snippet after snippet; the marked line is the only one we add.
 PROGRAM = """
@@ -111,7 +115,24 @@ def tiny_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_the_document_s_program_runs_and_learns(tiny_with_tokenizer: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.fixture(params=["local", "http"])
+def serve(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """`serve(model)`: with "http", from now on MINT_BASE_URL leads to a server of that model."""
+    with ExitStack() as stack:
+
+        def start(model: str) -> None:
+            if request.param == "http":
+                server = stack.enter_context(live_server(models=[model]))
+                monkeypatch.setenv("MINT_BASE_URL", server.url)
+                stack.callback(close_connections)
+
+        yield start
+
+
+def test_the_document_s_program_runs_and_learns(
+    tiny_with_tokenizer: Path, capsys: pytest.CaptureFixture, serve: Callable[[str], None]
+) -> None:
+    serve(str(tiny_with_tokenizer))
     scope = run_document(str(tiny_with_tokenizer), PROGRAM, capsys, steps=12)
     # The name given to save_weights_and_get_sampling_client is a checkpoint that can be found again.
     rest = scope["service_client"].create_rest_client()
@@ -120,8 +141,12 @@ def test_the_document_s_program_runs_and_learns(tiny_with_tokenizer: Path, capsy
 
 
 def test_the_model_s_name_comes_from_the_environment(
-    tiny_with_tokenizer: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tiny_with_tokenizer: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    serve: Callable[[str], None],
 ) -> None:
+    serve(str(tiny_with_tokenizer))
     monkeypatch.setenv("MINT_BASE_MODEL", str(tiny_with_tokenizer))
     monkeypatch.setenv("MINT_LORA_RANK", "8")
     program = PROGRAM.replace('    base_model="Qwen/Qwen3-0.6B",\n    rank=16,\n', "")
@@ -130,8 +155,9 @@ def test_the_model_s_name_comes_from_the_environment(
 
 
 @pytest.mark.parametrize("form", ["0.22", "0.38"])
-def test_the_sdks_forms_run_too(tiny_with_tokenizer: Path, form: str) -> None:
+def test_the_sdks_forms_run_too(tiny_with_tokenizer: Path, form: str, serve: Callable[[str], None]) -> None:
     """Keyword names and result handling as the tinker cookbook writes them."""
+    serve(str(tiny_with_tokenizer))
     service = mint.ServiceClient()
     trainer = service.create_lora_training_client(str(tiny_with_tokenizer), 4)
     if form == "0.38":
@@ -165,9 +191,10 @@ def test_the_sdks_forms_run_too(tiny_with_tokenizer: Path, form: str) -> None:
 
 @pytest.mark.slow
 def test_the_document_s_program_on_a_real_model(
-    smollm2_home: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    smollm2_home: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, serve: Callable[[str], None]
 ) -> None:
     monkeypatch.setenv("MINT_HOME", str(smollm2_home))
+    serve("smollm2-135m")
     scope = run_document("smollm2-135m", PROGRAM, capsys, steps=12)
     text = [scope["tokenizer"].decode(s.tokens) for s in scope["samples"].sequences]
     assert all(text)

@@ -13,7 +13,7 @@ from helpers import checked, limits_of, load_decoder, trained_adapter
 
 from mint_engine import trainer
 from mint_engine.adapters import Adapter
-from mint_engine.errors import NonFiniteError, UserError
+from mint_engine.errors import NonFiniteError, SampleCancelledError, UserError
 from mint_engine.kv_cache import BLOCK_TOKENS
 from mint_engine.models.decoder import Decoder
 from mint_engine.prompt_scores import PromptQuery
@@ -272,3 +272,102 @@ def test_a_tiny_temperature_is_greedy(decoder: Decoder, temperature: float) -> N
     greedy, plain, filtered = (r.sequences[0] for r in drain(sampler, futures))
     assert plain.tokens == filtered.tokens == greedy.tokens
     assert np.isfinite(plain.logprobs or []).all()
+
+
+def step(sampler: Sampler) -> bool:
+    with torch.no_grad():
+        return sampler.step()
+
+
+def test_every_sampled_token_is_told_as_it_is_drawn(decoder: Decoder) -> None:
+    """The calls of on_token spell out the answer, stop token included, and come before it."""
+    sampler = make_sampler(decoder)
+    told: list[tuple[int, int, float]] = []
+    asked = request([1, 2, 3], n=3, max_tokens=6)
+    asked.on_token = lambda *token: told.append(token)
+    future = sampler.submit(asked)
+    step(sampler)
+    assert [index for index, _, _ in told] == [0, 1, 2] * 2, "the prompt's step and one decode step"
+    assert not future.done()
+    (got,) = drain(sampler, [future])
+    for i, sequence in enumerate(got.sequences):
+        assert [(t, lp) for index, t, lp in told if index == i] == list(
+            zip(sequence.tokens, sequence.logprobs or [], strict=True)
+        )
+
+
+def test_an_exception_in_on_token_fails_its_request_only(decoder: Decoder) -> None:
+    sampler = make_sampler(decoder)
+    broken = request([1, 2, 3], n=2)
+
+    def hang_up(index: int, token: int, logprob: float) -> None:
+        raise BrokenPipeError("the reader has gone")
+
+    broken.on_token = hang_up
+    futures = [sampler.submit(r) for r in (request([1, 2, 3], n=2), broken, request([1, 2, 3], n=2))]
+    while step(sampler):
+        pass
+    assert isinstance(futures[1].exception(timeout=0), BrokenPipeError)
+    first, last = (f.result(timeout=0).sequences for f in (futures[0], futures[2]))
+    assert [s.tokens for s in first] == [s.tokens for s in last]
+    assert sampler.cache.blocks_available == sampler.cache.num_blocks
+
+
+def test_a_cancelled_sample_frees_its_cache_at_the_next_step(decoder: Decoder) -> None:
+    """Also blocks that its samples share and those only promised; its neighbour goes on undisturbed."""
+    sampler = make_sampler(decoder)
+    neighbour = sampler.submit(request([9, 8, 7], max_tokens=60))
+    step(sampler)
+    before = sampler.cache.blocks_available, sampler.cache.blocks_used
+    long = sampler.submit(request(list(range(BLOCK_TOKENS + 3)), n=4, max_tokens=90))
+    step(sampler)
+    assert sampler.cache.blocks_available < before[0]
+    assert (sampler.load(), sampler.running) == ((0, 0), 2)
+    assert sampler.cancel(long)
+    assert isinstance(long.exception(timeout=0), SampleCancelledError)
+    assert not sampler.cancel(long), "it has been answered"
+    step(sampler)
+    assert (sampler.cache.blocks_available, sampler.cache.blocks_used) == before
+    assert sampler.running == 1
+    alone = make_sampler(decoder)
+    expected = drain(alone, [alone.submit(request([9, 8, 7], max_tokens=60))])[0].sequences[0]
+    assert drain(sampler, [neighbour])[0].sequences[0].tokens == expected.tokens
+
+
+def test_the_last_sample_frees_its_cache_too_when_it_is_cancelled(decoder: Decoder) -> None:
+    sampler = make_sampler(decoder)
+    future = sampler.submit(request([1, 2, 3], n=2, max_tokens=60))
+    step(sampler)
+    assert sampler.cancel(future)
+    assert step(sampler), "giving memory back is work"
+    assert sampler.cache.blocks_available == sampler.cache.num_blocks
+    assert not step(sampler)
+
+
+def test_a_waiting_sample_that_is_cancelled_never_starts(decoder: Decoder) -> None:
+    config = decoder.config
+    block_bytes = 2 * config.num_layers * BLOCK_TOKENS * config.num_kv_heads * config.head_dim * 4
+    sampler = make_sampler(decoder, 2 * block_bytes)
+    told: list[int] = []
+    running, waiting, last = (request([1, 2, 3], max_tokens=40, seed=i) for i in range(3))
+    waiting.on_token = lambda index, token, logprob: told.append(token)
+    futures = [sampler.submit(r) for r in (running, waiting, last)]
+    step(sampler)
+    assert sampler.load() == (2, 6), "the cache holds one of them"
+    assert sampler.cancel(futures[1])
+    assert isinstance(futures[1].exception(timeout=0), SampleCancelledError)
+    assert sampler.load() == (1, 3)
+    withdrawn = sampler.submit(request([1, 2, 3, 4]))
+    assert sampler.load() == (2, 7)
+    assert withdrawn.cancel(), "a future that has not begun can be cancelled the usual way, too"
+    assert sampler.load() == (1, 3)
+    drain(sampler, [futures[0], futures[2]])
+    assert told == []
+    assert sampler.cache.blocks_available == 2
+
+
+def test_a_future_of_somebody_else_is_not_cancelled(decoder: Decoder) -> None:
+    sampler, other = make_sampler(decoder), make_sampler(decoder)
+    future = other.submit(request([1]))
+    assert not sampler.cancel(future)
+    drain(other, [future])

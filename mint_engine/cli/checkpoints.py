@@ -1,8 +1,7 @@
-"""The ``mint-engine`` command."""
+"""``mint-engine checkpoint``: what has been saved."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from datetime import UTC, datetime
@@ -15,40 +14,25 @@ from rich.table import Table
 from rich.text import Text
 
 from mint_engine.checkpoint import ADAPTER_CONFIG, ADAPTER_MODEL
-from mint_engine.errors import MintError, UserError
-from mint_engine.store import Store
+from mint_engine.cli.common import DatabaseOption, HomeOption, open_store
+from mint_engine.errors import UserError
 from mint_engine.types import Checkpoint
 
-app = typer.Typer(help="LoRA post-training as software you own.", no_args_is_help=True, pretty_exceptions_enable=False)
-checkpoint = typer.Typer(help="Checkpoints under MINT_HOME (default ~/.mint-engine).", no_args_is_help=True)
-app.add_typer(checkpoint, name="checkpoint")
+app = typer.Typer(help="Checkpoints under MINT_HOME (default ~/.mint-engine).", no_args_is_help=True)
 
 PathArgument = Annotated[str, typer.Argument(help="tinker://<run>/weights/<name> or .../sampler_weights/<name>")]
+OwnerOption = Annotated[str, typer.Option(help="A key's id, or local: what was made without a key.")]
 
 
-@app.command()
-def demo(
-    base_model: Annotated[str, typer.Option(help="A directory, a hub name or smollm2-135m.")] = "smollm2-135m",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 60,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(min=0.0)] = 5e-5,
-    rank: Annotated[int, typer.Option(min=1, max=256, help="LoRA rank.")] = 16,
-    output: Annotated[Path, typer.Option(help="Where the adapter and the loss curve go.")] = Path("demo-output"),
-) -> None:
-    """Fine-tune a small model on two-digit multiplication and sample from it, before and after."""
-    from mint_engine import demo as demo_module  # imports torch: only when it is needed
-
-    demo_module.run(
-        base_model, steps=steps, batch_size=batch_size, learning_rate=learning_rate, rank=rank, output=output
-    )
-
-
-@checkpoint.command("list")
+@app.command("list")
 def list_checkpoints(
     run: Annotated[str | None, typer.Argument(help="Only those of this training run.")] = None,
+    owner: OwnerOption = "local",
+    home: HomeOption = None,
+    database_url: DatabaseOption = None,
 ) -> None:
     """List checkpoints: path, size, age."""
-    store = _store()
+    store = open_store(home, database_url, owner)
     found = store.list_checkpoints(run).checkpoints if run else store.list_user_checkpoints(limit=1000).checkpoints
     if not sys.stdout.isatty():
         for c in found:
@@ -60,18 +44,24 @@ def list_checkpoints(
     Console().print(_table(found))
 
 
-@checkpoint.command("path")
-def checkpoint_path(path: PathArgument) -> None:
+@app.command("path")
+def checkpoint_path(
+    path: PathArgument, owner: OwnerOption = "local", home: HomeOption = None, database_url: DatabaseOption = None
+) -> None:
     """Print the directory of a checkpoint."""
-    print(_store().resolve(path).directory)
+    print(open_store(home, database_url, owner).resolve(path).directory)
 
 
-@checkpoint.command("export")
+@app.command("export")
 def export(
-    path: PathArgument, output: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")]
+    path: PathArgument,
+    output: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")],
+    owner: OwnerOption = "local",
+    home: HomeOption = None,
+    database_url: DatabaseOption = None,
 ) -> None:
     """Copy a checkpoint's PEFT adapter (adapter_config.json, adapter_model.safetensors) to a directory."""
-    source = _store().resolve(path).directory
+    source = open_store(home, database_url, owner).resolve(path).directory
     if output.exists():
         raise UserError(f"output: {output} exists already")
     try:
@@ -84,19 +74,52 @@ def export(
     print(output)
 
 
-@checkpoint.command("delete")
-def delete(path: PathArgument, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
+@app.command("delete")
+def delete(
+    path: PathArgument,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    owner: OwnerOption = "local",
+    home: HomeOption = None,
+    database_url: DatabaseOption = None,
+) -> None:
     """Delete a checkpoint for good."""
-    store = _store()
+    store = open_store(home, database_url, owner)
     resolved = store.resolve(path)
     if not yes:
         typer.confirm(f"Delete {resolved.tinker_path}?", abort=True)
-    store.delete_checkpoint(path)
+    store.delete_checkpoint(path, at_once=True)
     print(f"deleted {resolved.tinker_path}")
 
 
-def _store() -> Store:
-    return Store(Path(os.environ.get("MINT_HOME") or Path.home() / ".mint-engine").expanduser())
+@app.command("publish")
+def publish(
+    path: PathArgument, owner: OwnerOption = "local", home: HomeOption = None, database_url: DatabaseOption = None
+) -> None:
+    """Let every key read a checkpoint."""
+    open_store(home, database_url, owner).publish(path)
+    print(f"published {path}")
+
+
+@app.command("unpublish")
+def unpublish(
+    path: PathArgument, owner: OwnerOption = "local", home: HomeOption = None, database_url: DatabaseOption = None
+) -> None:
+    """Take a published checkpoint back."""
+    open_store(home, database_url, owner).unpublish(path)
+    print(f"unpublished {path}")
+
+
+@app.command("set-ttl")
+def set_ttl(
+    path: PathArgument,
+    seconds: Annotated[int | None, typer.Argument(help="Seconds from now; leave out to keep it for good.")] = None,
+    owner: OwnerOption = "local",
+    home: HomeOption = None,
+    database_url: DatabaseOption = None,
+) -> None:
+    """Let a checkpoint expire."""
+    open_store(home, database_url, owner).set_ttl(path, seconds)
+    print(f"{path} is kept for good" if seconds is None else f"{path} expires in {seconds} s")
 
 
 def _table(checkpoints: list[Checkpoint]) -> Table:
@@ -106,27 +129,13 @@ def _table(checkpoints: list[Checkpoint]) -> Table:
         table.add_column(name, no_wrap=True)
     for c in checkpoints:
         expires = "" if c.expires_at is None else f"{c.expires_at:%Y-%m-%d %H:%M}"
-        table.add_row(Text(c.tinker_path), f"{(c.size_bytes or 0) / 1e6:.1f} MB", _age(c.time), expires)
+        table.add_row(Text(c.tinker_path), f"{(c.size_bytes or 0) / 1e6:.1f} MB", age(c.time), expires)
     return table
 
 
-def _age(when: datetime) -> str:
+def age(when: datetime) -> str:
     seconds = (datetime.now(UTC) - when).total_seconds()
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit} ago"
     return "just now"
-
-
-def main() -> None:
-    """The console script: errors made for people are printed, not traced."""
-    try:
-        app()
-    except (MintError, OSError) as error:
-        typer.secho("error: ", fg="red", err=True, nl=False)
-        typer.echo(error, err=True)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

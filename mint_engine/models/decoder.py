@@ -80,6 +80,12 @@ class Decoder:
         return c.num_layers * kept * self.dtype.itemsize
 
     @property
+    def resident_bytes(self) -> int:
+        """Memory of the weights, with their borders as wide as they are now."""
+        tensors = [w.buf for w in self.borders.weights] + ([] if self._embedding is None else [self._embedding])
+        return sum(t.nbytes for t in tensors)
+
+    @property
     def embedding(self) -> Tensor:
         """[V, H]; on tied models the unembedding's own rows (the storage is shared, the head's adapter is not)."""
         return self.head.weight if self._embedding is None else self._embedding
@@ -121,10 +127,24 @@ class Decoder:
         grads: linear.Gradients,
     ) -> Tensor:  # fmt: skip
         """Gradient with respect to ``h`` [M, H], given ``dlogprob`` [M, K]; the head adapters' go to ``grads``."""
+        ranks = seating.ranks_of(self.head.group)
+        dx_ext, d_border = kernels.target_logprob_backward(x, self.head.forward_weight(ranks), targets, dlogprob, lse,
+                                                           border=self.head.m * ranks)  # fmt: skip
+        return self._head_gradients(h, x, dx_ext, d_border, seating, grads)
+
+    def head_backward_logits(
+        self, h: Tensor, x: Tensor, dlogits: Tensor, seating: Seating, grads: linear.Gradients
+    ) -> Tensor:
+        """The same for losses of whole distributions: ``dlogits`` fp32 [M, V] is kept whole, so pass a few rows."""
+        weight = self.head.forward_weight(seating.ranks_of(self.head.group))
+        d_border = dlogits.T @ x[:, self.head.k :].float()
+        return self._head_gradients(h, x, dlogits.to(x.dtype) @ weight, d_border, seating, grads)
+
+    def _head_gradients(
+        self, h: Tensor, x: Tensor, dx_ext: Tensor, d_border: Tensor, seating: Seating, grads: linear.Gradients
+    ) -> Tensor:
+        """From the gradients of ``x`` and of the border's columns to the adapters' and that of ``h``."""
         w, k = self.head, self.head.k
-        p = w.m * seating.ranks_of(w.group)
-        dx_ext, d_border = kernels.target_logprob_backward(x, w.forward_weight(seating.ranks_of(w.group)), targets,
-                                                           dlogprob, lse, border=p)  # fmt: skip
         dx = dx_ext[:, :k]
         for s in seating.of(w.group):
             rows, columns = slice(s.start, s.stop), slice(s.offset, s.offset + s.adapter.rank)

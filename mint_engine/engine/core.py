@@ -1,0 +1,95 @@
+"""What every side of the engine shares: the device thread, the base models, the store, who and what is in memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+
+from mint_engine.bases import BaseModels
+from mint_engine.engine.residents import Model, Residents, SamplerEntry, session_of
+from mint_engine.errors import UserError
+from mint_engine.executor import Executor, Lane
+from mint_engine.kv_cache import default_bytes
+from mint_engine.stats import Recorder
+from mint_engine.store import Store
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+T = TypeVar("T")
+# An operation in steps: it yields what must run off the device thread (disk, a load) and is sent the results.
+Steps: TypeAlias = Generator[Callable[[], Any], Any, T]
+
+
+class EngineCore:
+    """Base of the engine's sides."""
+
+    def __init__(self, *, dtype: str, home: Path, kv_cache_bytes: int | None, store: Store | None) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        self.dtype, self.home = dtype, home
+        self.store = Store(home) if store is None else store
+        self._executor = Executor("mint-engine")
+        cache_bytes = kv_cache_bytes or default_bytes()
+        self._bases = BaseModels(home, DTYPES[dtype], cache_bytes, self._executor.add_stepper, self._executor.notify)
+        self._residents = Residents(self._executor.lane)
+        self._recorder = Recorder()
+        self._owners: dict[str, str] = {}
+        self._released: deque[str] = deque()
+
+    @property
+    def _models(self) -> dict[str, Model]:
+        return self._residents.models
+
+    @property
+    def _samplers(self) -> dict[str, SamplerEntry]:
+        return self._residents.samplers
+
+    def _submit(
+        self, kind: str, lane: Lane, operation: Callable[[], Any], tokens: Callable[[Any], int] = lambda _: 0
+    ) -> Future:
+        """Queue an operation and count it under ``kind``. ``tokens(result)``: how many it went through."""
+        return lane.submit(self._recorder.timed(kind, operation, tokens))
+
+    def _session_owner(self, session_id: str) -> str:
+        if session_id not in self._owners:
+            self._owners[session_id] = self.store.session_owner(session_id)
+        return self._owners[session_id]
+
+    def _view(self, owner: str) -> Store:
+        """The store as ``owner`` may see it."""
+        return self.store.as_owner(owner)
+
+    def _owner_of(self, identifier: str) -> str:
+        """Of a model or a sampler, wherever it is. Raises NotFoundError if there is no such session."""
+        return self._residents.owner(identifier) or self._session_owner(session_of(identifier))
+
+    def release(self, identifier: str) -> None:
+        """Let go of a model's or a sampler's weights once what was asked of it is done; its checkpoints stay.
+
+        Takes no lock and does its work later, when the next model or sampler is made: a client calls it from its
+        finalizer, which the garbage collector may run inside any other call.
+        """
+        self._released.append(identifier)
+
+    def _reap(self) -> None:
+        while self._released:
+            identifier = self._released.popleft()
+            if identifier in self._residents.models:
+                self.unload_model(identifier)
+            elif identifier in self._residents.samplers:
+                self._residents.forget(identifier)
+
+    def unload_model(self, model_id: str) -> Future[None]:
+        raise NotImplementedError
+
+
+def failed(error: Exception) -> Future[Any]:
+    """A future that has failed: a call that is refused answers like one that ran."""
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future

@@ -1,0 +1,59 @@
+"""The engines of this process: one per dtype and home, closed at exit, never used across a fork."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from pathlib import Path
+
+from mint_engine.engine.engine import Engine, alive
+from mint_engine.errors import UserError
+
+_engines: dict[tuple[str, Path], Engine] = {}
+_engines_lock = threading.Lock()
+
+
+def get_engine(dtype: str | None = None, home: Path | None = None) -> Engine:
+    """The process's engine for a compute dtype and a home directory, made on first use.
+
+    Defaults: MINT_DTYPE or "bfloat16"; MINT_HOME or ``~/.mint-engine``; MINT_KV_CACHE_BYTES or a quarter of
+    the machine's memory (touched only as it is used).
+    """
+    dtype = dtype or os.environ.get("MINT_DTYPE") or "bfloat16"
+    home = Path(home or os.environ.get("MINT_HOME") or Path.home() / ".mint-engine").expanduser().resolve()
+    with _engines_lock:
+        if (dtype, home) not in _engines:
+            given = os.environ.get("MINT_KV_CACHE_BYTES") or "0"
+            if not given.isdecimal():
+                raise UserError(f"MINT_KV_CACHE_BYTES: expected a number of bytes, got {given!r}")
+            _engines[dtype, home] = Engine(dtype=dtype, home=home, kv_cache_bytes=int(given))
+        return _engines[dtype, home]
+
+
+def close_engines() -> None:
+    """Close every engine :func:`get_engine` made; the next call makes a new one."""
+    with _engines_lock:
+        engines = list(_engines.values())
+        _engines.clear()
+    for engine in engines:
+        engine.close()
+
+
+def _drain_all() -> None:
+    for engine in list(alive):
+        engine.close(drain=True)
+
+
+def _forget_inherited() -> None:
+    """In a forked child the parent's engines have no thread: the child makes its own."""
+    global _engines_lock
+    _engines_lock = threading.Lock()  # the parent may have held it
+    _engines.clear()
+    alive.clear()
+
+
+# What was accepted is done before the process ends: a script may end with save_state() and never read its future.
+# (And a thread killed inside a kernel may take the process with it.)
+atexit.register(_drain_all)
+os.register_at_fork(after_in_child=_forget_inherited)
