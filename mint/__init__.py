@@ -1,5 +1,7 @@
 """The MinT API, on mint-engine: `import mint`.
 
+The engine runs in this process, or on the server that MINT_BASE_URL names (`mint-engine serve`).
+
     service_client = mint.ServiceClient()
     training_client = service_client.create_lora_training_client(base_model="Qwen/Qwen3-0.6B", rank=16)
 
@@ -7,7 +9,7 @@ Names are those of MinT's and Tinker's Python clients. (PyPI's `mindlab-toolkit`
 import name too: install it in an environment of its own.)
 """
 
-from mint import types
+from mint import mint, types
 from mint_engine import __version__
 from mint_engine.client import APIFuture, RestClient, SamplingClient, ServiceClient, TrainingClient
 from mint_engine.errors import (
@@ -37,6 +39,7 @@ from mint_engine.types import (
     OptimParams,
     OptimStepResponse,
     ParsedCheckpointTinkerPath,
+    ReverseKLDatum,
     SampledSequence,
     SampleResponse,
     SamplingParams,
@@ -73,6 +76,7 @@ __all__ = [
     "OptimStepResponse",
     "ParsedCheckpointTinkerPath",
     "RestClient",
+    "ReverseKLDatum",
     "SampleResponse",
     "SampledSequence",
     "SamplingClient",
@@ -88,5 +92,6 @@ __all__ = [
     "TransportError",
     "UserError",
     "__version__",
+    "mint",
     "types",
 ]

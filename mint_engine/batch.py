@@ -33,12 +33,18 @@ def pack(sequences: Sequence[np.ndarray]) -> PackedBatch:
     )
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[range]:
-    """Consecutive index ranges of at most ``max_tokens`` tokens each (one longer sequence is a range of its own)."""
-    start, total = 0, 0
+def micro_batches(
+    lengths: Sequence[int], max_tokens: int, widths: Sequence[int] | None = None, max_cells: int = 0
+) -> Iterator[range]:
+    """Consecutive index ranges of at most ``max_tokens`` tokens each (one longer sequence is a range of its own).
+
+    ``widths``: of each sequence's targets. A range is padded to its widest, to at most ``max_cells`` cells.
+    """
+    start, total, widest = 0, 0, 0
     for i, n in enumerate(lengths):
-        if i > start and total + n > max_tokens:
+        width = 0 if widths is None else widths[i]
+        if i > start and (total + n > max_tokens or (total + n) * max(widest, width) > max_cells > 0):
             yield range(start, i)
-            start, total = i, 0
-        total += n
+            start, total, widest = i, 0, 0
+        total, widest = total + n, max(widest, width)
     yield range(start, len(lengths))

@@ -1,7 +1,7 @@
 """One thread per device that runs whatever is ready: training operations in each model's order, and decode steps.
 
-Work is event-driven (DESIGN.md 2.9): the thread sleeps only when nothing is ready. Policy: models take turns, one
-operation each, and between any two operations every sampler with work takes one step.
+Work is event-driven (DESIGN.md 2.9): the thread sleeps only when nothing is ready. Policy: owners take turns, one
+operation each, and so do the models of an owner; between any two operations every sampler with work takes one step.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from mint_engine.errors import EngineClosedError
+from mint_engine.turns import Turns
 
 # An operation: a function, or a generator function that yields callables to be run off the device thread (disk, the
 # user's own loss) and receives their results. While it waits its model stands still, the device does not.
@@ -39,10 +40,10 @@ class Stepper(Protocol):
 
 
 class Lane:
-    """The operations of one model, run in the order of the calls."""
+    """The operations of one model, run in the order of the calls. ``owner``: whose turn it takes."""
 
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
+    def __init__(self, executor: Executor, owner: str = "") -> None:
+        self._executor, self.owner = executor, owner
         self.waiting: deque[tuple[Operation, Future]] = deque()
         self.busy = False
 
@@ -56,7 +57,7 @@ class Executor:
 
     def __init__(self, name: str) -> None:
         self._wake = threading.Condition()
-        self._ready: deque[Lane] = deque()
+        self._ready: Turns[Lane] = Turns()
         self._steppers: list[Stepper] = []
         self._resumed: deque[Callable[[], None]] = deque()
         self._queued = 0  # operations accepted and not begun
@@ -75,8 +76,8 @@ class Executor:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def lane(self) -> Lane:
-        return Lane(self)
+    def lane(self, owner: str = "") -> Lane:
+        return Lane(self, owner)
 
     def add_stepper(self, stepper: Stepper) -> None:
         with self._wake:
@@ -95,7 +96,7 @@ class Executor:
             self._queued += 1
             if not lane.busy:
                 lane.busy = True
-                self._ready.append(lane)
+                self._ready.append(lane.owner, lane)
                 self._wake.notify()
         return future
 
@@ -161,7 +162,7 @@ class Executor:
         """One operation of the next model, one step of every sampler. False if there was nothing to do."""
         with self._wake:
             resumed = self._resumed.popleft() if self._resumed else None
-            lane = self._ready.popleft() if self._may_start() else None
+            lane = self._ready.pop() if self._may_start() else None
             self._queued -= lane is not None
             steppers = [] if self._closed else list(self._steppers)
         if resumed is not None:
@@ -234,7 +235,7 @@ class Executor:
     def _finish(self, lane: Lane) -> None:
         with self._wake:
             if lane.waiting:
-                self._ready.append(lane)
+                self._ready.append(lane.owner, lane)
             else:
                 lane.busy = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -21,6 +22,12 @@ from mint_engine.types import ModelInput, SampledSequence, SampleResponse, Sampl
 if TYPE_CHECKING:
     from mint_engine.bases import Base
 
+
+# What one call may ask for. It shares a batch and the memory with everybody else's.
+MAX_SAMPLES = 256  # decoded together
+MAX_VALUES = 1 << 22  # alternatives in an answer, some hundred bytes each
+MAX_DRAWS = 1 << 18  # alternatives drawn for the tokens of a prompt ...
+MAX_ALTERNATIVES = 128  # ... and for each of them
 
 # (sample index, token, log-probability): called on the device thread, which waits for it.
 OnToken = Callable[[int, int, float], None]
@@ -42,6 +49,7 @@ class Request:
     finished: dict[int, SampledSequence] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     on_token: OnToken | None = None
+    owner: str = ""  # whose turn it takes
     begun: float | None = None  # time.perf_counter() when it was admitted
 
     @property
@@ -64,6 +72,7 @@ def make_request(
     topk: int = 0,
     targets: TensorData | None = None,
     on_token: OnToken | None = None,
+    owner: str = "",
 ) -> Request:
     """Check a call and turn it into a request. ``targets`` become ``query.targets``.
 
@@ -78,6 +87,13 @@ def make_request(
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise UserError(f"{name}: expected an integer of at least 0, got {count!r}")
+    if num_samples > MAX_SAMPLES:
+        raise UserError(f"num_samples: expected at most {MAX_SAMPLES}, got {num_samples}")
+    if query.alternatives > MAX_ALTERNATIVES:
+        raise UserError(f"prompt_alt_tokens_k: expected at most {MAX_ALTERNATIVES}, got {query.alternatives}")
+    check_product(MAX_DRAWS, "prompt_alt_tokens_k", tokens=len(tokens), alternatives=query.alternatives)
+    top = min(query.topk, base.limits.vocab_size)
+    check_product(MAX_VALUES, "topk_prompt_logprobs", tokens=len(tokens), alternatives=top)
     unknown = [t for t in params.stop_token_ids if t >= base.limits.vocab_size]
     if unknown:
         raise UserError(f"stop: expected token ids in [0, {base.limits.vocab_size}), got {unknown[0]}")
@@ -96,7 +112,15 @@ def make_request(
         topk=topk,
         sequence_ids=[uuid.uuid4().hex for _ in range(num_samples)],
         on_token=on_token,
+        owner=owner,
     )
+
+
+def check_product(most: int, name: str, **factors: int) -> None:
+    """Raises UserError if ``factors`` multiply to more than ``most``."""
+    if math.prod(factors.values()) > most:
+        got = " x ".join(f"{count} {what}" for what, count in factors.items())
+        raise UserError(f"{name}: expected at most {most} values in all, got {got}")
 
 
 def _target_matrix(targets: TensorData | None, prompt: int, vocab_size: int) -> np.ndarray | None:
@@ -106,7 +130,7 @@ def _target_matrix(targets: TensorData | None, prompt: int, vocab_size: int) -> 
     if matrix.ndim != 2 or matrix.shape[0] != prompt - 1 or matrix.dtype.kind != "i":
         raise UserError(
             f"target_prompt_logprobs: expected int64 of shape [{prompt - 1}, K] (the first token has no row), got "
-            f" {matrix.dtype} {list(matrix.shape)}"
+            f"{matrix.dtype} {list(matrix.shape)}"
         )
     if matrix.size and (matrix.min() < -1 or matrix.max() >= vocab_size):
         raise UserError(f"target_prompt_logprobs: expected token ids in [0, {vocab_size}) or -1 to skip")

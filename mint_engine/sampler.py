@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -26,12 +25,14 @@ from mint_engine.kv_cache import CachedSequence, KVCache
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.layer import Attend
 from mint_engine.prompt_scores import score_prompt
-from mint_engine.requests import Request
+from mint_engine.requests import MAX_SAMPLES, MAX_VALUES, Request, check_product
 from mint_engine.sampling import UniformStream, choose, tempered_logprobs
+from mint_engine.turns import Turns
 from mint_engine.types import SampledSequence, StopReason
 
 MAX_PREFILL_TOKENS = 4096  # bounds how long running samples wait for new prompts
-MAX_ROWS = 256  # sequences decoded together; more wait
+MAX_ROWS = MAX_SAMPLES  # sequences of one owner that are decoded together; more wait
+MAX_ALL_ROWS = 4 * MAX_ROWS
 
 
 @dataclass(eq=False)
@@ -57,9 +58,10 @@ class Sampler:
     def __init__(self, decoder: Decoder, max_cache_bytes: int, wake: Callable[[], None]) -> None:
         self._decoder = decoder
         self._cache = KVCache(decoder.config, decoder.dtype, max_cache_bytes)
+        self._owners: set[str] = set()  # seen so far
         self._wake = wake
         self._lock = threading.Lock()
-        self._waiting: deque[Request] = deque()
+        self._waiting: Turns[Request] = Turns()
         self._rows: list[_Row] = []
         self._open: dict[Future, Request] = {}  # accepted and not answered yet
         self.tokens_sampled = self.tokens_prefilled = 0
@@ -69,7 +71,8 @@ class Sampler:
         """Queue a request; its future gets a SampleResponse.
 
         Raises:
-            UserError: it could never be admitted: more KV cache than the whole pool, or more samples than a batch.
+            UserError: it could never be admitted, as it needs more KV cache than the whole pool; or its answer would
+                be too large.
         """
         limit = self._decoder.config.max_context_length
         if request.num_samples and len(request.prompt) >= limit:
@@ -81,13 +84,14 @@ class Sampler:
                 f"sample: {request.num_samples} samples of up to {total} tokens do not fit the KV cache of "
                 f"{self._cache.capacity} tokens; ask for fewer, or give the engine more (MINT_KV_CACHE_BYTES)"
             )
-        if request.num_samples > MAX_ROWS:
-            raise UserError(f"num_samples: expected at most {MAX_ROWS}, got {request.num_samples}")
+        topk = min(request.topk, self._decoder.config.vocab_size)
+        check_product(MAX_VALUES, "topk_sample_logprobs", samples=request.num_samples, tokens=most, alternatives=topk)
         with self._lock:
             if self._closed is not None:
                 raise self._closed
             self._open[request.future] = request
-            self._waiting.append(request)
+            self._owners.add(request.owner)
+            self._waiting.append(request.owner, request)
         request.future.add_done_callback(self._answered)
         self._wake()
         return request.future
@@ -99,8 +103,7 @@ class Sampler:
 
     def _withdraw(self, request: Request) -> None:
         with self._lock:
-            if request in self._waiting:
-                self._waiting.remove(request)
+            self._waiting.discard(request.owner, request)
 
     def cancel(self, future: Future) -> bool:
         """Give up a request: its future fails with SampleCancelledError now, its memory is free after the next step.
@@ -116,10 +119,11 @@ class Sampler:
         self._wake()
         return not future.cancelled() and future.exception() is error
 
-    def load(self) -> tuple[int, int]:
-        """(requests that wait to be admitted, their prompt tokens)."""
+    def load(self, owner: str | None = None) -> tuple[int, int]:
+        """(requests that wait to be admitted, their prompt tokens), all or an owner's."""
         with self._lock:
-            return len(self._waiting), sum(len(r.prompt) for r in self._waiting)
+            waiting = [len(r.prompt) for r in self._waiting if owner in (None, r.owner)]
+        return len(waiting), sum(waiting)
 
     @property
     def running(self) -> int:
@@ -199,22 +203,44 @@ class Sampler:
         return self._cache.blocks_needed(n, n + self._max_tokens(request), request.num_samples)
 
     def _admit(self) -> list[Request]:
-        """Take waiting requests in order, as long as cache, rows and the prefill budget last."""
+        """Take waiting requests, of every owner in turn, as long as cache, rows and the prefill budget last.
+
+        Who has many rows or much of the cache already waits until some of it is free again, and others come first.
+        """
         admitted: list[Request] = []
         tokens, blocks, rows = 0, self._cache.blocks_available, len(self._rows)
         with self._lock:
-            while self._waiting:
-                request = self._waiting[0]
-                n, needed = len(request.prompt), self._blocks(request)
-                full = needed > blocks or rows + request.num_samples > MAX_ROWS
+            held = self._held() if self._waiting else {}
+            share = self._cache.num_blocks * (4 if len(self._owners) == 1 else 3) // 4
+            passed: set[str] = set()
+            while len(passed) < self._waiting.owners:
+                request = self._waiting.first()
+                owner, n, needed = request.owner, len(request.prompt), self._blocks(request)
+                own_rows, own_blocks = held.get(owner, (0, 0))
+                if owner in passed or own_rows + request.num_samples > MAX_ROWS or (
+                    own_blocks and own_blocks + needed > share
+                ):  # fmt: skip
+                    passed.add(owner)
+                    self._waiting.skip()
+                    continue
+                full = needed > blocks or rows + request.num_samples > MAX_ALL_ROWS
                 if full or (admitted and tokens + n > MAX_PREFILL_TOKENS):
                     break
-                self._waiting.popleft()
+                self._waiting.pop()
                 if request.future.set_running_or_notify_cancel():
                     request.begun = time.perf_counter()
                     admitted.append(request)
                     tokens, blocks, rows = tokens + n, blocks - needed, rows + request.num_samples
+                    held[owner] = own_rows + request.num_samples, own_blocks + needed
         return sorted(admitted, key=lambda r: _adapter_key(r.adapter))
+
+    def _held(self) -> dict[str, tuple[int, int]]:
+        """Owner -> (rows, cache blocks at worst) of what is running."""
+        held: dict[str, tuple[int, int]] = {}
+        for request in {id(row.request): row.request for row in self._rows}.values():
+            rows, blocks = held.get(request.owner, (0, 0))
+            held[request.owner] = rows + request.num_samples, blocks + self._blocks(request)
+        return held
 
     def _prefill(self, requests: list[Request]) -> None:
         """Run the prompts as one packed batch, score them where asked, and draw every sample's first token."""

@@ -20,6 +20,8 @@ from mint_engine.types import ForwardBackwardOutput, TensorData
 
 # Activations kept at once; a call that needs more is cut at datum boundaries into passes, with the same sums.
 ACTIVATION_BYTES = 4 << 30
+# Targets of a pass, padded to those of the widest datum: one wide datum must not multiply all the others.
+TARGET_CELLS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def run(
     if max_tokens is None:
         max_tokens = max(1, ACTIVATION_BYTES // decoder.activation_bytes_per_token)
     results: list[_PassResult] = []
-    for chosen in micro_batches([d.tokens.size for d in data], max_tokens):
+    widths = [d.targets.shape[1] for d in data]
+    for chosen in micro_batches([d.tokens.size for d in data], max_tokens, widths, TARGET_CELLS):
         batch = pack_training([data[i] for i in chosen])
         results.append(_one_pass(decoder, adapter, scratch, batch, loss, config, first_datum=chosen.start))
     if state is not None and scratch is not None:

@@ -1,14 +1,18 @@
-"""Where a client's engine is: in this process, or (in a later version) behind a URL. Reads the environment."""
+"""Where a client's engine is: in this process, or behind a URL. Reads the environment."""
 
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from mint_engine.engine import Engine, get_engine
-from mint_engine.errors import TransportError, UserError
+from mint_engine.client.remote import RemoteEngine, address_of, connect
+from mint_engine.errors import UserError
+
+if TYPE_CHECKING:
+    from mint_engine.client.protocol import ClientEngine, Registry
 
 DEFAULT_BASE_MODEL = "Qwen/Qwen3-0.6B"
 DEFAULT_RANK = 16
@@ -16,21 +20,35 @@ DEFAULT_RANK = 16
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def open_engine(*, base_url: str | None, dtype: str | None) -> Engine:
-    """The process's engine. Raises TransportError if `base_url` or MINT_BASE_URL names a server."""
+def open_engine(
+    *, base_url: str | None, api_key: str | None, dtype: str | None, http_options: Mapping[str, Any] | None = None
+) -> ClientEngine:
+    """The engine on the server that `base_url` or MINT_BASE_URL names; without either, this process's own.
+
+    `http_options`: see `address_of`. An engine in the process has no use for them.
+    """
     url = base_url or os.environ.get("MINT_BASE_URL")
     if url:
-        source = "base_url" if base_url else "MINT_BASE_URL"
-        raise TransportError(
-            f"{source} is {normalize_url(url)}: this version runs in the process only and cannot talk to a server. "
-            f"{'Leave out base_url' if base_url else 'Unset MINT_BASE_URL'} to run here."
-        )
+        if dtype is not None:
+            raise UserError(f"dtype: expected None for the server {url}, which has its own, got {dtype!r}")
+        return connect(address_of(url, api_key, http_options))
+    from mint_engine.engine import get_engine  # imports torch: a client of a server can do without
+
     return get_engine(dtype)
 
 
-def normalize_url(url: str) -> str:
-    """With a scheme (https if there is none) and without a trailing slash."""
-    return (url if "://" in url else f"https://{url}").rstrip("/")
+def registry_of(engine: ClientEngine) -> Registry:
+    """What is stored where `engine` is."""
+    if isinstance(engine, RemoteEngine):
+        return engine.registry
+    from mint_engine.client.local import LocalRegistry
+
+    return LocalRegistry(engine)  # type: ignore[arg-type]  # there are two kinds of engine
+
+
+def access_token(engine: ClientEngine, token: str | None) -> dict[str, str]:
+    """The argument for a server that asks for a token to read somebody else's weights. No other engine asks."""
+    return {"weights_access_token": token} if token is not None and isinstance(engine, RemoteEngine) else {}
 
 
 def default_base_model() -> str:

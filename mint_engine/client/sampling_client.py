@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import pickle
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mint_engine.client.connection import open_engine
 from mint_engine.client.futures import APIFuture, failed, transformed, value_twin
 from mint_engine.client.ready import Ready
+from mint_engine.client.remote import Address, RemoteEngine, connect
 from mint_engine.errors import UserError
-from mint_engine.types import ModelInput, SampleResponse, SamplingParams, TensorData
+from mint_engine.types import GetSamplerResponse, ModelInput, SampleResponse, SamplingParams, TensorData
 from mint_engine.types.datum import as_tensor_data
 from mint_engine.types.model_input import token_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mint_engine.engine import Engine
+    from mint_engine.client.protocol import ClientEngine
+    from mint_engine.client.session import Session
 
 
 class SamplingClient(Ready):
-    """Samples from one version of a model, which later training does not change. Made by the other clients."""
+    """Samples from one version of a model, which later training does not change. Made by the other clients.
 
-    def __init__(self, engine: Engine, sampler_id: str) -> None:
-        self._engine = engine
-        self._info = engine.get_sampler(sampler_id)
+    One that samples on a server can be pickled and used in other processes. The pickle holds the server's address and
+    the API key; a handle (`get_sampler_handle`) is a string that holds no key.
+    """
+
+    def __init__(self, engine: ClientEngine, sampler_id: str, session: Session | None = None) -> None:
+        self._engine, self._info = engine, engine.get_sampler(sampler_id)
+        self._session = session  # which lives as long as this client does
         weakref.finalize(self, engine.release, sampler_id).atexit = False
+
+    @classmethod
+    def _copy(cls, engine: ClientEngine, info: GetSamplerResponse) -> SamplingClient:
+        """A client of a sampler that somebody else made, and lets go."""
+        client = cls.__new__(cls)
+        client._engine, client._info, client._session = engine, info, None
+        return client
 
     @property
     def sampler_id(self) -> str:
@@ -108,10 +125,46 @@ class SamplingClient(Ready):
         """The base model's Hugging Face tokenizer."""
         return self._engine.tokenizer(self.get_base_model())
 
+    # ---- in other processes --------------------------------------------------------------------------------------
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not isinstance(self._engine, RemoteEngine):
+            raise pickle.PicklingError(f"cannot pickle {self!r}: it {_STAYS}")
+        return _unpickle, (self._engine.address, self._info.model_dump())
+
+    def get_sampler_handle(self) -> str:
+        """A string from which any process that has a key makes a client of the same sampler."""
+        if not isinstance(self._engine, RemoteEngine):
+            raise UserError(f"get_sampler_handle: {self!r} {_STAYS}")
+        fields = {"url": self._engine.address.url, **self._info.model_dump()}
+        return base64.urlsafe_b64encode(json.dumps(fields).encode()).decode()
+
+    @staticmethod
+    def from_sampler_handle(handle: str, *, base_url: str | None = None, api_key: str | None = None) -> SamplingClient:
+        """The client of a handle.
+
+        Args:
+            handle: from `get_sampler_handle`.
+            base_url: the server; default the one the handle names. api_key: default MINT_API_KEY.
+        """
+        try:
+            fields = json.loads(base64.urlsafe_b64decode(handle))
+            url, info = fields.pop("url"), GetSamplerResponse.model_validate(fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"handle: expected a string from get_sampler_handle(), got {handle!r}") from error
+        return SamplingClient._copy(open_engine(base_url=base_url or url, api_key=api_key, dtype=None), info)
+
     def __repr__(self) -> str:
         return (
             f"SamplingClient({self.sampler_id!r}, base_model={self.get_base_model()!r}, model_path={self.model_path!r})"
         )
+
+
+_STAYS = "samples in this process; one of a server (MINT_BASE_URL) can be handed to others"
+
+
+def _unpickle(address: Address, info: dict[str, Any]) -> SamplingClient:
+    return SamplingClient._copy(connect(address), GetSamplerResponse.model_validate(info))
 
 
 def _as_model_input(prompt: ModelInput | Sequence[int]) -> ModelInput:

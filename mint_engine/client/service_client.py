@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
-from mint_engine.client.connection import build, check_metadata, default_base_model, default_rank, open_engine
-from mint_engine.client.futures import APIFuture, completed
+from mint_engine.client.connection import (
+    access_token,
+    build,
+    check_metadata,
+    default_base_model,
+    default_rank,
+    open_engine,
+    registry_of,
+)
+from mint_engine.client.futures import APIFuture, completed, value_twin
 from mint_engine.client.rest_client import RestClient
 from mint_engine.client.sampling_client import SamplingClient
+from mint_engine.client.session import Session
 from mint_engine.client.training_client import TrainingClient, check_stability
 from mint_engine.errors import EngineClosedError, UserError
-from mint_engine.types import AdamOptimizerConfig, GetServerCapabilitiesResponse, LoraConfig
+from mint_engine.types import AdamOptimizerConfig, FinishReason, GetServerCapabilitiesResponse, LoraConfig
 
 if TYPE_CHECKING:
-    from mint_engine.engine import Engine
+    from mint_engine.client.protocol import ClientEngine
 
-CloseStatus = Literal["success", "errored", "interrupted"]
+log = logging.getLogger("mint_engine.client")
 
-# Options of the SDKs' HTTP client: a local engine has no use for them, and no harm comes from them.
+# Options of the SDKs' HTTP clients: a local engine has no use for them, and no harm comes from them.
 _HTTP_OPTIONS = frozenset({"default_headers", "default_headers_overrides", "default_query", "http_client", "timeout"})
 _HTTP_OPTIONS |= {"max_retries"}
 
@@ -32,13 +42,17 @@ class ServiceClient:
         user_metadata, project_id, display_name: kept with the session.
         base_url: a server; default MINT_BASE_URL. Without one the engine runs in this process.
         api_key: for a server; default MINT_API_KEY. A local engine asks for none.
-        dtype: compute dtype, "bfloat16" or "float32"; default MINT_DTYPE, else bfloat16.
+        dtype: compute dtype of an engine in this process, "bfloat16" or "float32"; default MINT_DTYPE, else bfloat16.
         engine: an engine of your own, instead of the process's.
+        http_options: timeout (seconds until a server must have answered), max_retries, default_headers,
+            default_headers_overrides, default_query.
 
-    Also a context manager: leaving it closes the session, see `close`.
+    Also a context manager: leaving it closes the session, see `close`. A session also ends when all its clients are
+    gone.
 
     Raises:
-        TransportError: a server was named; this version runs in the process only.
+        TransportError: the server cannot be reached.
+        UserError (a ValueError): it refuses, for example the key.
     """
 
     def __init__(
@@ -50,23 +64,26 @@ class ServiceClient:
         api_key: str | None = None,
         dtype: str | None = None,
         display_name: str | None = None,
-        engine: Engine | None = None,
+        engine: ClientEngine | None = None,
         **http_options: Any,
     ) -> None:
         unknown = sorted(set(http_options) - _HTTP_OPTIONS)
         if unknown:
             raise TypeError(f"ServiceClient() got unexpected keyword arguments: {', '.join(unknown)}")
         check_metadata(user_metadata)
-        self._engine = engine if engine is not None else open_engine(base_url=base_url, dtype=dtype)
-        self._session_id = self._engine.create_session(user_metadata=user_metadata, project_id=project_id)
-        if display_name is not None:
-            self._engine.store.update_session(self._session_id, display_name=display_name)
+        if engine is None:
+            engine = open_engine(base_url=base_url, api_key=api_key, dtype=dtype, http_options=http_options)
+        self._engine = engine
+        session_id = engine.create_session(
+            user_metadata=user_metadata, project_id=project_id, display_name=display_name
+        )
+        self._session = Session(engine, session_id)
         self._models: list[str] = []
         self._closed = False
 
     @property
     def session_id(self) -> str:
-        return self._session_id
+        return self._session.session_id
 
     def get_telemetry(self) -> None:
         """Nothing is reported to anybody: None."""
@@ -131,9 +148,10 @@ class ServiceClient:
         """A new adapter with a checkpoint's weights; the optimiser starts anew.
 
         `base_model`, if given, must be the checkpoint's. (tinker 0.22 has `user_metadata` in second place: a dict there
-        is taken as such.) A local engine asks for no access token.
+        is taken as such.) mint-engine asks for no access token.
         """
-        return self._training_client(self._from_state(path, base_model, user_metadata, optimizer, False).result())
+        created = self._from_state(path, base_model, user_metadata, weights_access_token, optimizer, False)
+        return self._training_client(created.result())
 
     async def create_training_client_from_state_async(
         self,
@@ -144,7 +162,7 @@ class ServiceClient:
         optimizer: AdamOptimizerConfig | None = None,
     ) -> TrainingClient:
         """The same, without blocking the event loop."""
-        created = self._from_state(path, base_model, user_metadata, optimizer, False)
+        created = self._from_state(path, base_model, user_metadata, weights_access_token, optimizer, False)
         return self._training_client(await APIFuture(created))
 
     def create_training_client_from_state_with_optimizer(
@@ -155,7 +173,8 @@ class ServiceClient:
         weights_access_token: str | None = None,
     ) -> TrainingClient:
         """A new adapter that continues where `save_state` was called, with the optimiser's state."""
-        return self._training_client(self._from_state(path, base_model, user_metadata, None, True).result())
+        created = self._from_state(path, base_model, user_metadata, weights_access_token, None, True)
+        return self._training_client(created.result())
 
     async def create_training_client_from_state_with_optimizer_async(
         self,
@@ -165,7 +184,7 @@ class ServiceClient:
         weights_access_token: str | None = None,
     ) -> TrainingClient:
         """The same, without blocking the event loop."""
-        created = self._from_state(path, base_model, user_metadata, None, True)
+        created = self._from_state(path, base_model, user_metadata, weights_access_token, None, True)
         return self._training_client(await APIFuture(created))
 
     # ---- the others ----------------------------------------------------------------------------------------------
@@ -179,7 +198,7 @@ class ServiceClient:
     ) -> SamplingClient:
         """A sampler of a saved checkpoint (`model_path`) or of a base model."""
         created = self._create_sampler(model_path, base_model, record_stability_info)
-        return SamplingClient(self._engine, created.result())
+        return SamplingClient(self._engine, created.result(), self._session)
 
     async def create_sampling_client_async(
         self,
@@ -190,7 +209,23 @@ class ServiceClient:
     ) -> SamplingClient:
         """The same, without blocking the event loop."""
         created = self._create_sampler(model_path, base_model, record_stability_info)
-        return SamplingClient(self._engine, await APIFuture(created))
+        return SamplingClient(self._engine, await APIFuture(created), self._session)
+
+    def copy_weights(
+        self, path: str, *, ttl_seconds: int | None = None, weights_access_token: str | None = None
+    ) -> APIFuture[str]:
+        """A copy of one's own or of a published checkpoint, as a training run of this session. Gives its path."""
+        self._check_open()
+        future = registry_of(self._engine).copy_weights(
+            path,
+            session_id=self.session_id,
+            project_id=None,
+            ttl_seconds=ttl_seconds,
+            weights_access_token=weights_access_token,
+        )
+        return APIFuture(future)
+
+    copy_weights_async = value_twin(copy_weights)
 
     def create_rest_client(self) -> RestClient:
         return RestClient(engine=self._engine)
@@ -199,20 +234,25 @@ class ServiceClient:
         return self._engine.capabilities()
 
     async def get_server_capabilities_async(self) -> GetServerCapabilitiesResponse:
-        return self.get_server_capabilities()
+        return await APIFuture(registry_of(self._engine).capabilities())
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
-    def close(self, status: CloseStatus = "success", detail: str | None = None) -> APIFuture[None]:
+    def close(self, status: FinishReason = "success", detail: str | None = None) -> APIFuture[None]:
         """End the session: its training clients' models are let go once what was submitted to them is done.
 
-        Checkpoints stay, and sampling clients go on working. A closed client makes no new clients.
+        Waits for that. Checkpoints stay, and sampling clients go on working. A closed client makes no new clients.
         """
-        if status not in get_args(CloseStatus):
-            raise UserError(f"status: expected one of {', '.join(get_args(CloseStatus))}, got {status!r}")
+        if status not in get_args(FinishReason):
+            raise UserError(f"status: expected one of {', '.join(get_args(FinishReason))}, got {status!r}")
+        if self._closed:
+            return completed(None)
         self._closed = True
         unloading, self._models = [self._engine.unload_model(model_id) for model_id in self._models], []
         wait(unloading)
+        finished = registry_of(self._engine).finish_session(self.session_id, status, detail)
+        if (error := finished.exception()) is not None:  # nothing to be done about it, and nothing is lost
+            log.warning("session %s: its end was not recorded: %s", self.session_id, error)
         return completed(None)
 
     def __enter__(self) -> Self:
@@ -221,8 +261,10 @@ class ServiceClient:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._closed:
-            self.close("success" if kind is None else "errored")
+        if kind is None:
+            self.close("success")
+        else:
+            self.close("interrupted" if issubclass(kind, KeyboardInterrupt) else "errored", detail=kind.__name__)
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
@@ -251,13 +293,14 @@ class ServiceClient:
             train_attn=train_attn,
             train_unembed=train_unembed,
         )
-        return self._engine.create_model(self._session_id, name, lora, user_metadata=user_metadata)
+        return self._engine.create_model(self.session_id, name, lora, user_metadata=user_metadata)
 
     def _from_state(
         self,
         path: str,
         base_model: str | Mapping[str, str] | None,
         user_metadata: Any,
+        token: str | None,
         optimizer: AdamOptimizerConfig | None,
         with_optimizer: bool,
     ) -> Future[str]:
@@ -267,7 +310,12 @@ class ServiceClient:
         check_metadata(metadata)
         _check_optimizer(optimizer)
         return self._engine.create_model_from_state(
-            self._session_id, path, optimizer=with_optimizer, base_model=name, user_metadata=metadata
+            self.session_id,
+            path,
+            optimizer=with_optimizer,
+            base_model=name,
+            user_metadata=metadata,
+            **access_token(self._engine, token),
         )
 
     def _create_sampler(self, model_path: str | None, base_model: str | None, stability: bool) -> Future[str]:
@@ -275,15 +323,15 @@ class ServiceClient:
         check_stability(stability)
         if model_path is None and base_model is None:
             raise UserError("create_sampling_client: expected model_path or base_model, got neither")
-        return self._engine.create_sampler(self._session_id, model_path=model_path, base_model=base_model)
+        return self._engine.create_sampler(self.session_id, model_path=model_path, base_model=base_model)
 
     def _training_client(self, model_id: str) -> TrainingClient:
         self._models.append(model_id)
-        return TrainingClient(self._engine, self._session_id, model_id)
+        return TrainingClient(self._engine, self._session, model_id)
 
     def _check_open(self) -> None:
         if self._closed:
-            raise EngineClosedError(f"session {self._session_id} is closed")
+            raise EngineClosedError(f"session {self.session_id} is closed")
 
 
 def _check_optimizer(optimizer: AdamOptimizerConfig | None) -> None:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from mint_engine.client.connection import check_metadata
+from mint_engine.client.connection import access_token, check_metadata
 from mint_engine.client.futures import APIFuture, completed, failed, future_twin
 from mint_engine.client.ready import Ready
 from mint_engine.client.sampling_client import SamplingClient
@@ -19,6 +19,9 @@ from mint_engine.types import (
     GetInfoResponse,
     LoadWeightsResponse,
     OptimStepResponse,
+    ReverseKLDatum,
+    ReverseKLOutput,
+    SaveWeightsExternalResponse,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
 )
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from mint_engine.engine import Engine
+    from mint_engine.client.protocol import ClientEngine
+    from mint_engine.client.session import Session
 
     CustomLoss = Callable[[list[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
 
@@ -41,9 +45,9 @@ class TrainingClient(Ready):
     that fails raises there and leaves the adapter as it was.
     """
 
-    def __init__(self, engine: Engine, session_id: str, model_id: str) -> None:
+    def __init__(self, engine: ClientEngine, session: Session, model_id: str) -> None:
         self._engine = engine
-        self._session_id = session_id
+        self._session = session  # which lives as long as this client does
         self._info = engine.get_info(model_id)
         # Nobody can reach the model without this client: let it go with it, after the work already submitted.
         weakref.finalize(self, engine.release, model_id).atexit = False
@@ -94,6 +98,23 @@ class TrainingClient(Ready):
             return failed(UserError(f"loss_fn: expected a function, got {type(loss_fn).__name__}"))
         return self._run(self._engine.forward_backward_custom, data, loss_fn)
 
+    def forward_backward_reverse_kl(
+        self, data: Sequence[ReverseKLDatum], reference_model_path: str, temperature: float = 1.0
+    ) -> APIFuture[ReverseKLOutput]:
+        """The reverse KL divergence from this model to a saved one over whole distributions, and its gradients.
+
+        Args:
+            data: completions under the prompts of both models.
+            reference_model_path: a checkpoint on the same base model.
+            temperature: of both distributions.
+        """
+        if not isinstance(data, Sequence) or not all(isinstance(datum, ReverseKLDatum) for datum in data):
+            return failed(UserError(f"data: expected a list of ReverseKLDatum, got {type(data).__name__}"))
+        future = self._engine.forward_backward_reverse_kl(
+            self.model_id, list(data), reference_model_path=reference_model_path, temperature=temperature
+        )
+        return APIFuture(future)
+
     def optim_step(
         self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
     ) -> APIFuture[OptimStepResponse]:
@@ -127,14 +148,16 @@ class TrainingClient(Ready):
         return APIFuture(future)
 
     def load_state(self, path: str, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
-        """Load a checkpoint's weights; the optimiser starts anew. A local engine asks for no access token."""
-        return APIFuture(self._engine.load_weights(self.model_id, path, optimizer=False))
+        """Load a checkpoint's weights; the optimiser starts anew. mint-engine asks for no access token."""
+        token = access_token(self._engine, weights_access_token)
+        return APIFuture(self._engine.load_weights(self.model_id, path, optimizer=False, **token))
 
     def load_state_with_optimizer(
         self, path: str, weights_access_token: str | None = None
     ) -> APIFuture[LoadWeightsResponse]:
         """Load a checkpoint's weights and the optimiser's state."""
-        return APIFuture(self._engine.load_weights(self.model_id, path, optimizer=True))
+        token = access_token(self._engine, weights_access_token)
+        return APIFuture(self._engine.load_weights(self.model_id, path, optimizer=True, **token))
 
     def save_weights_for_sampler(
         self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, str] | None = None
@@ -146,14 +169,26 @@ class TrainingClient(Ready):
         )
         return APIFuture(future)
 
+    def save_weights_external(
+        self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: list[str] | None = None
+    ) -> APIFuture[SaveWeightsExternalResponse]:
+        """Save the adapter for download, see `RestClient.get_external_weights_urls`. With recipients (age1...) its
+        files are encrypted for them. `.path` is `tinker://<model_id>/external_weights/<name>`."""
+        future = self._engine.save_weights_external(
+            self.model_id, name, ttl_seconds=ttl_seconds, recipients=age_encryption_recipients
+        )
+        return APIFuture(future)
+
     forward_async = future_twin(forward)
     forward_backward_async = future_twin(forward_backward)
     forward_backward_custom_async = future_twin(forward_backward_custom)
+    forward_backward_reverse_kl_async = future_twin(forward_backward_reverse_kl)
     optim_step_async = future_twin(optim_step)
     save_state_async = future_twin(save_state)
     load_state_async = future_twin(load_state)
     load_state_with_optimizer_async = future_twin(load_state_with_optimizer)
     save_weights_for_sampler_async = future_twin(save_weights_for_sampler)
+    save_weights_external_async = future_twin(save_weights_external)
 
     # ---- sampling ------------------------------------------------------------------------------------------------
 
@@ -167,7 +202,7 @@ class TrainingClient(Ready):
         """A sampler of the adapter as it is after the calls made so far. Waits for those calls.
 
         With a `name` it is also saved, as by `save_weights_for_sampler`, in place of an earlier one of that name (the
-        SDKs ignore the name). `retry_config` has nothing to retry in one process.
+        SDKs ignore the name). `retry_config` is not used: what can be retried is.
         """
         saved = self._snapshot(name, record_stability_info, kind).result()
         return self._sampler_of(saved)
@@ -188,16 +223,16 @@ class TrainingClient(Ready):
     ) -> SamplingClient:
         """A sampler of a saved checkpoint."""
         check_stability(record_stability_info)
-        sampler_id = self._engine.create_sampler(self._session_id, model_path=model_path).result()
-        return SamplingClient(self._engine, sampler_id)
+        created = self._engine.create_sampler(self._session.session_id, model_path=model_path)
+        return SamplingClient(self._engine, created.result(), self._session)
 
     async def create_sampling_client_async(
         self, model_path: str, retry_config: Any = None, record_stability_info: bool = False
     ) -> SamplingClient:
         """The same, without blocking the event loop."""
         check_stability(record_stability_info)
-        sampler_id = await APIFuture(self._engine.create_sampler(self._session_id, model_path=model_path))
-        return SamplingClient(self._engine, sampler_id)
+        created = self._engine.create_sampler(self._session.session_id, model_path=model_path)
+        return SamplingClient(self._engine, await APIFuture(created), self._session)
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
@@ -222,7 +257,7 @@ class TrainingClient(Ready):
 
     def _sampler_of(self, saved: SaveWeightsForSamplerResponse) -> SamplingClient:
         assert saved.sampling_session_id is not None, "the engine gives every snapshot a sampler"
-        return SamplingClient(self._engine, saved.sampling_session_id)
+        return SamplingClient(self._engine, saved.sampling_session_id, self._session)
 
     def __repr__(self) -> str:
         return f"TrainingClient({self.model_id!r}, base_model={self._base_model!r}, rank={self._info.lora_rank})"

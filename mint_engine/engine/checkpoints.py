@@ -128,7 +128,7 @@ class Checkpoints(EngineCore):
         def run() -> Steps[InterpolateCheckpointsResponse]:
             return (yield build)
 
-        return self._submit("interpolate_checkpoints", self._executor.lane(), run)
+        return self._submit("interpolate_checkpoints", self._executor.lane(owner), run)
 
     def copy_checkpoint(
         self, source: str, *, owner: str | None = None, session_id: str | None = None, seq: int | None = None,

@@ -43,7 +43,7 @@ class SamplerEntry:
 class Residents:
     """Thread-safe. The call that asks for an id, ``<session>:train:<n>`` or ``<session>:sample:<n>``, takes it."""
 
-    def __init__(self, new_lane: Callable[[], Lane]) -> None:
+    def __init__(self, new_lane: Callable[[str], Lane]) -> None:
         self.models: dict[str, Model] = {}
         self.samplers: dict[str, SamplerEntry] = {}
         self._new_lane = new_lane
@@ -78,7 +78,7 @@ class Residents:
             raise UserError(f"id: {identifier!r} is in use")
         self._coming[identifier] = owner
         if kind_of(identifier) == "train" and identifier not in self._lanes:
-            self._lanes[identifier] = self._new_lane()
+            self._lanes[identifier] = self._new_lane(owner)
 
     def add_model(self, model_id: str, model: Model) -> None:
         with self._lock:
@@ -107,7 +107,7 @@ class Residents:
     def lane(self, model_id: str) -> Lane:
         """Where the model's work goes. One that does not exist gets a lane of its own, to say so in."""
         with self._lock:
-            return self._lanes.get(model_id) or self._new_lane()
+            return self._lanes.get(model_id) or self._new_lane("")
 
     def model(self, model_id: str) -> Model:
         model = self.models.get(model_id)

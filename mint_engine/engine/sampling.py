@@ -76,7 +76,7 @@ class Sampling(EngineCore):
             yield from self._add_sampler(sampler_id, self._open(owner, model_path, base_model, reader))
             return sampler_id
 
-        future = self._submit("create_sampler", self._executor.lane(), create)
+        future = self._submit("create_sampler", self._executor.lane(owner), create)
         future.add_done_callback(lambda f: self._residents.forget(sampler_id) if f.cancelled() else None)
         return future
 
@@ -138,7 +138,7 @@ class Sampling(EngineCore):
             )  # fmt: skip
             request = make_request(
                 entry.base, entry.adapter, prompt, num_samples, sampling_params, query, topk=topk_sample_logprobs,
-                targets=target_prompt_logprobs, on_token=on_token,
+                targets=target_prompt_logprobs, on_token=on_token, owner=entry.owner,
             )  # fmt: skip
             future = entry.base.sampler.submit(request)
         except Exception as error:
@@ -163,7 +163,7 @@ class Sampling(EngineCore):
         """
         return any(base.sampler.cancel(future) for base in self._bases.loaded)
 
-    def sampler_load(self) -> tuple[int, int]:
-        """(requests that wait to be admitted, their prompt tokens): what back-pressure looks at."""
-        loads = [base.sampler.load() for base in self._bases.loaded]
+    def sampler_load(self, owner: str | None = None) -> tuple[int, int]:
+        """(requests that wait to be admitted, their prompt tokens), all or an owner's: what back-pressure looks at."""
+        loads = [base.sampler.load(owner) for base in self._bases.loaded]
         return sum(requests for requests, _ in loads), sum(tokens for _, tokens in loads)

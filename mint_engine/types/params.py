@@ -14,6 +14,10 @@ LORA_ALPHA = 32
 
 MAX_RANK = 256
 
+MAX_STOPS = 64
+MAX_STOP_LENGTH = 256
+"""The end of every sample is compared with all stop strings at every token, beside everybody else's samples."""
+
 LossFnType: TypeAlias = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
 OptimizerType: TypeAlias = Literal["adamw"]
 
@@ -107,7 +111,7 @@ class SamplingParams(RequestModel):
     seed: fixes the random numbers of every sample; None = fresh ones. The same request then gives the same tokens,
         except that in bfloat16 other requests decoded beside it change roundings, which may tip a draw.
     stop: string(s) or token id(s) that end a sample and are part of it; None = the model's end-of-sequence tokens;
-        [] = nothing stops it.
+        [] = nothing stops it. At most 64 strings of at most 256 characters.
     stop_token_ids: token ids added to `stop`.
     temperature: 0 = greedy. top_k: -1 = off. top_p: 1 = off.
     """
@@ -155,6 +159,9 @@ class SamplingParams(RequestModel):
         for item in [stop] if isinstance(stop, str) else stop or []:
             if item == "" or (isinstance(item, int) and item < 0):
                 raise ValueError(f"stop: expected non-empty strings or token ids of at least 0, got {item!r}")
+        strings = [item for item in ([stop] if isinstance(stop, str) else stop or []) if isinstance(item, str)]
+        if len(strings) > MAX_STOPS or any(len(item) > MAX_STOP_LENGTH for item in strings):
+            raise ValueError(f"stop: expected at most {MAX_STOPS} strings of at most {MAX_STOP_LENGTH} characters")
         return stop
 
     @field_validator("top_k", mode="after")

@@ -15,11 +15,14 @@ from mint_engine.types import (
     GetInfoResponse,
     GetSamplerResponse,
     GetServerCapabilitiesResponse,
+    InterpolateCheckpointsResponse,
     LoadWeightsResponse,
     LoraConfig,
     OptimStepResponse,
+    ReverseKLOutput,
     SampledSequence,
     SampleResponse,
+    SaveWeightsExternalResponse,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
     TensorData,
@@ -37,6 +40,7 @@ class FakeEngine:
         self._pool = ThreadPoolExecutor(1)
         self._infos: dict[str, GetInfoResponse] = {}
         self._samplers: dict[str, GetSamplerResponse] = {}
+        self.tokenizer_files: dict[str, dict[str, bytes]] = {}
 
     def _later(self, operation: str, answer: Callable[[], Any], **arguments: Any) -> Future[Any]:
         def run() -> Any:
@@ -46,9 +50,11 @@ class FakeEngine:
 
         return self._pool.submit(run)
 
-    def create_session(self, *, tags=(), user_metadata=None, project_id=None):
+    def create_session(self, *, tags=(), user_metadata=None, project_id=None, display_name=None):
         session_id = f"session-{len(self.store.list_sessions(1000).sessions)}"
-        self.store.create_session(session_id, tags=tags, user_metadata=user_metadata, project_id=project_id)
+        self.store.create_session(
+            session_id, tags=tags, user_metadata=user_metadata, project_id=project_id, display_name=display_name
+        )
         return session_id
 
     def _new_model(self, session_id: str, base_model: str, lora: LoraConfig, user_metadata: Any) -> str:
@@ -100,6 +106,17 @@ class FakeEngine:
     def forward_backward_custom(self, model_id, data, fn):
         return self._later("forward_backward_custom", lambda: self._output(data), fn=fn)
 
+    def forward_backward_reverse_kl(self, model_id, data, *, reference_model_path, temperature):
+        return self._later(
+            "forward_backward_reverse_kl",
+            lambda: ReverseKLOutput(
+                [{"loss": TensorData([0.5], "float32")} for _ in data], {"loss:sum": 0.5 * len(data)}
+            ),
+            data=data,
+            reference=reference_model_path,
+            temperature=temperature,
+        )
+
     def optim_step(self, model_id, adam_params):
         return self._later("optim_step", lambda: OptimStepResponse(metrics={"grad_norm": 1.0}), params=adam_params)
 
@@ -112,6 +129,30 @@ class FakeEngine:
             overwrite=overwrite,
             user_metadata=user_metadata,
         )
+
+    def save_weights_external(self, model_id, name, *, ttl_seconds=None, recipients=None):
+        path = f"tinker://{model_id}/external_weights/{name}"
+        return self._later(
+            "save_weights_external",
+            lambda: SaveWeightsExternalResponse(path=path),
+            ttl_seconds=ttl_seconds,
+            recipients=recipients,
+        )
+
+    def copy_checkpoint(self, source, *, session_id=None, project_id=None, ttl_seconds=None, seq=None):
+        seq = seq if session_id is None or seq is not None else len(self._infos) + 100
+        return self._later(
+            "copy_checkpoint",
+            lambda: self.store.copy_checkpoint(
+                source, session_id=session_id, model_seq_id=seq, project_id=project_id, ttl_seconds=ttl_seconds
+            ),
+        )
+
+    def interpolate_checkpoints(self, owner, source_paths, coefficients, *, output_name=None):
+        answer = InterpolateCheckpointsResponse(
+            path=f"tinker://sum/sampler_weights/{output_name}", source_paths=source_paths, coefficients=coefficients
+        )
+        return self._later("interpolate_checkpoints", lambda: answer)
 
     def load_weights(self, model_id, path, *, optimizer):
         return self._later("load_weights", lambda: LoadWeightsResponse(path=path), path=path, optimizer=optimizer)

@@ -1,4 +1,7 @@
-"""The clients: the forms of the documentation and of both SDKs, errors where they are expected, order kept."""
+"""The clients: the forms of the documentation and of both SDKs, errors where they are expected, order kept.
+
+Each test runs twice: with an engine in the process, and with the same engine behind HTTP.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,18 @@ import asyncio
 import importlib
 import inspect
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from fake_engine import FakeEngine
+from fake_server import FakeServer
+from tiny_tokenizer import save_byte_tokenizer
 
 import mint
 from mint import types
-from mint_engine.client import connection
+from mint_engine.client.protocol import ClientEngine
+from mint_engine.client.remote import Address, RemoteEngine
 
 
 @pytest.fixture
@@ -21,9 +28,26 @@ def engine(tmp_path) -> FakeEngine:
     return FakeEngine(tmp_path / "home")
 
 
+@pytest.fixture(params=["local", "http"])
+def transport(request) -> str:
+    return request.param
+
+
 @pytest.fixture
-def service(engine) -> mint.ServiceClient:
-    return mint.ServiceClient(engine=engine)
+def reached(engine, transport) -> Iterator[ClientEngine]:
+    """`engine` as the clients see it."""
+    if transport == "local":
+        yield engine
+        return
+    remote = RemoteEngine(Address("http://server"), wire=FakeServer(engine))
+    yield remote
+    engine.gate.set()
+    remote.close()
+
+
+@pytest.fixture
+def service(reached) -> mint.ServiceClient:
+    return mint.ServiceClient(engine=reached)
 
 
 @pytest.fixture
@@ -32,7 +56,7 @@ def trainer(service) -> mint.TrainingClient:
 
 
 DATUM = types.Datum(
-    model_input=types.ModelInput.from_ints(tokens=[1, 2]), loss_fn_inputs={"target_tokens": [2, 3], "weights": [0, 1]}
+    model_input=types.ModelInput.from_ints(tokens=[1, 2]), loss_fn_inputs={"target_tokens": [2, 3], "weights": [1, 1]}
 )
 PROMPT = types.ModelInput.from_ints([1, 2, 3])
 
@@ -48,22 +72,9 @@ def last(engine: FakeEngine) -> dict:
 # --- where the engine is
 
 
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [("https://mint.macaron.xin/", "https://mint.macaron.xin"), ("mint-cn.macaron.xin", "https://mint-cn.macaron.xin")],
-)
-def test_a_server_is_refused_with_its_url_in_this_version(monkeypatch, url, shown):
-    with pytest.raises(mint.TransportError, match=rf"base_url is {shown}: .*Leave out base_url"):
-        mint.ServiceClient(base_url=url)
-    monkeypatch.setenv("MINT_BASE_URL", url)
-    for make in (mint.ServiceClient, mint.RestClient):
-        with pytest.raises(mint.TransportError, match=rf"MINT_BASE_URL is {shown}: .*Unset MINT_BASE_URL"):
-            make()
-
-
 def test_the_environment_is_read_when_a_client_is_made_and_not_at_import(monkeypatch, engine):
     asked = []
-    monkeypatch.setattr(connection, "get_engine", lambda dtype: asked.append(dtype) or engine)
+    monkeypatch.setattr("mint_engine.engine.get_engine", lambda dtype: asked.append(dtype) or engine)
     monkeypatch.setenv("MINT_BASE_URL", "")  # empty is unset
     monkeypatch.setenv("MINT_BASE_MODEL", "from-env")
     monkeypatch.setenv("MINT_LORA_RANK", "8")
@@ -78,25 +89,26 @@ def test_the_environment_is_read_when_a_client_is_made_and_not_at_import(monkeyp
 
 
 def test_defaults_are_those_of_the_documentation(service, engine):
-    service.create_lora_training_client()
+    client = service.create_lora_training_client()
+    assert client.get_info().lora_rank == 16
     assert last(engine) == {
         "base_model": "Qwen/Qwen3-0.6B",
         "lora": types.LoraConfig(rank=16, seed=None, train_mlp=True, train_attn=True, train_unembed=True),
     }
 
 
-def test_options_of_the_http_client_are_accepted_and_unknown_ones_are_not(engine):
-    mint.ServiceClient(engine=engine, timeout=3, max_retries=2, default_headers={}, api_key="sk-x")
+def test_options_of_the_http_client_are_accepted_and_unknown_ones_are_not(reached):
+    mint.ServiceClient(engine=reached, timeout=3, max_retries=2, default_headers={}, api_key="sk-x")
     with pytest.raises(TypeError, match="tiemout"):
-        mint.ServiceClient(engine=engine, tiemout=3)
+        mint.ServiceClient(engine=reached, tiemout=3)
 
 
-def test_the_session_is_stored_with_what_is_said_about_it(engine):
-    service = mint.ServiceClient({"who": "me"}, "project", display_name="first", engine=engine)
+def test_the_session_is_stored_with_what_is_said_about_it(engine, reached):
+    service = mint.ServiceClient({"who": "me"}, "project", display_name="first", engine=reached)
     session = engine.store.get_session(service.session_id)
     assert (session.user_metadata, session.display_name) == ({"who": "me"}, "first")
     with pytest.raises(ValueError, match="user_metadata: expected a dict of strings"):
-        mint.ServiceClient({"n": 1}, engine=engine)
+        mint.ServiceClient({"n": 1}, engine=reached)
 
 
 # --- creating training clients
@@ -141,7 +153,8 @@ def test_a_client_from_a_state_takes_the_arguments_of_both_sdks(service, engine,
         if with_optimizer
         else service.create_training_client_from_state
     )
-    create("tinker://r/weights/a", {"k": "v"})  # 0.22
+    old = create("tinker://r/weights/a", {"k": "v"})  # 0.22
+    assert old.model_id
     assert last(engine) == {
         "path": "tinker://r/weights/a", "optimizer": with_optimizer, "base_model": None, "user_metadata": {"k": "v"},
     }  # fmt: skip
@@ -168,18 +181,29 @@ def test_the_program_of_the_documentation_runs_in_its_own_form(service, engine):
     )
     assert [sequence.tokens for sequence in samples.sequences] == [[0], [1], [2], [3]]
     assert checkpoint.model_path == f"tinker://{trainer.model_id}/sampler_weights/my-sft-v1"
-    assert trainer.get_tokenizer() == checkpoint.get_tokenizer() == "tokenizer of tiny"
-    assert operations(engine) == [
+    assert [name for name in operations(engine) if name != "create_sampler"] == [
         "create_model", "forward_backward", "optim_step", "save_weights_for_sampler", "sample",
     ]  # fmt: skip
 
 
-def test_calls_return_at_once_and_run_in_order(trainer, engine):
+def test_the_tokenizer_is_the_base_model_s(trainer, engine, tmp_path, transport):
+    sampler = trainer.save_weights_and_get_sampling_client()
+    if transport == "local":
+        assert trainer.get_tokenizer() == sampler.get_tokenizer() == "tokenizer of tiny"
+        return
+    save_byte_tokenizer(tmp_path)
+    engine.tokenizer_files["tiny"] = {file.name: file.read_bytes() for file in tmp_path.glob("*.json")}
+    tokenizer = trainer.get_tokenizer()
+    assert tokenizer.decode(tokenizer.encode("3 * 7 =")) == "3 * 7 ="
+    assert sampler.get_tokenizer() is tokenizer
+
+
+def test_calls_return_at_once_and_run_in_order(trainer, engine, transport):
     engine.gate.clear()
     calls = [
         trainer.forward([DATUM]),
         trainer.forward_backward([DATUM], "ppo", {"clip_low_threshold": 0.9}),
-        trainer.forward_backward_custom([DATUM], lambda data, logprobs: (sum(logprobs), {})),
+        trainer.forward_backward_custom([DATUM], lambda data, logprobs: (logprobs[0].sum(), {})),
         trainer.optim_step(adam_params=types.AdamParams()),
         trainer.save_state("a", ttl_seconds=60, overwrite=True, user_metadata={"k": "v"}),
         trainer.load_state("tinker://r/weights/a"),
@@ -191,13 +215,14 @@ def test_calls_return_at_once_and_run_in_order(trainer, engine):
     paths = [call.path for call in calls[4:]]
     assert paths[0] == f"tinker://{trainer.model_id}/weights/a"
     assert paths[3] == f"tinker://{trainer.model_id}/sampler_weights/b"
+    custom = ["forward_backward_custom"] if transport == "local" else ["forward", "forward_backward"]
     assert operations(engine)[1:] == [
-        "forward", "forward_backward", "forward_backward_custom", "optim_step", "save_weights", "load_weights",
-        "load_weights", "save_weights_for_sampler",
+        "forward", "forward_backward", *custom, "optim_step", "save_weights", "load_weights", "load_weights",
+        "save_weights_for_sampler",
     ]  # fmt: skip
     assert engine.log[2][1] == {"loss_fn": "ppo", "config": {"clip_low_threshold": 0.9}}
-    assert engine.log[5][1] == {"ttl_seconds": 60, "overwrite": True, "user_metadata": {"k": "v"}}
-    assert [engine.log[i][1]["optimizer"] for i in (6, 7)] == [False, True]
+    assert engine.log[-4][1] == {"ttl_seconds": 60, "overwrite": True, "user_metadata": {"k": "v"}}
+    assert [engine.log[i][1]["optimizer"] for i in (-3, -2)] == [False, True]
 
 
 def test_async_calls_give_futures_that_are_awaited_again_or_read(trainer):
@@ -332,8 +357,8 @@ def test_samplers_of_kinds_that_do_not_exist_here_are_refused(service, trainer):
 # --- closing, and the store
 
 
-def test_closing_lets_the_models_go_and_refuses_new_clients(engine):
-    with mint.ServiceClient(engine=engine) as service:
+def test_closing_lets_the_models_go_and_refuses_new_clients(engine, reached):
+    with mint.ServiceClient(engine=reached) as service:
         models = [service.create_lora_training_client("tiny").model_id for _ in range(2)]
     assert [a["model_id"] for operation, a in engine.log if operation == "unload_model"] == models
     for create in (service.create_lora_training_client, lambda: service.create_sampling_client(base_model="tiny")):
@@ -341,6 +366,8 @@ def test_closing_lets_the_models_go_and_refuses_new_clients(engine):
             create()
     assert service.close("success", detail="again").result() is None
     assert operations(engine).count("unload_model") == 2
+    (found,) = engine.store.search_sessions({"session_id": service.session_id}).sessions
+    assert (found.status.type, found.status.reason.type) == ("client_finished", "success")
     with pytest.raises(ValueError, match="status"):
         service.close("fine")
 
@@ -377,22 +404,65 @@ def test_the_rest_client_answers_from_the_store(service, trainer, engine):
 def test_rest_calls_do_not_block_an_event_loop(service, trainer, engine, monkeypatch):
     entered, release = threading.Event(), threading.Event()
 
-    def slow(limit: int, offset: int) -> str:
+    def slow(*args: object) -> types.ListSessionsResponse:
         entered.set()
         release.wait()
-        return "sessions"
+        return types.ListSessionsResponse(sessions=["mine"])
 
     monkeypatch.setattr(engine.store, "list_sessions", slow)
-    rest = mint.RestClient(engine)
+    rest = service.create_rest_client()
 
-    async def main() -> str:
+    async def main() -> types.ListSessionsResponse:
         call = asyncio.create_task(rest.list_sessions_async())
         while not entered.is_set():
             await asyncio.sleep(0)
         release.set()  # never reached if the call held the loop
         return await call
 
-    assert asyncio.run(main()) == "sessions"
+    assert asyncio.run(main()).sessions == ["mine"]
+
+
+def test_weights_are_copied_saved_for_download_and_mixed(service, trainer, engine):
+    meta = {"base_model": "tiny", "lora": types.LoraConfig(rank=4)}
+    path = engine.store.write_checkpoint(trainer.model_id, "weights", "a", lambda d: (d / "x").write_text("x"), **meta)
+    rest = service.create_rest_client()
+    inside, outside = service.copy_weights(path, ttl_seconds=3600).result(), rest.copy_weights(path, "project").result()
+    assert inside.startswith(f"tinker://{service.session_id}:train:")
+    assert inside != path
+    assert not outside.startswith(f"tinker://{service.session_id}")
+    (copy,) = rest.list_checkpoints(inside.split("/")[2]).checkpoints
+    assert copy.expires_at is not None
+    assert rest.list_training_runs(project_id="project").cursor.total_count == 1
+    assert trainer.save_weights_external("out", 3600, ["age1x"]).path.endswith("/external_weights/out")
+    assert last(engine) == {"ttl_seconds": 3600, "recipients": ["age1x"]}
+    external = engine.store.write_checkpoint(
+        trainer.model_id, "external_weights", "b", lambda d: (d / "adapter.age").write_text("x"), **meta
+    )
+    urls = rest.get_external_weights_urls(external).urls
+    assert [url.endswith("/adapter.age") for url in urls.values()] == [True]
+    mixed = mint.mint.interpolate_checkpoints(
+        service, source_paths=[path, path], coefficients=[0.9, 0.1], output_path="ema"
+    )
+    assert (mixed.path, mixed.coefficients) == ("tinker://sum/sampler_weights/ema", [0.9, 0.1])
+
+
+def test_sessions_are_searched_by_name(service, reached):
+    named = mint.ServiceClient({"who": "me"}, display_name="arithmetic run", engine=reached)
+    rest = service.create_rest_client()
+    found = rest.search_sessions(types.SessionSearchRequest(display_name="RUN")).sessions
+    assert [session.session_id for session in found] == [named.session_id]
+    assert len(rest.search_sessions().sessions) == 2
+
+
+def test_the_reverse_kl_divergence_is_asked_for_in_both_forms(trainer, engine):
+    ints = types.ModelInput.from_ints
+    datum = mint.ReverseKLDatum(ints([1, 2]), ints([9, 1, 2]), [2], [1.0])
+    assert trainer.forward_backward_reverse_kl([datum], "tinker://r/sampler_weights/a", 1.5).loss == 0.5
+    assert last(engine) == {"data": [datum], "reference": "tinker://r/sampler_weights/a", "temperature": 1.5}
+    output = mint.mint.forward_backward_reverse_kl(trainer, reference_model_path="tinker://r/weights/a", data=[datum])
+    assert output.outputs[0]["loss"].tolist() == [0.5]
+    with pytest.raises(ValueError, match="data: expected a list of ReverseKLDatum"):
+        trainer.forward_backward_reverse_kl([DATUM], "a").result()
 
 
 # --- the module
@@ -408,6 +478,7 @@ def test_mint_has_what_scripts_import():
 @pytest.mark.parametrize("client", [mint.ServiceClient, mint.TrainingClient, mint.SamplingClient, mint.RestClient])
 def test_every_call_that_may_wait_has_an_async_twin(client):
     local = {"close", "get_tokenizer", "get_telemetry", "create_rest_client", "result", "zero_grad"}
+    local |= {"get_sampler_handle", "from_sampler_handle"}
     methods = {name for name, member in inspect.getmembers(client, inspect.isfunction) if not name.startswith("_")}
     twins = {name for name in methods if name.endswith("_async")}
     missing = {name for name in methods - twins if f"{name}_async" not in twins} - local

@@ -80,7 +80,7 @@ def test_thousands_wait_at_once_without_a_thread_each():
         before = threading.active_count()
         waiting = asyncio.gather(*map(APIFuture, work))
         await asyncio.sleep(0.01)
-        assert threading.active_count() == before
+        assert threading.active_count() <= before
         threading.Thread(target=lambda: [future.set_result(i) for i, future in enumerate(work)]).start()
         return await waiting
 

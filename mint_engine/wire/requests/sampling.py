@@ -51,7 +51,7 @@ class SampleRequest(WireRequest):
     base_model: Name | None = None
     model_path: Name | None = None
     seq_id: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    num_samples: int = Field(default=1, ge=0, le=65536)  # 0 only scores the prompt
+    num_samples: int = Field(default=1, ge=0, le=256)  # 0 only scores the prompt
     prompt: JsonModelInput
     params: WireSamplingParams = Field(default_factory=WireSamplingParams, alias="sampling_params")
     prompt_logprobs: bool = False

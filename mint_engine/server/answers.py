@@ -1,0 +1,74 @@
+"""Results as bytes: protobuf where the kind has it and the client takes it, JSON otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import to_json
+
+from mint_engine import wire
+from mint_engine.types import ForwardBackwardOutput, ReverseKLOutput, SampleResponse
+
+JSON = "application/json"
+PROTO_KINDS = frozenset({"Forward", "ForwardBackward", "Sample"})
+
+# What a result takes in memory besides its numbers, and what a sampled token takes as Python objects.
+_BASE_BYTES = 1024
+_TOKEN_BYTES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    body: bytes
+    media_type: str
+
+
+def media_type(kind: str, accept: str | None) -> str:
+    """The content type of a result for a client that sent ``Accept``."""
+    return wire.PROTOBUF if kind in PROTO_KINDS and wire.PROTOBUF in (accept or "") else JSON
+
+
+def dumps(value: Any) -> bytes:
+    """JSON without NaN or infinities: they become null. Keys of an object whose value is None are left out."""
+    if isinstance(value, dict):
+        value = {key: entry for key, entry in value.items() if entry is not None}
+    return to_json(value, inf_nan_mode="null")
+
+
+def encode(value: Any, media: str) -> Encoded:
+    match value:
+        case ForwardBackwardOutput() if media == wire.PROTOBUF:
+            return Encoded(wire.encode_forward_backward_output(value), media)
+        case ForwardBackwardOutput():
+            return Encoded(to_json(wire.forward_backward_output_to_json(value), inf_nan_mode="null"), JSON)
+        case SampleResponse() if media == wire.PROTOBUF:
+            return Encoded(wire.encode_sample_response(value), media)
+        case SampleResponse():
+            return Encoded(to_json(wire.sample_response_to_json(value), inf_nan_mode="null"), JSON)
+        case ReverseKLOutput():
+            outputs = [{name: tensor.to_dict() for name, tensor in output.items()} for output in value.outputs]
+            return Encoded(dumps({"outputs": outputs, "metrics": value.metrics, "type": value.type}), JSON)
+        case BaseModel():
+            return Encoded(value.model_dump_json(exclude_none=True).encode(), JSON)
+    return Encoded(dumps(value), JSON)
+
+
+def decode(encoded: Encoded, kind: str) -> Any:
+    """A result back from protobuf: its value was let go, and now JSON is asked for."""
+    if kind == "Sample":
+        return wire.parse_sample_response(encoded.body)
+    return wire.parse_forward_backward_output(encoded.body)
+
+
+def size(value: Any) -> int:
+    """About how many bytes a result holds."""
+    match value:
+        case ForwardBackwardOutput():
+            tensors = [tensor for output in value.loss_fn_outputs for tensor in output.values()]
+            return _BASE_BYTES + sum(tensor.to_numpy().nbytes + 400 for tensor in tensors)
+        case SampleResponse():
+            tokens = sum(len(sequence.tokens) for sequence in value.sequences)
+            return _BASE_BYTES + _TOKEN_BYTES * (tokens + len(value.prompt_logprobs or ()))
+    return _BASE_BYTES

@@ -1,0 +1,109 @@
+"""What every request passes: who asks is known, and what a key may send is enforced, before a body is read.
+
+`Gate` is ASGI middleware: `app.add_middleware(Gate)`. It answers nothing itself. It raises the HTTPException of a
+refusal where the application reads the body (FastAPI and Starlette pass that on to the exception handlers), so that a
+refusal looks like every other error. Bytes are counted as they arrive; `Content-Length` is believed only when it is
+too large.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import HTTPException
+from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from mint_engine.server.auth import Auth
+    from mint_engine.server.caller import Caller
+
+_KEY = "mint.visit"
+_POLLS = ("/retrieve_future", "/retrieve_futures")
+_BODILESS = ("GET", "HEAD", "OPTIONS")
+
+
+class Gate:
+    """See the module's docstring."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        visit = scope[_KEY] = _Visit(scope)
+        try:
+            await self._app(scope, visit.guard(receive), send)
+        finally:
+            visit.leave()
+
+
+async def admit(scope: Scope) -> Caller:
+    """The caller of a request, counted among its owner's. Raises HTTPException 401, 403 or 429."""
+    visit: _Visit | None = scope.get(_KEY)
+    if visit is None:  # a part of the application that is tested without the gate
+        return await _auth(scope).caller(HTTPConnection(scope))
+    return await visit.admit()
+
+
+def _auth(scope: Scope) -> Auth:
+    auth: Auth = scope["app"].state.mint.auth
+    return auth
+
+
+class _Visit:
+    """One request on its way through."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._polls = scope["path"].endswith(_POLLS)
+        self._caller: Caller | None = None
+
+    async def admit(self) -> Caller:
+        if self._caller is None:
+            caller = await _auth(self._scope).caller(HTTPConnection(self._scope))
+            quotas = _auth(self._scope).quotas
+            if not quotas.enter(caller, polls=self._polls):
+                limit = quotas.limits(caller).concurrent(polls=self._polls)
+                raise HTTPException(
+                    429, f"this key may have {limit} requests at once: try again", headers={"Retry-After": "1"}
+                )
+            self._caller = caller
+        return self._caller
+
+    def leave(self) -> None:
+        if self._caller is not None:
+            _auth(self._scope).quotas.leave(self._caller, polls=self._polls)
+
+    def guard(self, receive: Receive) -> Receive:
+        headers = Headers(scope=self._scope)
+        announced = headers.get("content-length", "")
+        if self._scope["method"] in _BODILESS and not announced and "transfer-encoding" not in headers:
+            return receive
+        count, done = 0, False
+
+        async def counted() -> Message:
+            nonlocal count, done
+            if done:
+                return await receive()
+            limit = _auth(self._scope).quotas.limits(await self.admit()).request_bytes
+            if count == 0 and limit is not None and announced.isdecimal() and int(announced) > limit:
+                raise _too_large(limit, int(announced))
+            message = await receive()
+            if message["type"] == "http.request":
+                count += len(message.get("body", b""))
+                done = not message.get("more_body", False)
+            if limit is not None and count > limit:
+                raise _too_large(limit, "more")
+            return message
+
+        return counted
+
+
+def _too_large(limit: int, got: Any) -> HTTPException:
+    return HTTPException(
+        413, f"request body: expected at most {limit} bytes (max_request_bytes), got {got}", {"Connection": "close"}
+    )

@@ -1,0 +1,65 @@
+"""The SDKs as they are on PyPI, each in its own environment, against a server: every call works, and the numbers are
+those of the engine in one's own process."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from compatibility import CALLED_BY_THE_SDK, SDKS
+from safetensors.numpy import load_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("sdk", SDKS)]
+
+
+def test_everything_the_driver_did_worked(reports, sdk):
+    failures = reports(sdk)["failures"]
+    assert not failures, "\n\n".join(failures)
+
+
+def test_every_public_method_was_called(reports, sdk):
+    report = reports(sdk)
+    called = set(report["methods"]) | CALLED_BY_THE_SDK
+    assert sorted(set(report["values"]["public methods"]) - called) == []
+
+
+def test_numbers_equal_those_of_the_engine_in_process(reports, in_process, sdk):
+    served, expected = reports(sdk)["values"], in_process["values"]
+    compared = set(expected) & set(served)
+    assert set(expected) - compared <= {"extras"}  # which SDKs before 0.38 cannot ask for
+    for name in sorted(compared):
+        _check_close(served[name], expected[name], name)
+
+
+def test_downloaded_adapters_are_those_in_process(reports, in_process, sdk):
+    """Archives before 0.28, files of `save_weights_external` since: the same PEFT adapter."""
+    downloaded = reports(sdk)["out"] / "downloaded"
+    expected = {"sampler_weights/sampler": "sampler", "weights/state": "sampler", "external": "final"}
+    folders = [folder for folder in expected if (downloaded / folder).exists()]
+    assert folders, "nothing was downloaded"
+    for folder in folders:
+        ours, theirs = in_process[expected[folder]], downloaded / folder
+        configs = [json.loads((place / "adapter_config.json").read_text()) for place in (ours, theirs)]
+        assert configs[0] == configs[1], folder
+        adapters = [load_file(place / "adapter_model.safetensors") for place in (ours, theirs)]
+        assert set(adapters[0]) == set(adapters[1]), folder
+        for name, tensor in adapters[0].items():
+            np.testing.assert_allclose(adapters[1][name], tensor, atol=1e-5, err_msg=f"{folder}, {name}")
+
+
+def _check_close(served: Any, expected: Any, where: str) -> None:
+    """Numbers to 1e-5 (relative, for losses that are large), everything else equal."""
+    if isinstance(expected, dict):
+        assert set(served) == set(expected), where
+        for key in expected:
+            _check_close(served[key], expected[key], f"{where}, {key}")
+    elif isinstance(expected, list):
+        assert len(served) == len(expected), where
+        for i, (one, other) in enumerate(zip(served, expected, strict=True)):
+            _check_close(one, other, f"{where}[{i}]")
+    elif isinstance(expected, float):
+        assert served == pytest.approx(expected, rel=1e-5, abs=1e-5), where
+    else:
+        assert served == expected, where

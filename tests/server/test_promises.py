@@ -1,0 +1,231 @@
+"""Promises: settled from any thread, held polls woken at once, results kept while somebody may want them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future
+
+import pytest
+
+from mint_engine import wire
+from mint_engine.errors import NotFoundError, UserError
+from mint_engine.server.failures import RestartingError
+from mint_engine.server.promises import Promises
+from mint_engine.types import OptimStepResponse, SampledSequence, SampleResponse
+
+
+def step() -> OptimStepResponse:
+    return OptimStepResponse(metrics={"grad_norm": 2.0})
+
+
+def in_thread(work) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+def test_a_poll_is_woken_by_a_result_from_another_thread() -> None:
+    async def run() -> None:
+        promises, future = Promises(), Future()
+        promise = promises.follow(future, kind="OptimStep", owner="a", model_id="s:train:0")
+        assert promise.answer() == {"request_id": promise.request_id, "model_id": "s:train:0"}
+        polls = [asyncio.create_task(promises.wait(promise.request_id, "a", 30)) for _ in range(3)]
+        await asyncio.sleep(0)
+        in_thread(lambda: future.set_result(step()))
+        found = await asyncio.gather(*polls)
+        assert all(p is promise and p.done for p in found)
+        assert promise.result(None).body == b'{"metrics":{"grad_norm":2.0},"type":"optim_step"}'
+
+    asyncio.run(run())
+
+
+def test_thousands_of_held_polls_need_no_thread_and_one_wake_up() -> None:
+    async def run() -> None:
+        promises, futures = Promises(), [Future() for _ in range(5000)]
+        made = [promises.follow(f, kind="OptimStep", owner="a") for f in futures]
+        polls = [asyncio.create_task(promises.wait(p.request_id, "a", 30)) for p in made]
+        await asyncio.sleep(0)
+        threads, loop, woken = threading.active_count(), asyncio.get_running_loop(), 0
+        wake = loop.call_soon_threadsafe
+
+        def counted(*args, **kwargs):
+            nonlocal woken
+            woken += 1
+            return wake(*args, **kwargs)
+
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        in_thread(lambda: [f.set_result(step()) for f in futures])  # the loop stands still meanwhile
+        await asyncio.gather(*polls)
+        assert woken == 1
+        assert threading.active_count() <= threads
+        assert promises.pending == 0
+
+    asyncio.run(run())
+
+
+def test_a_poll_ends_after_its_time_without_a_result() -> None:
+    async def run() -> None:
+        promises = Promises()
+        promise = promises.create("OptimStep", "a")
+        assert not (await promises.wait(promise.request_id, "a", 0.01)).done
+
+    asyncio.run(run())
+
+
+def test_another_owner_s_promise_does_not_exist() -> None:
+    async def run() -> None:
+        promises = Promises()
+        promise = promises.create("OptimStep", "a")
+        for request_id, owner in ((promise.request_id, "b"), ("req:unknown", "a")):
+            with pytest.raises(NotFoundError):
+                await promises.wait(request_id, owner, 1)
+
+    asyncio.run(run())
+
+
+def test_ids_cannot_be_guessed() -> None:
+    async def run() -> None:
+        promises = Promises()
+        ids = {promises.create("OptimStep", "a", "s:train:0").request_id.rpartition(":req:")[2] for _ in range(1000)}
+        assert len(ids) == 1000
+        assert min(len(i) for i in ids) >= 24
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("error", "category", "text"),
+    [
+        (UserError("lr: expected a number"), "user", "lr: expected a number"),
+        (RuntimeError("secret path /root"), "server", "internal error: RuntimeError"),
+        (MemoryError(), "server", "out of memory"),
+    ],
+)
+def test_a_failure_says_whose_fault_it_is_and_leaks_nothing(error, category, text) -> None:
+    async def run() -> None:
+        promises, future = Promises(), Future()
+        promise = promises.follow(future, kind="OptimStep", owner="a")
+        future.set_exception(error)
+        body = promise.result(wire.PROTOBUF)
+        assert body.media_type == "application/json"
+        said = wire.parse_json(body.body)
+        assert said["category"] == category
+        assert text in said["error"]
+        assert "secret" not in said["error"]
+
+    asyncio.run(run())
+
+
+def test_a_result_is_encoded_once_and_still_available_as_json_afterwards() -> None:
+    async def run() -> None:
+        promises, future = Promises(), Future()
+        promise = promises.follow(future, kind="Sample", owner="a", scope="s:sample:0")
+        future.set_result(SampleResponse([SampledSequence("stop", [1, 2], [-0.5, -1.5])]))
+        proto = promise.result("application/x-protobuf, application/json")
+        assert proto.media_type == wire.PROTOBUF
+        assert promise.result(wire.PROTOBUF) is proto
+        assert promise.value is None, "the value is not kept beside its bytes"
+        assert wire.parse_json(promise.result("application/json").body)["sequences"][0]["tokens"] == [1, 2]
+
+    asyncio.run(run())
+
+
+def test_results_are_kept_until_fetched_and_a_while_after() -> None:
+    async def run() -> None:
+        promises = Promises(result_ttl=30, fetched_ttl=0.0)
+        kept, fetched = (promises.create("OptimStep", "a") for _ in range(2))
+        for promise in (kept, fetched):
+            promises.settle(promise, step())
+        promises.mark_fetched(fetched)
+        assert promises.get(fetched.request_id, "a") is fetched, "the answer may not have arrived"
+        promises._expire()
+        assert promises.get(fetched.request_id, "a") is None
+        assert promises.get(kept.request_id, "a") is kept
+
+    asyncio.run(run())
+
+
+def test_the_expiry_timer_runs_by_itself() -> None:
+    async def run() -> None:
+        promises = Promises(result_ttl=3600, fetched_ttl=0.0)
+        promise = promises.create("OptimStep", "a")
+        promises.settle(promise, step())
+        promises.mark_fetched(promise)
+        assert promises._expiry is not None
+        assert promises._expiry.when() - asyncio.get_running_loop().time() < 2, "not the unfetched one's hour"
+
+    asyncio.run(run())
+
+
+def test_memory_is_bounded_fetched_results_go_first() -> None:
+    async def run() -> None:
+        promises = Promises(budget=20_000)
+        old = [promises.create("OptimStep", "a") for _ in range(10)]
+        for promise in old:
+            promises.settle(promise, step())
+            promises.mark_fetched(promise)
+        assert promises.result_bytes <= 20_000 // 8 + 1024
+        held = promises.create("ForwardBackward", "a", request_bytes=19_000)
+        assert promises.full(2_000)
+        assert promises.result_bytes == 0, "nothing that was fetched is kept when memory is short"
+        promises.settle(held, step())
+        assert not promises.full(50_000), "a request larger than the budget is taken when nothing else waits"
+
+    asyncio.run(run())
+
+
+def test_a_stopping_server_answers_held_polls_with_something_to_retry() -> None:
+    async def run() -> None:
+        promises = Promises()
+        waiting, done = promises.create("OptimStep", "a"), promises.create("OptimStep", "a")
+        promises.settle(done, step())
+        poll = asyncio.create_task(promises.wait(waiting.request_id, "a", 30))
+        await asyncio.sleep(0)
+        promises.stop("restarting")
+        with pytest.raises(RestartingError):
+            await poll
+        with pytest.raises(RestartingError):
+            await promises.wait(waiting.request_id, "a", 30)
+        assert (await promises.wait(done.request_id, "a", 30)).done, "what is there is still given out"
+
+    asyncio.run(run())
+
+
+def test_one_application_is_served_from_one_loop() -> None:
+    promises = Promises()
+
+    async def create() -> None:
+        promises.create("OptimStep", "a")
+
+    asyncio.run(create())
+    asyncio.run(create())  # the first loop is closed
+
+    async def other() -> None:
+        promises.create("OptimStep", "a")
+        await asyncio.to_thread(refused)
+
+    def refused() -> None:
+        loop = asyncio.new_event_loop()
+        with pytest.raises(RuntimeError, match="another event loop"):
+            loop.run_until_complete(create())
+        loop.close()
+
+    asyncio.run(other())
+
+
+def test_results_that_nobody_fetches_do_not_keep_everybody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client died: what it left behind goes when the room is needed, not after an hour."""
+
+    async def run() -> None:
+        promises = Promises(result_ttl=3600, budget=5_000)
+        left = [promises.create("OptimStep", "a") for _ in range(4)]
+        for promise in left:
+            promises.settle(promise, step())
+        promises.create("OptimStep", "a")
+        assert promises.full(4_000)
+        monkeypatch.setattr("mint_engine.server.promises.FORSAKEN_S", -1.0)
+        assert not promises.full(2_500)
+        assert [promises.get(p.request_id, "a") is None for p in left] == [True, True, False, False]
+
+    asyncio.run(run())
