@@ -280,7 +280,7 @@ class StubEngine:
     def resident_models(self, owner):
         return sum(1 for of in self.models.values() if of == owner)
 
-    def sampler_load(self):
+    def sampler_load(self, owner=None):
         return self.waiting_samples, 0
 
     def stats(self):

@@ -241,7 +241,8 @@ class ServiceClient:
     def close(self, status: FinishReason = "success", detail: str | None = None) -> APIFuture[None]:
         """End the session: its training clients' models are let go once what was submitted to them is done.
 
-        Waits for that. Checkpoints stay, and sampling clients go on working. A closed client makes no new clients.
+        Waits for that, unless it was interrupted. Checkpoints stay, and sampling clients go on working. A closed client
+        makes no new clients.
         """
         if status not in get_args(FinishReason):
             raise UserError(f"status: expected one of {', '.join(get_args(FinishReason))}, got {status!r}")
@@ -249,10 +250,12 @@ class ServiceClient:
             return completed(None)
         self._closed = True
         unloading, self._models = [self._engine.unload_model(model_id) for model_id in self._models], []
+        finish = registry_of(self._engine).finish_session
+        if status == "interrupted":
+            return APIFuture(finish(self.session_id, status, detail))
         wait(unloading)
-        finished = registry_of(self._engine).finish_session(self.session_id, status, detail)
-        if (error := finished.exception()) is not None:  # nothing to be done about it, and nothing is lost
-            log.warning("session %s: its end was not recorded: %s", self.session_id, error)
+        if (error := finish(self.session_id, status, detail).exception()) is not None:
+            log.warning("session %s: its end was not recorded: %s", self.session_id, error)  # and nothing is lost
         return completed(None)
 
     def __enter__(self) -> Self:

@@ -16,7 +16,7 @@ PROTO_KINDS = frozenset({"Forward", "ForwardBackward", "Sample"})
 
 # What a result takes in memory besides its numbers, and what a sampled token takes as Python objects.
 _BASE_BYTES = 1024
-_TOKEN_BYTES = 100
+TOKEN_BYTES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,5 +70,11 @@ def size(value: Any) -> int:
             return _BASE_BYTES + sum(tensor.to_numpy().nbytes + 400 for tensor in tensors)
         case SampleResponse():
             tokens = sum(len(sequence.tokens) for sequence in value.sequences)
-            return _BASE_BYTES + _TOKEN_BYTES * (tokens + len(value.prompt_logprobs or ()))
+            rows = [value.topk_prompt_logprobs or [], *(s.topk_logprobs or [] for s in value.sequences)]
+            alternatives = sum(len(row) for topk in rows for row in topk if row is not None)
+            tensors = [value.target_prompt_logprobs]
+            if (drawn := value.prompt_alt_tokens) is not None:
+                tensors += [drawn.tokens, drawn.logprobs]
+            nbytes = sum(tensor.to_numpy().nbytes for tensor in tensors if tensor is not None)
+            return _BASE_BYTES + nbytes + TOKEN_BYTES * (tokens + len(value.prompt_logprobs or ()) + alternatives)
     return _BASE_BYTES

@@ -24,7 +24,7 @@ from mint_engine.errors import (
     UserError,
 )
 from mint_engine.server.context import current
-from mint_engine.wire import explain
+from mint_engine.wire import BodyTooLargeError, EncodingError, explain
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,10 @@ def describe(error: BaseException, request_id: str | None = None) -> Failure:
             return Failure(404, str(error), "user", type=_type(error))
         case SampleCancelledError() | CancelledError():
             return Failure(400, str(error) or "the request was cancelled", "user", type=SampleCancelledError.__name__)
+        case BodyTooLargeError():
+            return Failure(413, str(error), "user")
+        case EncodingError():
+            return Failure(415, str(error), "user")
         case UserError():
             return Failure(400, str(error), "user", type=_type(error))
         case StorageError():

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from mint_engine.errors import UserError
 from mint_engine.server.promises import Promise
 
+FARTHEST = 1 << 20
+"""How far ahead of the next id another may be: no client has so many requests on their way."""
+MOST_WAITING = 1024
+"""Operations of a model that wait for an id that has not come. Each look at them costs a little time."""
 REMEMBERED = 512
 """Answered ids kept: a client does not go on before it has its answer, so a retry is never far behind."""
 
@@ -61,6 +65,8 @@ class Lane:
             )
         if seq_id in self._early:
             raise UserError(f"seq_id: the request {seq_id} of {self.model_id} was refused before")
+        if seq_id > self.next_seq + FARTHEST:
+            raise UserError(f"seq_id: {seq_id} of {self.model_id} is far ahead; the next is {self.next_seq}")
 
     def add(self, operation: Operation, key: str | None = None) -> None:
         """Take an operation; its promise's ``seq_id`` None means after everything that has come so far."""
@@ -82,7 +88,8 @@ class Lane:
 
     def refuse(self, seq_id: int) -> None:
         """A request with this id was answered 4xx: nobody waits for it."""
-        if seq_id >= self.next_seq and seq_id not in self._early:
+        near = self.next_seq <= seq_id <= self.next_seq + FARTHEST
+        if near and seq_id not in self._early and (seq_id == self.next_seq or not self.crowded):
             self._early[seq_id] = None
 
     def ready(self) -> Iterator[Operation]:
@@ -102,6 +109,11 @@ class Lane:
     def missing(self) -> int | None:
         """The id that has not come although later ones have."""
         return self.next_seq if self.waiting else None
+
+    @property
+    def crowded(self) -> bool:
+        """Whether as many wait as may."""
+        return len(self._early) + len(self._unnumbered) >= MOST_WAITING
 
     @property
     def refused(self) -> list[int]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from mint_engine.server.context import current
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "request_id", "color_message"}
 
 
@@ -45,7 +47,8 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         request_id = getattr(record, "request_id", None)
         where = f" [{request_id}]" if request_id else ""
-        text = f"{_time(record)} {record.levelname.lower():7} {record.name}: {record.getMessage()}{where}"
+        message = _CONTROL.sub(_escaped, record.getMessage())  # a path may hold line ends, and forge a line
+        text = f"{_time(record)} {record.levelname.lower():7} {record.name}: {message}{where}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
@@ -62,6 +65,10 @@ def configure(format: Literal["text", "json"], level: str) -> None:
         logging.getLogger(name).handlers, logging.getLogger(name).propagate = [], True
     logging.getLogger("uvicorn.access").disabled = True  # `middleware.py` writes those lines, with the request id
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, getattr(logging, level.upper())))
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()
 
 
 def _time(record: logging.LogRecord) -> str:

@@ -21,10 +21,13 @@ from mint_engine.errors import NotFoundError
 from mint_engine.server import answers
 from mint_engine.server.answers import Encoded
 from mint_engine.server.failures import Failure, RestartingError, describe
+from mint_engine.server.shares import over
 from mint_engine.server.waiting import Bell
 
 FORSAKEN_S = 300.0
 """An unfetched result of this age makes room for others when memory is short."""
+MOST_PENDING = 1 << 16
+"""Requests of all owners that wait: small ones take memory, too."""
 SCOPE = ":req:"  # between what a request was about (a model, a sampler) and its random part
 
 
@@ -113,6 +116,7 @@ class Promises:
         self.pending_bytes = 0
         self.result_bytes = 0
         self._fetched_bytes = 0
+        self._held: dict[str, tuple[int, int]] = {}  # owner -> (bytes of requests and results, requests that wait)
 
     # ---- making and settling -------------------------------------------------------------------------------------
 
@@ -131,6 +135,7 @@ class Promises:
         self._promises[promise.request_id] = promise
         self.pending += 1
         self.pending_bytes += request_bytes
+        self._hold(owner, request_bytes, 1)
         return promise
 
     def follow(
@@ -209,10 +214,17 @@ class Promises:
         """Those about one model or sampler."""
         return [promise for promise in self._promises.values() if promise.request_id.startswith(scope + SCOPE)]
 
-    def full(self, more: int = 0) -> bool:
-        """Whether ``more`` bytes would be too many. Never while nothing waits: what is large must not wait for ever."""
+    def full(self, more: int, owner: str) -> bool:
+        """Whether ``more`` bytes of an owner's would be too many (`shares.over`).
+
+        Never while nothing of the owner's waits: what is large must not wait for ever.
+        """
         self._make_room(more)
-        return self.pending > 0 and self.pending_bytes + self.result_bytes + more > self._budget
+        own, waiting = self._held.get(owner, (0, 0))
+        if not waiting:
+            return False
+        others = self.pending_bytes + self.result_bytes - own
+        return over(own, others, more, self._budget) or over(waiting, self.pending - waiting, 1, MOST_PENDING)
 
     def waiting_by_kind(self) -> dict[str, int]:
         counts: dict[str, int] = {}
@@ -273,13 +285,21 @@ class Promises:
     def _on_settled(self, promise: Promise) -> None:
         self.pending -= 1
         self.pending_bytes -= promise.request_bytes
+        self._hold(promise.owner, -promise.request_bytes, -1)
         self._keep(promise)
         self._ring(promise)
         for callback in self.on_done:
             callback(promise)
 
+    def _hold(self, owner: str, size: int, waiting: int = 0) -> None:
+        own_bytes, own_waiting = self._held.get(owner, (0, 0))
+        self._held[owner] = own_bytes + size, own_waiting + waiting
+        if self._held[owner] == (0, 0):
+            del self._held[owner]
+
     def _keep(self, promise: Promise) -> None:
         self.result_bytes += promise.result_bytes
+        self._hold(promise.owner, promise.result_bytes)
         self._unfetched[promise.request_id] = time.monotonic() + self._result_ttl
         self._make_room()
         self._schedule_expiry()
@@ -290,11 +310,15 @@ class Promises:
             promise._bell.ring()
 
     def _make_room(self, more: int = 0) -> None:
-        """Let go of results while they take too much: those that were fetched, then those nobody seems to want."""
-        while self._fetched and self.pending_bytes + self.result_bytes + more > self._budget:
+        """Let go of results while they take too much: those that were fetched, then those nobody seems to want.
+
+        Half the budget is too much: then nobody waits for results that nobody else waits for, whatever their share.
+        """
+        limit = self._budget // 2
+        while self._fetched and self.pending_bytes + self.result_bytes + more > limit:
             self._drop(next(iter(self._fetched)))
         forsaken = time.monotonic() + self._result_ttl - FORSAKEN_S
-        while self._unfetched and self.pending_bytes + self.result_bytes + more > self._budget:
+        while self._unfetched and self.pending_bytes + self.result_bytes + more > limit:
             oldest = next(iter(self._unfetched))
             if self._unfetched[oldest] > forsaken:
                 break
@@ -305,6 +329,7 @@ class Promises:
     def _drop(self, request_id: str) -> None:
         promise = self._promises.pop(request_id)
         self.result_bytes -= promise.result_bytes
+        self._hold(promise.owner, -promise.result_bytes)
         self._unfetched.pop(request_id, None)
         if self._fetched.pop(request_id, None) is not None:
             self._fetched_bytes -= promise.result_bytes

@@ -11,6 +11,7 @@ goes before the server's default; None means no limit.
 from __future__ import annotations
 
 import asyncio
+import resource
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 from starlette.concurrency import run_in_threadpool
 
 from mint_engine.errors import UserError
+from mint_engine.server.shares import over
 
 if TYPE_CHECKING:
     from mint_engine.engine import Engine
@@ -41,7 +43,10 @@ class Limits:
 
     def concurrent(self, *, polls: bool) -> int | None:
         limit = self.concurrent_requests
-        return limit * _POLLS_PER_REQUEST if polls and limit is not None else limit
+        if not polls or limit is None:
+            return limit
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # each holds one: the others need some, too
+        return max(limit, min(limit * _POLLS_PER_REQUEST, files // 2))
 
 
 class Quotas:
@@ -56,6 +61,8 @@ class Quotas:
         )
         self._lock = threading.Lock()
         self._running: Counter[tuple[str, bool]] = Counter()
+        self._bytes: Counter[str] = Counter()  # of the requests that are being read, by owner
+        self._all_bytes, self._most_bytes = 0, settings.memory_budget_bytes
         self._coming: Counter[str] = Counter()
         self.unpacking = asyncio.Lock()  # held while an upload is checked, which takes memory
 
@@ -79,9 +86,22 @@ class Quotas:
             self._running[caller.owner, polls] += 1
             return True
 
-    def leave(self, caller: Caller, *, polls: bool) -> None:
+    def leave(self, caller: Caller, *, polls: bool, size: int = 0) -> None:
+        """A request is answered; `size`: bytes it held."""
         with self._lock:
-            _take_one(self._running, (caller.owner, polls))
+            _take(self._running, (caller.owner, polls))
+            _take(self._bytes, caller.owner, size)
+            self._all_bytes -= size
+
+    def hold(self, caller: Caller, size: int, more: int) -> bool:
+        """Count `more` bytes of a request that holds `size`; False if the requests of this caller hold too many."""
+        with self._lock:
+            own = self._bytes[caller.owner] - size
+            if over(own, self._all_bytes - own - size, size + more, self._most_bytes):
+                return False
+            self._bytes[caller.owner] += more
+            self._all_bytes += more
+            return True
 
     async def reserve_model(self, caller: Caller, engine: Engine) -> Callable[[], None]:
         """Room for one more model in memory. Call what is answered once, when the model is there or has failed.
@@ -101,7 +121,7 @@ class Quotas:
 
     def _arrived(self, owner: str) -> None:
         with self._lock:
-            _take_one(self._coming, owner)
+            _take(self._coming, owner)
 
     async def check_disk(self, caller: Caller, coming: int = 0) -> None:
         """Raises UserError if the caller's checkpoints, and `coming` more bytes, take more than they may.
@@ -129,8 +149,8 @@ def _first(own: int | None, default: int | None) -> int | None:
     return default if own is None else own
 
 
-def _take_one(counter: Counter[_T], key: _T) -> None:
-    counter[key] -= 1
+def _take(counter: Counter[_T], key: _T, count: int = 1) -> None:
+    counter[key] -= count
     if counter[key] <= 0:
         del counter[key]
 

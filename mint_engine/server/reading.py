@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 from fastapi import HTTPException, Request
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 
 from mint_engine import wire
+from mint_engine.server import gate
 from mint_engine.server.caller import Caller
+from mint_engine.server.shares import workers
 from mint_engine.server.state import ServerState
 from mint_engine.wire.requests import parse_request
 
@@ -31,12 +32,14 @@ async def read_body(request: Request, caller: Caller, state: ServerState) -> byt
     if encoding in (None, "", "identity"):
         return raw
     limit = state.auth.quotas.limits(caller).request_bytes or state.settings.max_request_bytes
-    return await run_in_threadpool(wire.decode_body, raw, encoding, limit)
+    body = await workers.run(caller.owner, lambda: wire.decode_body(raw, encoding, limit))
+    gate.hold(request.scope, len(body))
+    return body
 
 
-async def work(size: int, parse: Callable[[], T]) -> T:
-    """``parse()``, in a thread if ``size`` bytes of work are worth it."""
-    return parse() if size < LARGE else await run_in_threadpool(parse)
+async def work(caller: Caller, size: int, job: Callable[[], T]) -> T:
+    """``job()``, in a thread if ``size`` bytes of work are worth it."""
+    return job() if size < LARGE else await workers.run(caller.owner, job)
 
 
 async def read_object(request: Request, caller: Caller, state: ServerState) -> tuple[dict[str, Any], int]:
@@ -45,13 +48,13 @@ async def read_object(request: Request, caller: Caller, state: ServerState) -> t
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
     if kind != "application/json" and not kind.endswith("+json"):
         raise HTTPException(415, f"Content-Type: expected application/json, got {kind!r}")
-    return await work(len(body), lambda: wire.parse_json(body)), len(body)
+    return await work(caller, len(body), lambda: wire.parse_json(body)), len(body)
 
 
 async def read(model: type[Model], request: Request, caller: Caller, state: ServerState) -> Model:
     """The body as ``model``. Raises WireError."""
     obj, size = await read_object(request, caller, state)
-    return await work(size, lambda: parse_request(model, obj))
+    return await work(caller, size, lambda: parse_request(model, obj))
 
 
 def body_of(model: type[BaseModel], *, protobuf: bool = False) -> dict[str, Any]:

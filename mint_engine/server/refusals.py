@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mint_engine import wire
 from mint_engine.server.failures import describe
+from mint_engine.server.reading import work
 
 if TYPE_CHECKING:
     from mint_engine.server.caller import Caller
@@ -25,7 +26,8 @@ class Refusals:
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if not isinstance(error, Exception) or not describe(error).permanent:
             return
-        address = wire.address(self._raw)
+        size = len(self._raw) if isinstance(self._raw, bytes) else 0
+        address = await work(self._caller, size, lambda: wire.address(self._raw))
         if address is not None and address[1] is not None:
             await self._state.sequencer.lane(self._caller, address[0])
             self._state.sequencer.refuse(*address)

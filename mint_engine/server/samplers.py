@@ -233,10 +233,11 @@ class Samplers:
     def _evict(self) -> None:
         """Take the least recently used out of memory while there are too many."""
         surplus = len(self._entries) - len(self._moving) - self._most
+        hurry = surplus > self._most  # somebody makes them faster than the grace lets go of them
         for entry in list(self._entries.values()):
             if surplus <= 0:
                 return
-            if entry.idle and entry.sampler_id not in self._moving:
+            if (entry.idle or (hurry and not entry.pending)) and entry.sampler_id not in self._moving:
                 self._move(entry.sampler_id, self._leave(entry, keep=True))
                 surplus -= 1
 

@@ -81,7 +81,9 @@ class Sequencer:
             lane.check(seq_id)
         # What others wait for is always taken: they could not go on otherwise.
         fills_gap = seq_id is not None and seq_id == lane.missing
-        if not fills_gap and self._promises.full(request_bytes):
+        if not fills_gap and lane.crowded:
+            raise TryAgainLaterError(f"{lane.model_id} has as many requests waiting for an earlier one as it may")
+        if not fills_gap and self._promises.full(request_bytes, caller.owner):
             raise TryAgainLaterError("the server has as many requests and results in memory as it may: try again")
         promise = self._promises.create(
             kind, caller.owner, model_id, tokens=tokens, request_bytes=request_bytes, seq_id=seq_id

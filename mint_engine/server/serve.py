@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import logging
 import resource
@@ -21,6 +22,7 @@ from mint_engine.errors import MintError, UserError
 from mint_engine.server import logs
 from mint_engine.server.app import create_app
 from mint_engine.server.banner import banner
+from mint_engine.server.connections import Protocol
 from mint_engine.server.settings import Settings
 from mint_engine.server.state import ServerState
 from mint_engine.store import Store
@@ -62,9 +64,11 @@ def run(settings: Settings) -> int:
         app = create_app(engine, settings)
         url = _url(settings, listener)
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="on", backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=HTTP_GRACE_S,
+            app, http=Protocol, log_config=None, access_log=False, server_header=False, ws="none", lifespan="on",
+            backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=HTTP_GRACE_S,
         )  # fmt: skip
+        gc.collect()
+        gc.freeze()  # the modules and models stay: looking through them would stop every request for half a second
         server = _Server(config, app.state.mint, lambda: print(banner(engine, settings, url, keys=keys), flush=True))
         server.run(sockets=[listener])
     return 0

@@ -12,7 +12,7 @@ CALLED_BY_THE_SDK = {"SamplingClient.on_queue_state_change"}  # public for tinke
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
 
-_CLIENTS = {name: name for name in ("ServiceClient", "TrainingClient", "SamplingClient", "RestClient")}
+_CLIENTS = {name: name for name in ("ServiceClient", "TrainingClient", "SamplingClient", "RestClient", "AdminClient")}
 _CLIENTS["mint"] = "Functions of mindlab-toolkit's own"
 
 _INTRODUCTION = """# What works with which SDK

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from chaos_proxy import FAULTS, chaos_proxy
 from checkpoint_bits import check_same, contents
 from engine_helpers import open_engine
 from server_fixture import LiveServer, live_server
+from server_process import Restarts, ServerProcess, server_process
+
+from mint_engine.store import Store
 
 pytestmark = [
     pytest.mark.slow,
@@ -62,3 +66,51 @@ def test_faults_do_not_change_a_bit(sdk: str, tiny_base: Path, tmp_path: Path) -
     check_same(disturbed, quiet)
     for what in ("done", "sessions", "runs", "checkpoints"):
         assert disturbed[what] == quiet[what], f"{what}: not each exactly once"
+
+
+def test_a_restart_goes_unnoticed(sdk: str, tiny_base: Path, tmp_path: Path) -> None:
+    """SIGTERM in the middle, twice, and the next server on the same port takes up what waits."""
+
+    def drive(server: ServerProcess, out: Path) -> dict[str, Any]:
+        keys = {"key": "tml-1", "other_key": "tml-1", "sk_key": "sk-1", "other_sk_key": "sk-1"}
+        address = serving.Server(server.url, server.home, **keys)
+        made: Any = serving.drive(
+            environments.environment(sdk), "faults", out, address, str(tiny_base), "--clients", str(CLIENTS)
+        )
+        store = Store(server.home)
+        return {
+            "values": [one["values"] for one in made],
+            "samples": [one["samples"] for one in made],
+            "saved": [contents(store.resolve(path).directory) for one in made for path in one["paths"].values()],
+        }
+
+    with server_process(tmp_path / "quiet", tiny_base) as server:
+        quiet = drive(server, tmp_path / "out")
+    with server_process(tmp_path / "home", tiny_base) as server:
+        restarts = Restarts(server, ("middle", "sampler"), 0.02)
+        with watching(server.home, restarts.reached):
+            disturbed = drive(server, tmp_path / "with restarts")
+        assert restarts.join() == 2
+    check_same(disturbed, quiet)
+
+
+@contextmanager
+def watching(home: Path, saved: Callable[[str], None]) -> Iterator[None]:
+    """Calls `saved` with the name of every checkpoint, when the first of that name is there."""
+    over, seen, store = threading.Event(), set[str](), Store(home)
+
+    def look() -> None:
+        while not over.wait(0.01):
+            for checkpoint in store.list_user_checkpoints(limit=100).checkpoints:
+                if (name := checkpoint.checkpoint_id.split("/")[1]) not in seen:
+                    seen.add(name)
+                    saved(name)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        store.close()

@@ -25,7 +25,15 @@ def smollm2(smollm2_home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server(smollm2_home: Path) -> Iterator[serving.Server]:
+    """In bfloat16, as by default."""
     with serving.serve(smollm2_home, "smollm2-135m", "--kv-cache-bytes", str(1 << 30)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def float32_server(smollm2_home: Path) -> Iterator[serving.Server]:
+    flags = ("--dtype", "float32", "--kv-cache-bytes", str(1 << 30))
+    with serving.serve(smollm2_home, "smollm2-135m", *flags) as server:
         yield server
 
 
@@ -48,12 +56,14 @@ def test_cookbook_supervised_nll_falls_by_a_third(server, smollm2, tmp_path):
 
 
 @pytest.mark.parametrize("loss_fn", ["importance_sampling", "ppo"])
-def test_cookbook_reinforcement_learning_starts_on_policy(server, smollm2, tmp_path, loss_fn):
-    metrics = cookbook(f"rl-{loss_fn}", tmp_path, server, smollm2)
+def test_cookbook_reinforcement_learning_starts_on_policy(float32_server, smollm2, tmp_path, loss_fn):
+    """What the sampler said is what the trainer says. (In bfloat16 two roundings of a log-probability are about 0.04
+    apart, so that the mean over a few hundred tokens, which is what the cookbook calls KL v1, is noise of 0.003.)"""
+    metrics = cookbook(f"rl-{loss_fn}", tmp_path, float32_server, smollm2)
     assert len(logged(metrics, "env/all/reward/total")) == 3, metrics
     for version in ("v1", "v2"):
         kl = logged(metrics, f"optim/kl_sample_train_{version}")
-        assert abs(kl[0]) < 1e-3, (version, kl)
+        assert abs(kl[0]) < 1e-4, (version, kl)
 
 
 def test_cookbook_dpo_learns_to_prefer(server, smollm2, tmp_path):

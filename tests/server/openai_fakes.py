@@ -75,7 +75,7 @@ class ScriptedEngine:
     def base_info(self) -> list[Any]:
         return [SimpleNamespace(name="tiny", directory="/tiny", eos_token_ids=(EOS,), max_context_length=CONTEXT)]
 
-    def sampler_load(self) -> tuple[int, int]:
+    def sampler_load(self, owner: str | None = None) -> tuple[int, int]:
         return self.waiting, 0
 
     def create_session(self, **options: Any) -> str:

@@ -167,10 +167,10 @@ def test_memory_is_bounded_fetched_results_go_first() -> None:
             promises.mark_fetched(promise)
         assert promises.result_bytes <= 20_000 // 8 + 1024
         held = promises.create("ForwardBackward", "a", request_bytes=19_000)
-        assert promises.full(2_000)
+        assert promises.full(2_000, "a")
         assert promises.result_bytes == 0, "nothing that was fetched is kept when memory is short"
         promises.settle(held, step())
-        assert not promises.full(50_000), "a request larger than the budget is taken when nothing else waits"
+        assert not promises.full(50_000, "a"), "a request larger than the budget is taken when nothing else waits"
 
     asyncio.run(run())
 
@@ -218,14 +218,14 @@ def test_results_that_nobody_fetches_do_not_keep_everybody_out(monkeypatch: pyte
     """A client died: what it left behind goes when the room is needed, not after an hour."""
 
     async def run() -> None:
-        promises = Promises(result_ttl=3600, budget=5_000)
+        promises = Promises(result_ttl=3600, budget=9_200)
         left = [promises.create("OptimStep", "a") for _ in range(4)]
         for promise in left:
             promises.settle(promise, step())
         promises.create("OptimStep", "a")
-        assert promises.full(4_000)
+        assert promises.full(4_000, "a")
         monkeypatch.setattr("mint_engine.server.promises.FORSAKEN_S", -1.0)
-        assert not promises.full(2_500)
+        assert not promises.full(2_500, "a")
         assert [promises.get(p.request_id, "a") is None for p in left] == [True, True, False, False]
 
     asyncio.run(run())

@@ -199,7 +199,7 @@ def test_back_pressure_never_refuses_what_the_others_wait_for(tmp_path: Path) ->
         await asyncio.sleep(0.05)
         await server.step(4, request_bytes=600)
 
-    serve(tmp_path, body, budget=1000)
+    serve(tmp_path, body, budget=1250)
 
 
 def test_a_parked_model_goes_on_where_it_was(tmp_path: Path) -> None:

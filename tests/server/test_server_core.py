@@ -15,6 +15,7 @@ from server_fixture import LiveServer, live_server
 from stub_engine import BASE, StubEngine
 
 from mint_engine import wire
+from mint_engine.types import CheckpointKind, LoraConfig
 
 
 @pytest.fixture
@@ -244,17 +245,23 @@ def test_get_info_names_model_and_tokenizer(api: Api) -> None:
 
 def test_load_weights_with_a_session_makes_a_model(api: Api, engine: StubEngine) -> None:
     session = api.session()
-    store = engine.store
-    api.model(BASE, session)
-    store.write_checkpoint(
-        f"{session}:train:0", "weights", "one", lambda d: (d / "x").write_text("x"), base_model=BASE, lora=_lora()
-    )
-    path = f"tinker://{session}:train:0/weights/one"
+    path = _checkpoint(engine, api.model(BASE, session))
     made = api.result("load_weights", session_id=session, model_seq_id=1, path=path, optimizer=True)
     assert made == {"path": path, "model_id": f"{session}:train:1", "type": "load_weights"}
     api.ok("optim_step", model_id=f"{session}:train:1", seq_id=1)
     missing = api.post("load_weights", session_id=session, model_seq_id=2, path=path + "x", optimizer=True)
     assert missing.status_code == 404
+
+
+def test_a_checkpoint_of_another_key_is_loaded_with_that_key_as_token(engine: StubEngine) -> None:
+    (_, mine), (_, theirs) = (engine.store.keys.create(name) for name in ("me", "they"))
+    with live_server(engine, models=[BASE]) as live, Api(live.url, mine) as me, Api(live.url, theirs) as they:
+        path = _checkpoint(engine, they.model(BASE))
+        session = me.session()
+        body = {"session_id": session, "model_seq_id": 0, "path": path, "optimizer": False}
+        assert me.post("load_weights", **body).status_code == 404
+        assert me.post("load_weights", **body, weights_access_token="tml-wrong").status_code in (400, 401, 403, 404)
+        assert me.result("load_weights", **body, weights_access_token=theirs)["model_id"] == f"{session}:train:0"
 
 
 def test_a_finished_session_lets_its_models_go_and_its_heart_stop(api: Api, engine: StubEngine) -> None:
@@ -342,6 +349,17 @@ def test_training_cannot_be_cancelled(api: Api, engine: StubEngine) -> None:
     promise = api.ok("optim_step", model_id=api.model(BASE), seq_id=1)
     api.ok("cancel_future", request_id=promise["request_id"])
     assert engine.cancelled == []
+
+
+def test_a_sampler_of_a_checkpoint_that_is_not_there_is_refused_at_once(api: Api, engine: StubEngine) -> None:
+    session = api.session()
+    model = api.model(BASE, session)
+    path = _checkpoint(engine, model, "sampler_weights")
+    body = {"session_id": session, "sampling_session_seq_id": 0}
+    assert api.post("create_sampling_session", **body, model_path=path + "x").status_code == 404
+    wrong = api.post("create_sampling_session", **body, model_path=path, base_model="other/base")
+    assert wrong.status_code == 400
+    assert api.ok("create_sampling_session", **body, model_path=path)["sampling_session_id"] == f"{session}:sample:0"
 
 
 def test_copies_of_a_sampling_client_get_numbers_of_their_own(api: Api) -> None:
@@ -472,7 +490,7 @@ def test_oversized_bodies_are_413_and_garbage_is_4xx(engine: StubEngine) -> None
         assert api.http.post("create_session", content=b"[" * 20_000).status_code == 413
         bomb = wire.compress_body(b" " * 1_000_000)
         headers = {"Content-Encoding": "zstd", "Content-Type": "application/json"}
-        assert api.http.post("create_session", content=bomb, headers=headers).status_code == 400
+        assert api.http.post("create_session", content=bomb, headers=headers).status_code == 413
         for content, kind in ((b"{", "application/json"), (b"\xff" * 99, wire.PROTOBUF), (b"a=1", "text/plain")):
             answer = api.http.post("forward_backward", content=content, headers={"Content-Type": kind})
             assert 400 <= answer.status_code < 500
@@ -521,10 +539,9 @@ def test_expired_checkpoints_are_removed_while_the_server_runs(engine: StubEngin
         assert purged.wait(5)
 
 
-def _lora():
-    from mint_engine.types import LoraConfig
-
-    return LoraConfig(rank=8)
+def _checkpoint(engine: StubEngine, model: str, kind: CheckpointKind = "weights") -> str:
+    store = engine.store.as_owner(engine.models[model])
+    return store.write_checkpoint(model, kind, "one", lambda directory: None, base_model=BASE, lora=LoraConfig(rank=8))
 
 
 def _until(condition) -> None:

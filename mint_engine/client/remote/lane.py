@@ -68,14 +68,14 @@ class Lane:
         body = make_body(seq)  # a request that cannot be written uses up no number
         self._next_seq += 1
         try:
-            response = await self.transport.post(path, body)
+            promise = Promise.of(await self.transport.post(path, body), kind)
         except TransportError as error:
             self._broken = error
             raise
         except MintError:
             await self._use_up(seq)
             raise
-        return Accepted(self, path, body, Promise.of(response, kind))
+        return Accepted(self, path, body, promise)
 
     async def settled(self) -> None:
         """Wait until every call made so far has been sent."""

@@ -79,7 +79,7 @@ class Tool(Body):
 
 
 class ChatRequest(Common):
-    """See OpenAI's reference for the meaning of each field, and `fields.py` for those without effect.
+    """See OpenAI's reference for the meaning of each field; those without effect say so.
 
     `chat_template_kwargs` is ours: variables for the model's chat template, such as `enable_thinking`.
     """

@@ -38,7 +38,7 @@ Prompts = Annotated[list[Prompt], BeforeValidator(_prompts, json_schema_input_ty
 
 
 class CompletionRequest(Common):
-    """See OpenAI's reference for the meaning of each field, and `fields.py` for those without effect."""
+    """See OpenAI's reference for the meaning of each field; those without effect say so."""
 
     prompt: Prompts = Field(default=None, validate_default=True)
     max_tokens: int | None = Field(default=None, ge=0, description="Default 16. 0, with echo, only scores the prompt.")

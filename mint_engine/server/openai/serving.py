@@ -16,11 +16,12 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from mint_engine import __version__
-from mint_engine.server.failures import RestartingError, TryAgainLaterError
+from mint_engine.server.failures import RestartingError
 from mint_engine.server.openai.errors import ApiError
 from mint_engine.server.openai.generation import Generation, Job
 from mint_engine.server.openai.samplers import Samplers
 from mint_engine.server.openai.vocabulary import Vocabulary
+from mint_engine.server.routes.sampling import check_queue
 
 if TYPE_CHECKING:
     from mint_engine.engine import Engine
@@ -82,9 +83,7 @@ async def serve(app: FastAPI, state: ServerState, caller: Caller, model: str) ->
         TryAgainLaterError: the sampler has enough waiting.
     """
     face = Face.of(app, state)
-    waiting, _ = state.engine.sampler_load()
-    if waiting >= state.settings.sample_queue_limit:
-        raise TryAgainLaterError(f"the server has {waiting} samples waiting: try again")
+    check_queue(state, caller)
     async with face.samplers.use(caller, model) as (sampler_id, base_name):
         base = face.bases.get(base_name)
         if base is None:

@@ -31,7 +31,7 @@ async def retrieve_future(request: Request, caller: CallerOf, state: State) -> R
     promise = await state.promises.wait(body.request_id, caller.owner, state.settings.long_poll_s)
     if not promise.done:
         return _try_again(request, promise)
-    encoded = await work(promise.result_bytes, lambda: promise.result(request.headers.get("accept")))
+    encoded = await work(caller, promise.result_bytes, lambda: promise.result(request.headers.get("accept")))
     if body.allow_metadata_only and len(encoded.body) > state.settings.inline_result_bytes:
         return _json({"status": "complete_metadata", "response_payload_size": len(encoded.body)})
     state.promises.mark_fetched(promise)
@@ -54,7 +54,7 @@ async def retrieve_futures(request: Request, caller: CallerOf, state: State) -> 
     ended, cursor = await completions.after(body.prev_cursor, timeout)
     if not ended and state.promises.stopping is not None:
         raise RestartingError(state.promises.stopping)
-    found = [await work(promise.result_bytes, partial(_completion, promise)) for promise in ended]
+    found = [await work(caller, promise.result_bytes, partial(_completion, promise)) for promise in ended]
     return _json({"completions": found, "cursor": cursor})
 
 

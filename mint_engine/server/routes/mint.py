@@ -80,7 +80,7 @@ async def forward_backward_reverse_kl(caller: Who, state: State, request: Reques
     """Reverse KL to a reference model over the whole vocabulary; adds gradients as forward_backward does."""
     obj, size = await read_object(request, caller, state)
     async with Refusals(caller, state, obj):
-        body = await work(size, lambda: parse_request(ReverseKLRequest, obj))
+        body = await work(caller, size, lambda: parse_request(ReverseKLRequest, obj))
         promise = await state.sequencer.submit(
             caller,
             body.model_id,

@@ -16,8 +16,9 @@ from mint_engine.server.caller import Caller, get_caller
 from mint_engine.server.context import current
 from mint_engine.server.failures import TryAgainLaterError
 from mint_engine.server.promises import Promise
-from mint_engine.server.reading import body_of, read, read_object, work
+from mint_engine.server.reading import LARGE, body_of, read, read_object, work
 from mint_engine.server.samplers import SamplerEntry
+from mint_engine.server.shares import over
 from mint_engine.server.state import ServerState, get_state
 from mint_engine.wire.requests import (
     CreateSamplingSessionRequest,
@@ -30,6 +31,8 @@ router = APIRouter(tags=["sampling"])
 
 CallerOf = Annotated[Caller, Depends(get_caller)]
 State = Annotated[ServerState, Depends(get_state)]
+
+_MOST_ANSWERED = 512 << 20  # the engine refuses what would be more
 
 
 @router.post("/create_sampling_session", openapi_extra=body_of(CreateSamplingSessionRequest))
@@ -64,7 +67,7 @@ async def join_sampling_session(request: Request, caller: CallerOf, state: State
 async def asample(request: Request, caller: CallerOf, state: State) -> Response:
     """A promise of samples. Requests of one sampler are independent; one that comes twice is sampled once."""
     obj, size = await read_object(request, caller, state)
-    body = await work(size, lambda: parse_request(SampleRequest, obj))
+    body = await work(caller, size, lambda: parse_request(SampleRequest, obj))
     if body.sampling_session_id is None:
         raise UserError("sampling_session_id: expected the id of a sampler; create_sampling_session makes one")
     if body.record_stability_info:
@@ -78,8 +81,9 @@ async def asample(request: Request, caller: CallerOf, state: State) -> Response:
     # From here to the promise nothing waits: two copies of a request cannot both pass.
     if (known := state.samplers.known(entry, key)) is not None:
         return _promise(known)
-    _admit(state, size)
-    if body.sampling_params().stop_strings:
+    size += _answer_bytes(body)
+    _admit(state, caller, size)
+    if size >= LARGE or body.sampling_params().stop_strings:
         future = await run_in_threadpool(call)  # the first use of a tokenizer takes seconds
         if (known := state.samplers.known(entry, key)) is not None:  # a copy of the request was faster
             state.engine.cancel_sample(future)
@@ -95,13 +99,25 @@ async def asample(request: Request, caller: CallerOf, state: State) -> Response:
     return _promise(promise)
 
 
-def _admit(state: ServerState, size: int) -> None:
+def _admit(state: ServerState, caller: Caller, size: int) -> None:
     """The SDK takes a 429 as advice to slow down, and sends the same request again."""
-    waiting, _ = state.engine.sampler_load()
-    if waiting >= state.settings.sample_queue_limit:
-        raise TryAgainLaterError(f"the server has {waiting} samples waiting: try again")
-    if state.promises.full(size):
+    check_queue(state, caller)
+    if state.promises.full(size, caller.owner):
         raise TryAgainLaterError("the server has as many requests and results in memory as it may: try again")
+
+
+def check_queue(state: ServerState, caller: Caller) -> None:
+    """Raises TryAgainLaterError if the caller has as many samples waiting as it may."""
+    (waiting, _), (own, _) = state.engine.sampler_load(), state.engine.sampler_load(caller.owner)
+    if over(own, waiting - own, 1, state.settings.sample_queue_limit):
+        raise TryAgainLaterError(f"the server has {waiting} samples waiting, {own} of them yours: try again")
+
+
+def _answer_bytes(body: SampleRequest) -> int:
+    """What the alternatives that are asked for will take in the answer, at worst."""
+    prompt = body.prompt.length * (body.topk_prompt_logprobs + body.prompt_alt_tokens_k)
+    sampled = body.num_samples * (body.params.max_tokens or 0) * body.topk_sample_logprobs
+    return min(answers.TOKEN_BYTES * max(0, prompt + sampled), _MOST_ANSWERED)
 
 
 def _call(state: ServerState, sampler_id: str, body: SampleRequest) -> Callable[[], Future]:

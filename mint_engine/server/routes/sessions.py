@@ -39,7 +39,8 @@ async def create_session(request: Request, caller: CallerOf, state: State) -> di
             )
         )  # fmt: skip
         state.sessions.touch(session_id, caller.owner)
-        log.info("session %s: %s, sdk %s", session_id, body.display_name or "no name", body.sdk_version or "unknown")
+        sdk = body.sdk_version[:40] or "unknown"
+        log.info("session %s: %s, sdk %s", session_id, body.display_name or "no name", sdk)
         return {"type": "create_session", "session_id": session_id}
 
     return await once(request, caller.owner, body.model_dump_json(), create)

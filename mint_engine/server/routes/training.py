@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -151,7 +152,7 @@ async def _train(
     parse: Callable[[], wire.ForwardBackwardRequest],
 ) -> Response:  # fmt: skip
     async with Refusals(caller, state, raw):
-        body = await work(size, parse)
+        body = await work(caller, size, parse)
         kind = "Forward" if body.forward_only else "ForwardBackward"
         start = operations.start(state.engine, caller, body)
         tokens = 0 if body.forward_only else body.num_tokens
@@ -208,13 +209,15 @@ async def _submit(
     async with Refusals(caller, state, obj):
         body: Any = bodies.parse_request(model, obj)
         reading = caller
+        saved: Callable[[], bytes] | None = partial(operations.dump, body)
         if kind == "LoadWeights" and body.weights_access_token:
+            saved = None  # somebody's key is not written down
             reading = Caller(caller.owner, await state.auth.reader(caller, body.weights_access_token), caller.key)
         start = operations.start(state.engine, reading, body)
         if kind in _SAVES:
             await state.auth.quotas.check_disk(caller)
         promise = await state.sequencer.submit(
-            caller, body.model_id, body.seq_id, kind, start, request_bytes=size, saved=lambda: operations.dump(body)
+            caller, body.model_id, body.seq_id, kind, start, request_bytes=size, saved=saved
         )
     if getattr(body, "kind", None) == "inflight":
         state.samplers.expect_inflight(promise)

@@ -23,11 +23,12 @@ LENGTHS = (5, 9, 3, 7, 4, 6, 8)  # several requests, where a client or its confi
 
 
 def train(
-    service: Any, types: Any, base_model: str, seed: int, *, many: bool = False, pause: Callable[[int], None] = id
-) -> dict[str, Any]:
+    service: Any, types: Any, base_model: str, seed: int, *, many: bool = False,
+    reached: Callable[[str], None] = lambda part: None,
+) -> dict[str, Any]:  # fmt: skip
     """Losses of several kinds, steps, saves, loads and samples of one client.
 
-    many: a batch of more datums than any SDK sends at once. pause: called with a number between the parts.
+    many: a batch of more datums than any SDK sends at once. reached: called with the name of each part as it begins.
     """
     values: list[Any] = []
     samples: list[Any] = []
@@ -45,34 +46,37 @@ def train(
             values.append(output(forward_backward.result()))
             optim_step.result()
 
+    reached("steps")
     steps(0, 3)
-    pause(0)
     paths["middle"] = training.save_state("middle").result().path
+    reached("custom")
     values.append(output(settled(training.forward_backward_custom(supervised(types, LENGTHS), squared_loss))))
     training.optim_step(types.AdamParams(learning_rate=1e-2)).result()
-    pause(1)
 
-    samples += _samples(settled(training.save_weights_and_get_sampling_client()), types)
+    reached("samples")
+    unnamed = settled(training.save_weights_and_get_sampling_client())
+    samples += _samples(unnamed, types)
     paths["sampler"] = training.save_weights_for_sampler("sampler").result().path
     samples += _samples(settled(service.create_sampling_client(model_path=paths["sampler"])), types)
-    pause(2)
 
+    reached("accumulation")
     accumulated = [
         training.forward_backward(rollouts(types, LENGTHS, seed=seed + i), "importance_sampling") for i in range(3)
     ]
     training.optim_step(types.AdamParams(learning_rate=1e-2, grad_clip_norm=0.5))
     values += [output(future.result()) for future in accumulated]
-    pause(3)
+    reached("load")
     settled(training.load_state_with_optimizer(paths["middle"]))
     if many:
         data = [datum for i in range(206) for datum in supervised(types, (2, 3, 2, 3, 4), seed=i)]
         values.append(output(training.forward_backward(data, "cross_entropy").result()))
     steps(10, 3)
-    pause(4)
     paths["final"] = training.save_state("final").result().path
 
+    reached("resumption")
     resumed = settled(service.create_training_client_from_state_with_optimizer(paths["final"]))
     values.append(output(resumed.forward(supervised(types, LENGTHS), "cross_entropy").result()))
+    samples += _samples(unnamed, types)
     return {"values": values, "samples": samples, "paths": paths}
 
 

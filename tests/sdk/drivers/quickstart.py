@@ -101,7 +101,7 @@ def main(path: str) -> None:
             training.optim_step(ctx.types.AdamParams(learning_rate=2e-5)).result()
             values["rewards"].append(mean)
             values["finite"].append(_finite(data, result))
-            values["advantages"].append(sum(max(np.abs(d.loss_fn_inputs["advantages"].tolist())) > 0 for d in data))
+            values["advantages"].append(sum(any(d.loss_fn_inputs["advantages"].tolist()) for d in data))
         values["final checkpoint"] = training.save_state(name="quickstart-rl-final").result().path
     ctx.report.write(ctx.out / "report.json")
 

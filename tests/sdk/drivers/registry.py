@@ -179,14 +179,17 @@ def _sessions(ctx: Context) -> None:
     if report.has(rest, "whoami"):  # the SDK reads it off a token of its publisher's, and asks no server
         assert "JWT" in report.refused(rest, "whoami")
     hour = ("2026-01-01T00:00:00Z", "2026-01-01T01:00:00Z")
-    for method, args in (
-        ("get_audit_log", ()),
-        ("get_billing_usage", hour),
-        ("get_current_checkpoint_storage_usage", ()),
-    ):
-        for name in (method, f"{method}_async"):
-            if report.has(rest, name):
-                report.attempt(rest, name, *args)
+    calls = {"get_audit_log": (), "get_billing_usage": hour, "get_current_checkpoint_storage_usage": ()}
+    clients = [rest]
+    if hasattr(ctx.sdk, "AdminClient"):
+        assert session_id in settled(ctx.sdk.RestClient().list_sessions(limit=1000)).sessions
+        clients.append(ctx.sdk.AdminClient())
+        report.call(clients[1], "get_telemetry")
+    for client in clients:
+        for method, args in calls.items():
+            for name in (method, f"{method}_async"):
+                if report.has(client, name):
+                    report.attempt(client, name, *args)
 
 
 def _with_a_token(ctx: Context, session_id: str) -> None:

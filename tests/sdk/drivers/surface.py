@@ -24,6 +24,8 @@ import twins
 def public_methods(ctx: context.Context) -> list[str]:
     """Every public method and property of the SDK's clients, read off their classes."""
     clients = [ctx.sdk.ServiceClient, ctx.sdk.TrainingClient, ctx.sdk.SamplingClient, type(ctx.rest)]
+    if hasattr(ctx.sdk, "AdminClient"):
+        clients.append(ctx.sdk.AdminClient)
     names = []
     for client in clients:
         for name, member in inspect.getmembers(client):
@@ -42,6 +44,7 @@ def main(path: str) -> None:
     ctx.service = ctx.sdk.ServiceClient(user_metadata={"made by": "tests/sdk"})
     ctx.rest = report.call(ctx.service, "create_rest_client")
     report.values["public methods"] = public_methods(ctx)
+    report.values["tinker"] = ".".join(map(str, ctx.version))
     with report.section("scenario"):
         ctx.made = scenario.run(report, ctx.service, ctx.types, ctx.base_model)
     if ctx.made is not None:
