@@ -27,7 +27,7 @@ from mint_engine.models.gguf import smollm2_directory
 from mint_engine.models.hub import SMOLLM2
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "sdk"))
-from environments import environment  # noqa: E402
+from environments import environment
 
 SDK = "tinker-0.38.0"
 MINE = "in process"

@@ -1,6 +1,6 @@
 """Runs inside an SDK's environment: one training step for each line on standard input (see ``http_step.py``).
 
-    python http_step_driver.py DATA.json URL KEY MODEL
+python http_step_driver.py DATA.json URL KEY MODEL
 """
 
 import json

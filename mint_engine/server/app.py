@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from mint_engine import __version__, wire
 from mint_engine.errors import MintError
-from mint_engine.server import lifecycle, operations, reading
+from mint_engine.server import lifecycle, operations
 from mint_engine.server.auth import Auth
 from mint_engine.server.caller import Caller, get_caller
 from mint_engine.server.context import current
+from mint_engine.server.document import document
 from mint_engine.server.failures import describe
 from mint_engine.server.gate import Gate
 from mint_engine.server.ledger import Ledger
@@ -94,7 +93,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
     app.include_router(health.router)
     app.include_router(openai_router, prefix="/v1")
     app.include_router(openai_router, prefix="/oai/api/v1")
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app
 
 
@@ -117,8 +116,13 @@ def _make_state(engine: Engine, settings: Settings) -> ServerState:
     def restart(caller: Caller, kind: str, body: bytes) -> Start:
         return operations.start(engine, caller, operations.load(kind, body))
 
+    auth = Auth(engine.store, settings)
+    engine.store.disk_limit = lambda owner: auth.quotas.disk_limit(engine.store, owner)
     samplers = Samplers(engine, promises, most=settings.max_resident_samplers, touch=touch)
-    sequencer = Sequencer(engine, promises, gap_timeout=settings.gap_timeout_s, touch=touch, restart=restart)
+    sequencer = Sequencer(
+        engine, promises, gap_timeout=settings.gap_timeout_s, touch=touch, restart=restart,
+        reserve=lambda caller: auth.quotas.reserve_model(caller, engine),
+    )  # fmt: skip
     sessions = Sessions(settings.session_timeout_s, samplers, lambda session_id: lifecycle.put_aside(state, session_id))
     state = ServerState(
         engine=engine,
@@ -130,7 +134,7 @@ def _make_state(engine: Engine, settings: Settings) -> ServerState:
         served=ServedModels(engine, settings.models),
         ledger=ledger,
         metrics=Metrics(engine, promises),
-        auth=Auth(engine.store, settings),
+        auth=auth,
         signer=Signer(engine.store.home, public_url=settings.public_url),
     )
     return state
@@ -190,15 +194,3 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
         except MintError:
             pass  # no model of the caller's
     return await _on_error(request, error)
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document, and the bodies that routes read by themselves."""
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        models = [(model, "validation") for model in dict.fromkeys(reading.documented)]
-        _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-        components = schema.setdefault("components", {}).setdefault("schemas", {})
-        components.update({k: v for k, v in definitions.get("$defs", {}).items() if k not in components})
-        app.openapi_schema = schema
-    return app.openapi_schema

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
-from mint_engine.errors import UserError
+from mint_engine.errors import NotFoundError, UserError
 from mint_engine.server.shares import over
 
 if TYPE_CHECKING:
     from mint_engine.engine import Engine
     from mint_engine.server.caller import Caller
     from mint_engine.server.settings import Settings
+    from mint_engine.store import KeyLimits, Store
 
 _T = TypeVar("_T")
 _POLLS_PER_REQUEST = 64  # a held long poll costs a connection and no work
@@ -67,7 +68,9 @@ class Quotas:
         self.unpacking = asyncio.Lock()  # held while an upload is checked, which takes memory
 
     def limits(self, caller: Caller) -> Limits:
-        own = caller.key.limits if caller.key is not None else None
+        return self._of(caller.key.limits if caller.key is not None else None)
+
+    def _of(self, own: KeyLimits | None) -> Limits:
         if own is None:
             return self._defaults
         return Limits(
@@ -76,6 +79,14 @@ class Quotas:
             _first(own.max_resident_models, self._defaults.resident_models),
             _first(own.max_disk_bytes, self._defaults.disk_bytes),
         )
+
+    def disk_limit(self, store: Store, owner: str) -> int | None:
+        """Of an owner whose request has been answered already. Asks the database."""
+        try:
+            key = store.keys.get(owner)
+        except NotFoundError:  # it needs none
+            key = None
+        return self._of(key.limits if key is not None else None).disk_bytes
 
     def enter(self, caller: Caller, *, polls: bool) -> bool:
         """Count a request in; False if there are too many already. `polls`: it only waits for a result."""

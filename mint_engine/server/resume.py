@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _VERSION = 1
-_LATEST = 8  # answered requests whose results are kept though they were fetched: the answer may not have arrived
 
 
 class NotRepeatedError(MintError):
@@ -51,18 +50,21 @@ def withdraw(lane: Lane) -> list[Operation]:
 
 
 def to_note(lane: Lane, promises: Promises, withdrawn: list[Operation] | None = None) -> dict[str, Any]:
-    """What `from_note` needs. As JSON."""
+    """What `from_note` needs. As JSON.
+
+    Results that were fetched go along while they are in memory (`Promises` says how many and how long): the answer may
+    have been lost, and the client, which waits half a minute before it asks again, is far behind by then.
+    """
     ids = [*lane.answered.values(), *lane.by_key.values()]
     known = [promise for request_id in ids if (promise := promises.get(request_id, lane.owner)) is not None]
     finished = [promise for promise in known if promise.done]
-    latest = finished[-_LATEST:]
     return {
         "version": _VERSION,
         "next_seq": lane.next_seq,
         "refused": lane.refused,
         "answered": list(lane.answered.items()),
         "by_key": list(lane.by_key.items()),
-        "results": [_result(promise) for promise in finished if not promise.fetched or promise in latest],
+        "results": [_result(promise) for promise in finished],
         "pending": [_pending(operation) for operation in [*(withdrawn or ()), *lane.waiting]],
     }
 

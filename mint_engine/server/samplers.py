@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from mint_engine.errors import NotFoundError
 from mint_engine.server.completions import CLONE, Completions
 from mint_engine.server.promises import SCOPE, Promise, Promises
 from mint_engine.server.sequencer import session_of
+from mint_engine.server.shares import over
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +68,8 @@ class Samplers:
         self._entries: OrderedDict[str, SamplerEntry] = OrderedDict()  # least recently used first
         self._moving: dict[str, asyncio.Task[None]] = {}
         self._inflight_promises: set[Promise] = set()
+        self._coming: set[Promise] = set()
+        self._leaving: Counter[str] = Counter()  # by owner
         self._newest: dict[str, str] = {}  # model id -> the inflight sampler made last
         promises.on_done.append(self._on_done)
         promises.on_stop.append(self._on_stop)
@@ -112,6 +115,16 @@ class Samplers:
             if (moving := self._moving.get(sampler_id)) is not None:
                 await asyncio.shield(moving)
         return sampler_id
+
+    def expect(self, promise: Promise) -> None:
+        """``promise`` will make an unnamed sampler."""
+        if not promise.done:
+            self._coming.add(promise)
+
+    def crowded(self, owner: str) -> bool:
+        """Whether an owner has as many on their way in, and out to the disk, as may be."""
+        own = sum(promise.owner == owner for promise in self._coming) + self._leaving[owner]
+        return over(own, 0, 1, 2 * self._most)
 
     def expect_inflight(self, promise: Promise) -> None:
         """The sampler that ``promise`` will make, and earlier ones of its kind, sample their model's newest weights."""
@@ -195,6 +208,7 @@ class Samplers:
         """Perhaps an unnamed sampler was made."""
         inflight = promise in self._inflight_promises
         self._inflight_promises.discard(promise)
+        self._coming.discard(promise)
         sampler_id = getattr(promise.value, "sampling_session_id", None)
         if sampler_id is None:
             return
@@ -224,20 +238,25 @@ class Samplers:
         if not keep:
             self._engine.release(entry.sampler_id)
             return
+        self._leaving[entry.owner] += 1
         try:
             await asyncio.wrap_future(self._engine.park(entry.sampler_id, {}))
         except Exception:
             log.exception("sampler %s could not be parked; it stays in memory", entry.sampler_id)
             self._entries[entry.sampler_id] = entry
+        finally:
+            self._leaving[entry.owner] -= 1
 
     def _evict(self) -> None:
         """Take the least recently used out of memory while there are too many."""
-        surplus = len(self._entries) - len(self._moving) - self._most
-        hurry = surplus > self._most  # somebody makes them faster than the grace lets go of them
-        for entry in list(self._entries.values()):
+        staying = [entry for entry in self._entries.values() if entry.sampler_id not in self._moving]
+        surplus, owned = len(staying) - self._most, Counter(entry.owner for entry in staying)
+        for entry in staying:
             if surplus <= 0:
                 return
-            if (entry.idle or (hurry and not entry.pending)) and entry.sampler_id not in self._moving:
+            # Somebody may make them faster than the grace lets go of them.
+            many = surplus > self._most and owned[entry.owner] > self._most // 2
+            if entry.idle or (many and not entry.pending):
                 self._move(entry.sampler_id, self._leave(entry, keep=True))
                 surplus -= 1
 

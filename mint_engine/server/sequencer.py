@@ -41,13 +41,16 @@ class Sequencer:
         gap_timeout: seconds that an operation waits for one with a lower seq_id.
         touch: called with a session's id whenever one of its models is used.
         restart: makes a `start` of what `Operation.saved` gave, for operations of before a restart.
+        reserve: makes sure that a model of the caller's may come into memory (`Quotas.reserve_model`).
     """
 
     def __init__(
         self, engine: Engine, promises: Promises, *, gap_timeout: float = 330,
         touch: Callable[[str, str], None] = lambda session_id, owner: None,
         restart: Callable[[Caller, str, bytes], Start] | None = None,
+        reserve: Callable[[Caller], Awaitable[Callable[[], None]]] | None = None,
     ) -> None:  # fmt: skip
+        self._reserve = reserve
         self._engine, self._promises, self._gap_timeout = engine, promises, gap_timeout
         self._touch, self._restart = touch, restart
         self._lanes: dict[str, Lane] = {}
@@ -267,11 +270,15 @@ class Sequencer:
     async def _open(self, caller: Caller, model_id: str) -> None:
         """Make the lane of a model that this process has not seen yet, or not since it was parked."""
         parked = await run_in_threadpool(self._look_up, caller, model_id)
+        release = None if parked is None or self._reserve is None else await self._reserve(caller)
         lane = Lane(model_id, caller.owner)
         self._lanes[model_id] = lane
         if parked is None:
             return
         lane.arriving = self._engine.unpark(model_id)
+        if release is not None:
+            arrived = release
+            lane.arriving.add_done_callback(lambda _: arrived())
         self._keep(self._arrive(lane, lane.arriving))
         resume.from_note(parked.note, lane, caller, self._promises, self._restart, self._begin_or_wait)
 

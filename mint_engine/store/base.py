@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,12 @@ PURGE_SECONDS = 3600
 
 
 class StoreBase:
-    """A database and a home directory, as one owner sees them."""
+    """A database and a home directory, as one owner sees them.
+
+    disk_limit: answers the bytes that an owner's checkpoints may take, or None. A server sets it.
+    """
+
+    disk_limit: Callable[[str], int | None] | None = None
 
     def __init__(self, home: Path, database: Database, owner: str, purge_due: Rarely) -> None:
         self.home = home

@@ -199,6 +199,7 @@ class Checkpoints(Runs):
     ) -> None:
         """Write the files, then the row. `before` runs first in the row's transaction."""
         action = f"saving checkpoint {record.name!r}"
+        limit = None if self.disk_limit is None else self.disk_limit(self.owner)
         replaced: list[str] = []
 
         def commit(directory: Path) -> None:
@@ -217,6 +218,8 @@ class Checkpoints(Runs):
                 old = _named(record)
                 replaced.extend(connection.execute(select(_checkpoints.c.directory).where(old)).scalars())
                 connection.execute(delete(_checkpoints).where(old))
+                if limit is not None:
+                    self._check_room(connection, size, limit)
                 connection.execute(insert(_checkpoints).values(row))
                 run = schema.runs.c.run_id == record.run_id
                 connection.execute(update(schema.runs).where(run).values(last_used=record.time))
@@ -226,6 +229,16 @@ class Checkpoints(Runs):
             artifacts.write_version(folder, record.name, writer, commit)
         self._discard(replaced)
         self._saved()
+
+    def _check_room(self, connection: Connection, size: int, limit: int) -> None:
+        """However many are saved at once: each sees those before it."""
+        mine = select(func.sum(_checkpoints.c.size_bytes)).where(_checkpoints.c.owner == self.owner)
+        used = int(connection.execute(mine).scalar() or 0)
+        if used + size > limit:
+            raise UserError(
+                f"checkpoints may take {limit:,} bytes here; there are {used:,}, and {size:,} more do not fit: delete "
+                "some (RestClient.delete_checkpoint) or let them expire (ttl_seconds)"
+            )
 
     def _parse(self, path: str, prefer: CheckpointKind | None = None) -> ParsedCheckpointTinkerPath:
         short = isinstance(path, str) and strip_scheme(path).count("/") < 2

@@ -160,29 +160,33 @@ def test_what_waits_is_done_by_the_next_server(base: Path, tmp_path: Path, monke
     assert got == expected
 
 
-def test_what_came_too_early_waits_through_a_restart(base: Path, tmp_path: Path) -> None:
-    """Requests 2 and 3 of a model are there, 1 comes after the restart: then all three are done, in order."""
-    with server_process(tmp_path, base) as server, httpx.Client(base_url=f"{server.url}/api/v1/", timeout=60) as http:
+class Raw:
+    """A model of a client that sends what it likes, when it likes."""
 
-        def post(route: str, /, **body: Any) -> dict[str, Any]:
-            answer = http.post(route, json=body)
-            assert answer.status_code == 200, answer.text
-            made: dict[str, Any] = answer.json()
-            return made
-
-        def result(request_id: str) -> dict[str, Any]:
-            while (made := post("retrieve_future", request_id=request_id)).get("type") == "try_again":
-                pass
-            return made
-
-        session = post("create_session", tags=[])["session_id"]
+    def __init__(self, http: httpx.Client, base: Path) -> None:
+        self._http = http
+        session = self.post("create_session", tags=[])["session_id"]
         lora = {"rank": 4, "seed": 0}
-        create = post("create_model", session_id=session, model_seq_id=0, base_model=str(base), lora_config=lora)
-        model_id = result(create["request_id"])["model_id"]
-        save = post("save_weights", model_id=model_id, seq_id=3, path="third")["request_id"]
-        step = post("optim_step", model_id=model_id, seq_id=2, adam_params={"learning_rate": 0.1})["request_id"]
-        server.terminate()
-        server.start()
+        create = self.post("create_model", session_id=session, model_seq_id=0, base_model=str(base), lora_config=lora)
+        self.model_id = self.result(create["request_id"])["model_id"]
+
+    def post(self, route: str, /, **body: Any) -> dict[str, Any]:
+        answer = self._http.post(route, json=body)
+        assert answer.status_code == 200, answer.text
+        made: dict[str, Any] = answer.json()
+        return made
+
+    def ask(self, route: str, seq_id: int, **body: Any) -> str:
+        """The request id of an operation."""
+        answer: str = self.post(route, model_id=self.model_id, seq_id=seq_id, **body)["request_id"]
+        return answer
+
+    def result(self, request_id: str) -> dict[str, Any]:
+        while (made := self.post("retrieve_future", request_id=request_id)).get("type") == "try_again":
+            pass
+        return made
+
+    def forward_backward(self, seq_id: int) -> str:
         datum = {
             "model_input": {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]},
             "loss_fn_inputs": {
@@ -190,9 +194,33 @@ def test_what_came_too_early_waits_through_a_restart(base: Path, tmp_path: Path)
                 "weights": {"data": [1.0, 1.0, 1.0], "dtype": "float32"},
             },
         }
-        batch = {"data": [datum], "loss_fn": "cross_entropy"}
-        first = post("forward_backward", model_id=model_id, seq_id=1, forward_backward_input=batch)["request_id"]
-        assert post("optim_step", model_id=model_id, seq_id=2, adam_params={"learning_rate": 0.1})["request_id"] == step
-        assert "loss:sum" in result(first)["metrics"]
-        assert result(step)["metrics"]["grad_norm"] > 0, "it came after the gradient"
-        assert result(save)["path"].endswith("/weights/third")
+        data = {"data": [datum], "loss_fn": "cross_entropy"}
+        return self.ask("forward_backward", seq_id, forward_backward_input=data)
+
+
+def test_what_came_too_early_waits_through_a_restart(base: Path, tmp_path: Path) -> None:
+    """Requests 2 and 3 of a model are there, 1 comes after the restart: then all three are done, in order."""
+    with server_process(tmp_path, base) as server, httpx.Client(base_url=f"{server.url}/api/v1/", timeout=60) as http:
+        model = Raw(http, base)
+        save = model.ask("save_weights", 3, path="third")
+        step = model.ask("optim_step", 2, adam_params={"learning_rate": 0.1})
+        server.terminate()
+        server.start()
+        first = model.forward_backward(1)
+        assert model.ask("optim_step", 2, adam_params={"learning_rate": 0.1}) == step
+        assert "loss:sum" in model.result(first)["metrics"]
+        assert model.result(step)["metrics"]["grad_norm"] > 0, "it came after the gradient"
+        assert model.result(save)["path"].endswith("/weights/third")
+
+
+def test_results_can_be_fetched_again_after_a_restart(base: Path, tmp_path: Path) -> None:
+    """The server has answered, but nobody knows whether that arrived; the client has sent many requests since."""
+    with server_process(tmp_path, base) as server, httpx.Client(base_url=f"{server.url}/api/v1/", timeout=60) as http:
+        model = Raw(http, base)
+        asked = [model.forward_backward(seq_id) for seq_id in range(1, 41)]
+        results = [model.result(request_id) for request_id in asked]
+        for _ in range(2):
+            server.terminate()
+            server.start()
+        assert [model.result(request_id) for request_id in asked] == results
+        assert [model.forward_backward(seq_id) for seq_id in range(1, 41)] == asked

@@ -127,7 +127,7 @@ async def copy_weights(caller: Who, state: State, request: Request) -> dict[str,
 # ---- links -----------------------------------------------------------------------------------------------------------
 
 
-@router.get(f"{ONE}/archive", response_model=None)
+@router.get(f"{ONE}/archive", response_model=None, responses={302: {"description": "To the archive."}})
 async def archive(caller: Who, state: State, request: Request, path: Path_) -> Response:
     """A link to a tar.gz of the PEFT adapter: as JSON `{url, expires}` to who accepts that, else as a redirect.
 

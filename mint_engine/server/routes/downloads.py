@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, HTTPException, Response
 from fastapi.responses import FileResponse, JSONResponse
 from starlette.concurrency import run_in_threadpool
 
+from mint_engine.server.document import ErrorAnswer, files
 from mint_engine.server.promises import SCOPE
 from mint_engine.server.routes.checkpoints import files_of
 from mint_engine.server.signed_urls import BadLinkError, Grant, version_of
@@ -24,7 +25,17 @@ _HEADERS = {"Cache-Control": "private", "X-Content-Type-Options": "nosniff"}
 _TRACED_REQUESTS = 50_000
 
 
-@router.get("/downloads/{token}/{file}", response_model=None)
+@router.get(
+    "/downloads/{token}/{file}",
+    response_model=None,
+    response_class=Response,
+    responses={
+        200: files("The file."),
+        206: files("The part that was asked for."),
+        403: {"model": ErrorAnswer, "description": "The link was changed, or its time is over."},
+        416: {"description": "There is no such part."},
+    },
+)
 @router.head("/downloads/{token}/{file}", response_model=None, include_in_schema=False)
 async def download(token: str, file: str, state: Annotated[ServerState, Depends(get_state)]) -> Response:
     """The link is the permission: no key is asked for. Parts of a file can be asked for (Range)."""

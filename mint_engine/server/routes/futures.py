@@ -11,6 +11,7 @@ from mint_engine import wire
 from mint_engine.errors import NotFoundError
 from mint_engine.server import answers
 from mint_engine.server.caller import Caller, get_caller
+from mint_engine.server.document import results
 from mint_engine.server.failures import GoneError, RestartingError
 from mint_engine.server.promises import SCOPE, Promise
 from mint_engine.server.reading import body_of, read, work
@@ -23,7 +24,7 @@ CallerOf = Annotated[Caller, Depends(get_caller)]
 State = Annotated[ServerState, Depends(get_state)]
 
 
-@router.post("/retrieve_future", openapi_extra=body_of(RetrieveFutureRequest))
+@router.post("/retrieve_future", openapi_extra=body_of(RetrieveFutureRequest), responses=results())
 async def retrieve_future(request: Request, caller: CallerOf, state: State) -> Response:
     """The result of a promise. Held until there is one, for at most `long_poll_s`; then "try_again"."""
     body = await read(RetrieveFutureRequest, request, caller, state)

@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from mint_engine.models.hub import resolve_model
 from mint_engine.server import operations
 from mint_engine.server.caller import Caller, get_caller
+from mint_engine.server.document import PROMISED, files
 from mint_engine.server.once import once
 from mint_engine.server.reading import body_of, read, read_object, work
 from mint_engine.server.refusals import Refusals
@@ -33,7 +34,7 @@ TOKENIZER_FILES = (
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the same files make the same bytes
 
 
-@router.post("/mint/checkpoints/interpolate", openapi_extra=body_of(InterpolateCheckpointsRequest))
+@router.post("/mint/checkpoints/interpolate", openapi_extra=body_of(InterpolateCheckpointsRequest), responses=PROMISED)
 async def interpolate_checkpoints(caller: Who, state: State, request: Request) -> dict[str, Any]:
     """A new sampler checkpoint whose weight update is the weighted sum of those of `source_paths`."""
     body = await read(InterpolateCheckpointsRequest, request, caller, state)
@@ -48,7 +49,11 @@ async def interpolate_checkpoints(caller: Who, state: State, request: Request) -
     return await once(request, caller.owner, body.model_dump_json(), start)
 
 
-@router.get("/mint/tokenizer", response_class=Response)
+@router.get(
+    "/mint/tokenizer",
+    response_class=Response,
+    responses={200: files("The files.", "application/zip"), 304: {"description": "The caller has them."}},
+)
 async def tokenizer(
     caller: Who,
     state: State,
@@ -75,7 +80,7 @@ def _zip(directory: Path) -> tuple[bytes, str]:
     return content, f'"{hashlib.sha256(content).hexdigest()[:32]}"'
 
 
-@router.post("/mint/forward_backward_reverse_kl", openapi_extra=body_of(ReverseKLRequest))
+@router.post("/mint/forward_backward_reverse_kl", openapi_extra=body_of(ReverseKLRequest), responses=PROMISED)
 async def forward_backward_reverse_kl(caller: Who, state: State, request: Request) -> dict[str, Any]:
     """Reverse KL to a reference model over the whole vocabulary; adds gradients as forward_backward does."""
     obj, size = await read_object(request, caller, state)

@@ -14,6 +14,7 @@ from mint_engine.errors import UserError
 from mint_engine.server import answers
 from mint_engine.server.caller import Caller, get_caller
 from mint_engine.server.context import current
+from mint_engine.server.document import PROMISED
 from mint_engine.server.failures import TryAgainLaterError
 from mint_engine.server.promises import Promise
 from mint_engine.server.reading import LARGE, body_of, read, read_object, work
@@ -63,7 +64,7 @@ async def join_sampling_session(request: Request, caller: CallerOf, state: State
     return {"type": "join_sampling_session", "client_counter": state.samplers.join(entry)}
 
 
-@router.post("/asample", openapi_extra=body_of(SampleRequest))
+@router.post("/asample", openapi_extra=body_of(SampleRequest), responses=PROMISED)
 async def asample(request: Request, caller: CallerOf, state: State) -> Response:
     """A promise of samples. Requests of one sampler are independent; one that comes twice is sampled once."""
     obj, size = await read_object(request, caller, state)

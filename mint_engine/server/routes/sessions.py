@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 from starlette.concurrency import run_in_threadpool
 
 from mint_engine.server.caller import Caller, get_caller
+from mint_engine.server.document import ErrorAnswer
 from mint_engine.server.lifecycle import end_session
 from mint_engine.server.once import once
 from mint_engine.server.reading import body_of, read, read_body
@@ -25,6 +26,8 @@ router = APIRouter(tags=["sessions"])
 
 CallerOf = Annotated[Caller, Depends(get_caller)]
 State = Annotated[ServerState, Depends(get_state)]
+
+_FINISHED: dict[int | str, dict[str, Any]] = {410: {"model": ErrorAnswer, "description": "The session is finished."}}
 
 
 @router.post("/create_session", openapi_extra=body_of(CreateSessionRequest))
@@ -46,7 +49,7 @@ async def create_session(request: Request, caller: CallerOf, state: State) -> di
     return await once(request, caller.owner, body.model_dump_json(), create)
 
 
-@router.post("/session_heartbeat", openapi_extra=body_of(SessionHeartbeatRequest))
+@router.post("/session_heartbeat", openapi_extra=body_of(SessionHeartbeatRequest), responses=_FINISHED)
 async def session_heartbeat(request: Request, caller: CallerOf, state: State) -> dict[str, Any]:
     """Every ten seconds from each client. 410 tells it that the session was finished and it may stop."""
     body = await read(SessionHeartbeatRequest, request, caller, state)

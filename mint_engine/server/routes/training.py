@@ -14,12 +14,14 @@ from mint_engine import wire
 from mint_engine.errors import UserError
 from mint_engine.server import answers, operations
 from mint_engine.server.caller import Caller, get_caller
+from mint_engine.server.document import PROMISED
+from mint_engine.server.failures import TryAgainLaterError
 from mint_engine.server.promises import Promise
 from mint_engine.server.reading import body_of, read, read_body, read_object, work
 from mint_engine.server.refusals import Refusals
 from mint_engine.server.served_models import is_hub_name
 from mint_engine.server.state import ServerState, get_state
-from mint_engine.types import LoadWeightsResponse
+from mint_engine.types import GetInfoResponse, LoadWeightsResponse
 from mint_engine.types.base import ResponseModel
 from mint_engine.wire import requests as bodies
 
@@ -45,7 +47,7 @@ class UnloadModelResponse(ResponseModel):
 # ---- making and forgetting -------------------------------------------------------------------------------------------
 
 
-@router.post("/create_model", openapi_extra=body_of(bodies.CreateModelRequest))
+@router.post("/create_model", openapi_extra=body_of(bodies.CreateModelRequest), responses=PROMISED)
 async def create_model(request: Request, caller: CallerOf, state: State) -> Response:
     body = await read(bodies.CreateModelRequest, request, caller, state)
     await state.sessions.check(caller, body.session_id, making=True)
@@ -65,7 +67,7 @@ async def create_model(request: Request, caller: CallerOf, state: State) -> Resp
     )
 
 
-@router.post("/load_weights", openapi_extra=body_of(bodies.LoadWeightsRequest))
+@router.post("/load_weights", openapi_extra=body_of(bodies.LoadWeightsRequest), responses=PROMISED)
 async def load_weights(request: Request, caller: CallerOf, state: State) -> Response:
     """Into an existing model, or as a new one."""
     obj, size = await read_object(request, caller, state)
@@ -94,7 +96,7 @@ async def load_weights(request: Request, caller: CallerOf, state: State) -> Resp
     )  # fmt: skip
 
 
-@router.post("/get_info", openapi_extra=body_of(bodies.GetInfoRequest))
+@router.post("/get_info", openapi_extra=body_of(bodies.GetInfoRequest), responses={200: {"model": GetInfoResponse}})
 async def get_info(request: Request, caller: CallerOf, state: State) -> Response:
     body = await read(bodies.GetInfoRequest, request, caller, state)
     await state.sequencer.resident(caller, body.model_id)
@@ -106,7 +108,7 @@ async def get_info(request: Request, caller: CallerOf, state: State) -> Response
     return Response(info.model_dump_json(exclude_none=True), media_type=answers.JSON)
 
 
-@router.post("/unload_model", openapi_extra=body_of(bodies.UnloadModelRequest))
+@router.post("/unload_model", openapi_extra=body_of(bodies.UnloadModelRequest), responses=PROMISED)
 async def unload_model(request: Request, caller: CallerOf, state: State) -> Response:
     """Let a model go, after everything submitted for it (tinker 0.22)."""
     body = await read(bodies.UnloadModelRequest, request, caller, state)
@@ -122,22 +124,14 @@ async def unload_model(request: Request, caller: CallerOf, state: State) -> Resp
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-@router.post("/forward", openapi_extra={"requestBody": {"required": True, "content": {"application/json": {}}}})
+@router.post("/forward", openapi_extra=body_of(bodies.ForwardBody), responses=PROMISED)
 async def forward(request: Request, caller: CallerOf, state: State) -> Response:
     """Losses and log-probabilities (tinker 0.22; later SDKs send `forward_only` to forward_backward)."""
     obj, size = await read_object(request, caller, state)
     return await _train(caller, state, obj, size, lambda: wire.forward_backward_from_json(obj, forward_only=True))
 
 
-@router.post(
-    "/forward_backward",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {}, wire.PROTOBUF: {"schema": {"type": "string", "format": "binary"}}},
-        }
-    },
-)
+@router.post("/forward_backward", openapi_extra=body_of(bodies.ForwardBackwardBody, protobuf=True), responses=PROMISED)
 async def forward_backward(request: Request, caller: CallerOf, state: State) -> Response:
     """Losses, log-probabilities, and gradients that are kept until the next optim_step. Protobuf or JSON."""
     if wire.PROTOBUF in request.headers.get("content-type", ""):
@@ -163,26 +157,28 @@ async def _train(
     return _promise(promise)
 
 
-@router.post("/optim_step", openapi_extra=body_of(bodies.OptimStepRequest))
+@router.post("/optim_step", openapi_extra=body_of(bodies.OptimStepRequest), responses=PROMISED)
 async def optim_step(request: Request, caller: CallerOf, state: State) -> Response:
     obj, size = await read_object(request, caller, state)
     return await _submit(caller, state, "OptimStep", bodies.OptimStepRequest, obj, size)
 
 
-@router.post("/save_weights", openapi_extra=body_of(bodies.SaveWeightsRequest))
+@router.post("/save_weights", openapi_extra=body_of(bodies.SaveWeightsRequest), responses=PROMISED)
 async def save_weights(request: Request, caller: CallerOf, state: State) -> Response:
     obj, size = await read_object(request, caller, state)
     return await _submit(caller, state, "SaveWeights", bodies.SaveWeightsRequest, obj, size)
 
 
-@router.post("/save_weights_for_sampler", openapi_extra=body_of(bodies.SaveWeightsForSamplerRequest))
+@router.post(
+    "/save_weights_for_sampler", openapi_extra=body_of(bodies.SaveWeightsForSamplerRequest), responses=PROMISED
+)
 async def save_weights_for_sampler(request: Request, caller: CallerOf, state: State) -> Response:
     """A named checkpoint to sample from, or an unnamed sampler of this very version."""
     obj, size = await read_object(request, caller, state)
     return await _submit(caller, state, "SaveWeightsForSampler", bodies.SaveWeightsForSamplerRequest, obj, size)
 
 
-@router.post("/save_weights_external", openapi_extra=body_of(bodies.SaveWeightsExternalRequest))
+@router.post("/save_weights_external", openapi_extra=body_of(bodies.SaveWeightsExternalRequest), responses=PROMISED)
 async def save_weights_external(request: Request, caller: CallerOf, state: State) -> Response:
     """A PEFT adapter to download, encrypted if there are age recipients."""
     obj, size = await read_object(request, caller, state)
@@ -216,9 +212,14 @@ async def _submit(
         start = operations.start(state.engine, reading, body)
         if kind in _SAVES:
             await state.auth.quotas.check_disk(caller)
+        unnamed = kind == "SaveWeightsForSampler" and body.path is None
+        if unnamed and state.samplers.crowded(caller.owner):
+            raise TryAgainLaterError("as many samplers are being made as may be at once: try again")
         promise = await state.sequencer.submit(
             caller, body.model_id, body.seq_id, kind, start, request_bytes=size, saved=saved
         )
+    if unnamed:
+        state.samplers.expect(promise)
     if getattr(body, "kind", None) == "inflight":
         state.samplers.expect_inflight(promise)
     return _promise(promise)

@@ -38,6 +38,8 @@ from mint_engine.wire.requests.sessions import (
 from mint_engine.wire.requests.training import (
     CreateCustomLossRequest,
     CreateModelRequest,
+    ForwardBackwardBody,
+    ForwardBody,
     GetInfoRequest,
     OptimizerChoice,
     OptimStepRequest,
@@ -57,6 +59,8 @@ __all__ = [
     "CreateSamplingSessionRequest",
     "CreateSessionRequest",
     "FinishSessionRequest",
+    "ForwardBackwardBody",
+    "ForwardBody",
     "FuturesTarget",
     "GetInfoRequest",
     "InterpolateCheckpointsRequest",

@@ -7,6 +7,7 @@ from pydantic import AliasChoices, Field, model_validator
 from mint_engine.types import AdamParams, LoraConfig
 from mint_engine.wire.errors import show
 from mint_engine.wire.requests.base import Count, Metadata, Name, SeqId, WireRequest, checked
+from mint_engine.wire.requests.inputs import JsonModelInput, JsonTensor
 
 
 class OptimizerChoice(WireRequest):
@@ -103,3 +104,34 @@ class CreateCustomLossRequest(WireRequest):
 def _only_adam(name: str, kind: str) -> None:
     if kind != "adamw":
         raise ValueError(f"{name}: expected the optimizer 'adamw', got {show(kind)}, which is not supported here")
+
+
+class DatumBody(WireRequest):
+    """One example."""
+
+    model_input: JsonModelInput
+    loss_fn_inputs: dict[str, JsonTensor] = Field(default_factory=dict)
+
+
+class LossBody(WireRequest):
+    """The examples of a call, and their loss."""
+
+    data: list[DatumBody]
+    loss_fn: Name
+    loss_fn_config: dict[str, float] | None = None
+
+
+class ForwardBody(WireRequest):
+    """`POST forward`. This and the next say what the JSON looks like; `wire.forward_backward_from_json` reads it."""
+
+    model_id: Name
+    seq_id: SeqId | None = None
+    forward_input: LossBody
+
+
+class ForwardBackwardBody(WireRequest):
+    """`POST forward_backward` as JSON; SDKs send protobuf."""
+
+    model_id: Name
+    seq_id: SeqId | None = None
+    forward_backward_input: LossBody
