@@ -108,6 +108,7 @@ def test_one_sample_call_cannot_ask_for_everything(attacked: Victim, mallory: Ap
 # ---- many ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_queue_full_of_endless_samples_leaves_room_for_others(attacked: Victim, mallory: Api, hers: Names) -> None:
     body = {
         "sampling_session_id": hers.sampler,

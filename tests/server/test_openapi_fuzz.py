@@ -28,6 +28,8 @@ from schemathesis.specs.openapi.checks import (
 )
 from victim import Victim
 
+pytestmark = pytest.mark.slow
+
 CHECKS = [
     not_a_server_error, status_code_conformance, content_type_conformance, response_headers_conformance,
     response_schema_conformance,
@@ -110,7 +112,7 @@ def campaign(
 
 
 def _look_through(victim: Victim, response: Any) -> None:
-    told = f"{response.headers} {response.text}"
+    told = f"{response.headers} {response.content.decode('latin-1')}"
     for what in ("Traceback", 'File "', "site-packages", str(victim.home)):
         assert what not in told
     for what, secret in victim.secrets.items():
@@ -118,21 +120,22 @@ def _look_through(victim: Victim, response: Any) -> None:
 
 
 def _await_promise(victim: Victim, api: Api, response: Any) -> None:
-    answer = response.json() if "application/json" in response.headers["Content-Type"][0] else None
+    kind = response.headers.get("content-type", [""])[0]
+    answer = response.json() if kind == "application/json" else None
     if isinstance(answer, dict) and "request_id" in answer and "type" not in answer:
         result = victim.checked(api.retrieve(answer["request_id"])).json()
         assert result.get("category", "user") == "user", result
 
 
 def test_nobody_gets_in(attacked: Victim, operations: list[Any], hers: Names) -> None:
-    statuses = campaign(attacked, operations, hers, None, 2, fast=True)
+    statuses = campaign(attacked, operations, hers, None, 1, fast=True)
     assert set(statuses) <= {200, 401, 403}
     assert statuses[401] > 5 * statuses[200], "only what is open answers"
 
 
 def test_no_request_that_can_be_written_does_harm(attacked: Victim, operations: list[Any], hers: Names) -> None:
-    statuses = campaign(attacked, operations, hers, "mallory", 4, fast=True)
-    assert statuses[200] > 50
+    statuses = campaign(attacked, operations, hers, "mallory", 2, fast=True)
+    assert statuses[200] > 30
 
 
 @pytest.mark.slow
