@@ -102,6 +102,7 @@ def test_restarts_and_a_bad_network_at_once(base: Path, tmp_path: Path, undistur
     check_same(disturbed, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_client_does_not_notice_a_restart_of_the_command(
     base: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
