@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Collection
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection
@@ -41,6 +42,7 @@ def _same_site(origin: str, host: str, known_hosts: Collection[str]) -> bool:
     return page == host.lower() or (page != "" and _name(page) in known_hosts)
 
 
+@lru_cache
 def _name(host: str) -> str:
     try:
         return (urlsplit(f"//{host}").hostname or "").rstrip(".")
@@ -48,6 +50,7 @@ def _name(host: str) -> str:
         return host
 
 
+@lru_cache
 def _is_local(peer: str) -> bool:
     if peer in _NO_ADDRESS:
         return True
@@ -59,6 +62,7 @@ def _is_local(peer: str) -> bool:
     return address.is_loopback or (mapped is not None and mapped.is_loopback)
 
 
+@lru_cache
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)

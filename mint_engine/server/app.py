@@ -46,6 +46,7 @@ from mint_engine.server.sequencer import Sequencer, Start
 from mint_engine.server.served_models import ServedModels
 from mint_engine.server.sessions import Sessions
 from mint_engine.server.settings import Settings
+from mint_engine.server.shortcut import Shortcut
 from mint_engine.server.signed_urls import Signer
 from mint_engine.server.state import ServerState
 
@@ -82,6 +83,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
         "one for inference.",
     )  # fmt: skip
     app.state.mint = state
+    app.add_middleware(Shortcut, state=state, refuse=_on_refusal)
     app.add_middleware(Gate)
     app.add_middleware(Requests, state=state, before=startup)  # added last: it is the outermost
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -180,6 +182,11 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StarletteHTTPException)
     return _answer(error.status_code, error.detail, error.headers)
+
+
+async def _on_refusal(request: Request, error: Exception) -> JSONResponse:
+    handler = _on_http_exception if isinstance(error, StarletteHTTPException) else _on_error
+    return await handler(request, error)
 
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:

@@ -6,9 +6,9 @@ one, however often it is tried, costs one look a second. What is kept in memory 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import secrets
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -57,8 +57,10 @@ class Auth:
         self._known_hosts = {public_host} if public_host else set()
         self._cache = _Cache()
         self._anonymous = Caller(ANONYMOUS, store.as_owner(ANONYMOUS))
-        self._locked = False  # once a key has been seen nobody comes in without one, even after all are revoked
-        self._next_look = 0.0
+        # Once a key has been seen nobody comes in without one, even after all are revoked.
+        self._locked = self._keys.any()
+        self._next_look = time.monotonic() + _FRESH_SECONDS
+        self._looking: dict[str, asyncio.Task[Caller | None]] = {}
         self.quotas = Quotas(settings)
 
     async def caller(self, request: HTTPConnection) -> Caller:
@@ -130,22 +132,24 @@ class Auth:
         hit, caller = self._cache.get(what)
         if hit:
             return caller
-        return await run_in_threadpool(self._find, what, find)
+        looking = self._looking.get(what)
+        if looking is None:  # of many that come at once, one asks the database
+            looking = self._looking[what] = asyncio.get_running_loop().create_task(self._find(what, find))
+            looking.add_done_callback(lambda _: self._looking.pop(what, None))
+        return await asyncio.shield(looking)
 
-    def _find(self, what: str, find: Callable[[], KeyRecord | None]) -> Caller | None:
-        with self._cache.lock:  # of many that come at once, one asks the database
-            hit, caller = self._cache.get(what)
-            if not hit:
-                record = find()
-                if record is not None:
-                    caller = Caller(record.key_id, self._store.as_owner(record.key_id), record)
-                self._cache.put(what, caller)
-            return caller
+    async def _find(self, what: str, find: Callable[[], KeyRecord | None]) -> Caller | None:
+        record = await run_in_threadpool(find)
+        caller = None
+        if record is not None:
+            caller = Caller(record.key_id, self._store.as_owner(record.key_id), record)
+        self._cache.put(what, caller)
+        return caller
 
     async def _keys_exist(self) -> bool:
         if not self._locked and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _FRESH_SECONDS  # now: the others need not look, too
             self._locked = await run_in_threadpool(self._keys.any)
-            self._next_look = time.monotonic() + _FRESH_SECONDS
         return self._locked
 
 
@@ -154,7 +158,6 @@ class _Cache:
     not push out the known."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self._salt = secrets.token_bytes(16)
         self._rooms: tuple[OrderedDict[bytes, tuple[float, Caller | None]], ...] = (OrderedDict(), OrderedDict())
 
@@ -176,9 +179,8 @@ class _Cache:
             room.popitem(last=False)
 
     def clear(self) -> None:
-        with self.lock:
-            for room in self._rooms:
-                room.clear()
+        for room in self._rooms:
+            room.clear()
 
     def _digest(self, what: str) -> bytes:
         return hashlib.blake2b(what.encode(errors="surrogatepass"), key=self._salt, digest_size=32).digest()

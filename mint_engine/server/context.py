@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import secrets
 from contextvars import ContextVar
@@ -18,6 +19,8 @@ class RequestContext:
     idempotency_key: str | None = None
 
 
+# Ids of one process differ, and those of two almost surely. They open nothing, so they may be guessed.
+_process, _numbers = secrets.token_hex(5), itertools.count(1)
 _current: ContextVar[RequestContext | None] = ContextVar("mint_request", default=None)
 
 
@@ -29,7 +32,7 @@ def current() -> RequestContext | None:
 def enter(request_id: str | None, idempotency_key: str | None) -> RequestContext:
     """Make a context and put it in force for this task. An id the client gave is kept if it is harmless in a log."""
     if request_id is None or not _USABLE.fullmatch(request_id):
-        request_id = secrets.token_hex(8)
+        request_id = f"{_process}-{next(_numbers):x}"
     if idempotency_key is not None and len(idempotency_key) > 256:
         idempotency_key = None
     context = RequestContext(request_id, idempotency_key)

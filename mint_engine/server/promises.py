@@ -11,8 +11,9 @@ import asyncio
 import secrets
 import threading
 import time
+from base64 import urlsafe_b64encode
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,6 +103,7 @@ class Promises:
     def __init__(self, *, result_ttl: float = 3600, fetched_ttl: float = 600, budget: int = 1 << 30) -> None:
         self._result_ttl, self._fetched_ttl, self._budget = result_ttl, fetched_ttl, budget
         self._promises: dict[str, Promise] = {}
+        self._random = _unguessable()
         self._unfetched: OrderedDict[str, float] = OrderedDict()  # id -> when to let go, in the order of the times
         self._fetched: OrderedDict[str, float] = OrderedDict()
         self._expiry: asyncio.TimerHandle | None = None
@@ -129,7 +131,7 @@ class Promises:
         self._bind()
         prefix = f"{scope or model_id}{SCOPE}" if scope or model_id else "req:"
         promise = Promise(
-            request_id or prefix + secrets.token_urlsafe(18), kind, owner, model_id, tokens, request_bytes, seq_id,
+            request_id or prefix + next(self._random), kind, owner, model_id, tokens, request_bytes, seq_id,
             sequence_ids,
         )  # fmt: skip
         self._promises[promise.request_id] = promise
@@ -352,3 +354,11 @@ class Promises:
             while queue and next(iter(queue.values())) <= now:
                 self._drop(next(iter(queue)))
         self._schedule_expiry()
+
+
+def _unguessable() -> Iterator[str]:
+    """Words of 144 random bits. Asking the system for each of them would hand the interpreter to another thread."""
+    while True:
+        block = secrets.token_bytes(18 * 256)
+        for i in range(0, len(block), 18):
+            yield urlsafe_b64encode(block[i : i + 18]).decode()

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_S = 75  # longer than clients keep an idle connection, so that it is not closed under a request
 HTTP_GRACE_S = 10
 BACKLOG = 4096
+SWITCH_S = 0.0005
+"""How long the engine's thread may keep the interpreter while a request waits for it; Python's own is 5 ms."""
 
 
 def run(settings: Settings) -> int:
@@ -67,6 +69,7 @@ def run(settings: Settings) -> int:
             app, http=Protocol, log_config=None, access_log=False, server_header=False, ws="none", lifespan="on",
             backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=HTTP_GRACE_S,
         )  # fmt: skip
+        sys.setswitchinterval(SWITCH_S)
         gc.collect()
         gc.freeze()  # the modules and models stay: looking through them would stop every request for half a second
         server = _Server(config, app.state.mint, lambda: print(banner(engine, settings, url, keys=keys), flush=True))
