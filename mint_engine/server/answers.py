@@ -25,9 +25,16 @@ class Encoded:
     media_type: str
 
 
-def media_type(kind: str, accept: str | None) -> str:
-    """The content type of a result for a client that sent ``Accept``."""
-    return wire.PROTOBUF if kind in PROTO_KINDS and wire.PROTOBUF in (accept or "") else JSON
+def media_type(kind: str, accept: str | None, value: Any = None) -> str:
+    """The content type of a result for a client that sent ``Accept``. ``value``: the result, while it is there.
+
+    tinker 0.22 takes JSON, too, and needs it where its protobuf reader would fail (`wire.has_one_layout`).
+    """
+    accept = accept or ""
+    if kind not in PROTO_KINDS or wire.PROTOBUF not in accept:
+        return JSON
+    uneven = isinstance(value, ForwardBackwardOutput) and JSON in accept and not wire.has_one_layout(value)
+    return JSON if uneven else wire.PROTOBUF
 
 
 def dumps(value: Any) -> bytes:

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException
@@ -28,6 +28,8 @@ from mint_engine.server.tokens import InvalidTokenError, Tokens, is_token, load_
 if TYPE_CHECKING:
     from mint_engine.server.settings import Settings
     from mint_engine.store import KeyRecord, Store
+
+_T = TypeVar("_T")
 
 ANONYMOUS = "local"
 """The owner of what is made while no keys are configured."""
@@ -60,7 +62,7 @@ class Auth:
         # Once a key has been seen nobody comes in without one, even after all are revoked.
         self._locked = self._keys.any()
         self._next_look = time.monotonic() + _FRESH_SECONDS
-        self._looking: dict[str, asyncio.Task[Caller | None]] = {}
+        self._looks: dict[str, asyncio.Task[Any]] = {}  # that are being taken just now
         self.quotas = Quotas(settings)
 
     async def caller(self, request: HTTPConnection) -> Caller:
@@ -99,6 +101,7 @@ class Auth:
     def forget(self) -> None:
         """Look at the database again at the next request: a key was made or revoked in this very process."""
         self._cache.clear()
+        self._looks.clear()
         self._next_look = 0.0
 
     async def _identify(self, credential: str) -> Caller:
@@ -132,14 +135,10 @@ class Auth:
         hit, caller = self._cache.get(what)
         if hit:
             return caller
-        looking = self._looking.get(what)
-        if looking is None:  # of many that come at once, one asks the database
-            looking = self._looking[what] = asyncio.get_running_loop().create_task(self._find(what, find))
-            looking.add_done_callback(lambda _: self._looking.pop(what, None))
-        return await asyncio.shield(looking)
+        return await self._look(what, lambda: self._find(what, find))
 
-    async def _find(self, what: str, find: Callable[[], KeyRecord | None]) -> Caller | None:
-        record = await run_in_threadpool(find)
+    def _find(self, what: str, find: Callable[[], KeyRecord | None]) -> Caller | None:
+        record = find()
         caller = None
         if record is not None:
             caller = Caller(record.key_id, self._store.as_owner(record.key_id), record)
@@ -148,9 +147,18 @@ class Auth:
 
     async def _keys_exist(self) -> bool:
         if not self._locked and time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + _FRESH_SECONDS  # now: the others need not look, too
-            self._locked = await run_in_threadpool(self._keys.any)
+            self._locked |= await self._look("keys", self._keys.any)
+            self._next_look = time.monotonic() + _FRESH_SECONDS
         return self._locked
+
+    async def _look(self, what: str, job: Callable[[], _T]) -> _T:
+        """`job()` in a thread. Of many that come at once, one asks the database."""
+        look = self._looks.get(what)
+        if look is None:
+            look = self._looks[what] = asyncio.get_running_loop().create_task(run_in_threadpool(job))
+            look.add_done_callback(lambda _: self._looks.pop(what, None))
+        found: _T = await asyncio.shield(look)
+        return found
 
 
 class _Cache:

@@ -80,7 +80,7 @@ class Promise:
         if self.failure is not None:
             said = {"error": self.failure.detail, "category": self.failure.category, "type": self.failure.type}
             return Encoded(answers.dumps(said), answers.JSON)  # without a type that is None
-        media = answers.media_type(self.kind, accept)
+        media = answers.media_type(self.kind, accept, self.value)
         encoded = self._encoded
         if encoded is None or encoded.media_type != media:
             value = self.value if encoded is None else answers.decode(encoded, self.kind)

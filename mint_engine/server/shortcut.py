@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from mint_engine.server.caller import Caller
     from mint_engine.server.state import ServerState
 
-_PREFIX = "/api/v1/"
+_PREFIX = "/api/v1"
 _ENDPOINTS: dict[str, Callable[[Request, Caller, ServerState], Awaitable[Response]]] = {
-    f"{_PREFIX}{endpoint.__name__}": endpoint for endpoint in (forward_backward, optim_step, retrieve_future, asample)
+    f"/{endpoint.__name__}": endpoint for endpoint in (forward_backward, optim_step, retrieve_future, asample)
 }
 
 
@@ -40,12 +40,14 @@ class Shortcut:
         self._app, self._state, self._refuse = app, state, refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        prefix = f"{scope.get('root_path', '')}{_PREFIX}"
+        whole: str = scope.get("path", "")
+        path = whole.removeprefix(prefix) if whole.startswith(prefix) else ""
         endpoint = _ENDPOINTS.get(path) if scope.get("method") == "POST" else None
         if endpoint is None:
             await self._app(scope, receive, send)
             return
-        scope["route"] = SimpleNamespace(path=path)
+        scope["route"] = SimpleNamespace(path=path)  # for the metrics
         request = Request(scope, receive)
         try:
             response = await endpoint(request, await admit(scope), self._state)

@@ -82,7 +82,7 @@ class Checkpoints(Runs):
             if artifacts.use(directory):
                 return ResolvedCheckpoint(**found.model_dump(), directory=directory, record=record_of(row))
             if directory == gone:  # not replaced or deleted while we looked: the row is there, its files are not
-                raise CheckpointError(f"{found.tinker_path}: its files are missing: {directory}")
+                raise CheckpointError(f"{found.tinker_path}: its files are missing: {row.directory}")
             gone = directory
 
     def list_checkpoints(

@@ -6,13 +6,14 @@ import asyncio
 import threading
 from concurrent.futures import Future
 
+import numpy as np
 import pytest
 
 from mint_engine import wire
 from mint_engine.errors import NotFoundError, UserError
 from mint_engine.server.failures import RestartingError
 from mint_engine.server.promises import Promises
-from mint_engine.types import OptimStepResponse, SampledSequence, SampleResponse
+from mint_engine.types import ForwardBackwardOutput, OptimStepResponse, SampledSequence, SampleResponse, TensorData
 
 
 def step() -> OptimStepResponse:
@@ -127,6 +128,19 @@ def test_a_result_is_encoded_once_and_still_available_as_json_afterwards() -> No
         assert promise.result(wire.PROTOBUF) is proto
         assert promise.value is None, "the value is not kept beside its bytes"
         assert wire.parse_json(promise.result("application/json").body)["sequences"][0]["tokens"] == [1, 2]
+
+    asyncio.run(run())
+
+
+def test_what_tinker_022_cannot_read_as_protobuf_it_gets_as_json() -> None:
+    async def run() -> None:
+        promises, future = Promises(), Future()
+        promise = promises.follow(future, kind="ForwardBackward", owner="a", model_id="s:train:0")
+        shapes = ((3,), (3, 2))  # one target per token, and two
+        outputs = [{"logprobs": TensorData(np.full(shape, -0.5, np.float32), "float32")} for shape in shapes]
+        future.set_result(ForwardBackwardOutput("TorchLossReturn", outputs, {"loss:sum": 1.0}))
+        assert promise.result("application/x-protobuf, application/json").media_type == "application/json"
+        assert promise.result("application/x-protobuf").media_type == wire.PROTOBUF
 
     asyncio.run(run())
 

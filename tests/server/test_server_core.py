@@ -500,6 +500,14 @@ def test_telemetry_is_accepted_and_dropped(api: Api) -> None:
     assert api.ok("telemetry", events=[{"event": "SESSION_START"}], session_id="x") == {"status": "accepted"}
 
 
+def test_the_hot_requests_have_one_address_and_one_method_each(api: Api, server: LiveServer) -> None:
+    """They take a way of their own past the router (`server/shortcut.py`)."""
+    for name in ("forward_backward", "optim_step", "retrieve_future", "asample"):
+        assert api.http.post(f"{server.url}/{name}", json={}).status_code == 404
+        assert api.http.get(f"{server.url}/api/v1/{name}").status_code == 405
+        assert api.http.post(f"{server.url}/api/v1/{name}", json={}).status_code in (400, 422)
+
+
 def test_prometheus_can_read_it(api: Api, server: LiveServer) -> None:
     api.result("optim_step", model_id=api.model(BASE), seq_id=1)
     text = api.http.get(f"{server.url}/metrics").text
