@@ -128,7 +128,16 @@ class StubEngine:
         )
 
     def unload_model(self, model_id):
-        return self._call("unload_model", lambda: self.models.pop(model_id) and None, model_id=model_id)
+        def answer() -> None:
+            if self.models.pop(model_id, None) is None:
+                if self.store.parked(model_id) is None:
+                    raise NotFoundError(f"model_id: there is no model {model_id!r}")
+                self.store.unpark(model_id)
+
+        return self._call("unload_model", answer, model_id=model_id)
+
+    def forget_session(self, session_id):
+        pass
 
     def get_info(self, model_id):
         self._model(model_id)

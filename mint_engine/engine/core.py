@@ -68,6 +68,11 @@ class EngineCore:
         """Of a model or a sampler, wherever it is. Raises NotFoundError if there is no such session."""
         return self._residents.owner(identifier) or self._session_owner(session_of(identifier))
 
+    def forget_session(self, session_id: str) -> None:
+        """Nothing more is made in a session. Its models and samplers are let go of one by one."""
+        self._owners.pop(session_id, None)
+        self._residents.forget_session(session_id)
+
     def release(self, identifier: str) -> None:
         """Let go of a model's or a sampler's weights once what was asked of it is done; its checkpoints stay.
 

@@ -104,6 +104,12 @@ class Residents:
             self._coming.pop(identifier, None)
             self._lanes.pop(identifier, None)
 
+    def forget_session(self, session_id: str) -> None:
+        """Stop counting what is made in it."""
+        with self._lock:
+            for kind in ("train", "sample"):
+                self._counts.pop(f"{session_id}:{kind}", None)
+
     def lane(self, model_id: str) -> Lane:
         """Where the model's work goes. One that does not exist gets a lane of its own, to say so in."""
         with self._lock:

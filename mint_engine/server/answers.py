@@ -25,16 +25,17 @@ class Encoded:
     media_type: str
 
 
-def media_type(kind: str, accept: str | None, value: Any = None) -> str:
-    """The content type of a result for a client that sent ``Accept``. ``value``: the result, while it is there.
+def is_uneven(value: Any) -> bool:
+    """Whether tinker 0.22 could not read the protobuf of a result. It takes JSON, too."""
+    return isinstance(value, ForwardBackwardOutput) and not wire.has_one_layout(value)
 
-    tinker 0.22 takes JSON, too, and needs it where its protobuf reader would fail (`wire.has_one_layout`).
-    """
+
+def media_type(kind: str, accept: str | None, *, uneven: bool = False) -> str:
+    """The content type of a result for a client that sent ``Accept``."""
     accept = accept or ""
-    if kind not in PROTO_KINDS or wire.PROTOBUF not in accept:
+    if kind not in PROTO_KINDS or wire.PROTOBUF not in accept or (uneven and JSON in accept):
         return JSON
-    uneven = isinstance(value, ForwardBackwardOutput) and JSON in accept and not wire.has_one_layout(value)
-    return JSON if uneven else wire.PROTOBUF
+    return wire.PROTOBUF
 
 
 def dumps(value: Any) -> bytes:

@@ -13,11 +13,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from mint_engine import __version__, wire
+from mint_engine import __version__
 from mint_engine.errors import MintError
 from mint_engine.server import lifecycle, operations
 from mint_engine.server.auth import Auth
-from mint_engine.server.caller import Caller, get_caller
+from mint_engine.server.caller import Caller
 from mint_engine.server.context import current
 from mint_engine.server.document import document
 from mint_engine.server.failures import describe
@@ -86,7 +86,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
     app.add_middleware(Shortcut, state=state, refuse=_on_refusal)
     app.add_middleware(Gate)
     app.add_middleware(Requests, state=state, before=startup)  # added last: it is the outermost
-    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(RequestValidationError, _on_error)
     app.add_exception_handler(StarletteHTTPException, _on_http_exception)
     app.add_exception_handler(MintError, _on_error)
     for module in _API:
@@ -187,17 +187,3 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
 async def _on_refusal(request: Request, error: Exception) -> JSONResponse:
     handler = _on_http_exception if isinstance(error, StarletteHTTPException) else _on_error
     return await handler(request, error)
-
-
-async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
-    """A body that FastAPI refused. If it was an operation of a model, its seq_id is used up all the same."""
-    assert isinstance(error, RequestValidationError)
-    state: ServerState = request.app.state.mint
-    address = wire.address(error.body) if isinstance(error.body, Mapping) else None
-    if address is not None and address[1] is not None:
-        try:
-            await state.sequencer.lane(await get_caller(request), address[0])
-            state.sequencer.refuse(*address)
-        except MintError:
-            pass  # no model of the caller's
-    return await _on_error(request, error)

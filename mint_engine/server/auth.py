@@ -59,9 +59,8 @@ class Auth:
         self._known_hosts = {public_host} if public_host else set()
         self._cache = _Cache()
         self._anonymous = Caller(ANONYMOUS, store.as_owner(ANONYMOUS))
-        # Once a key has been seen nobody comes in without one, even after all are revoked.
-        self._locked = self._keys.any()
-        self._next_look = time.monotonic() + _FRESH_SECONDS
+        self._locked = False  # once a key has been seen nobody comes in without one, even after all are revoked
+        self._next_look = 0.0
         self._looks: dict[str, asyncio.Task[Any]] = {}  # that are being taken just now
         self.quotas = Quotas(settings)
 
@@ -147,7 +146,8 @@ class Auth:
 
     async def _keys_exist(self) -> bool:
         if not self._locked and time.monotonic() >= self._next_look:
-            self._locked |= await self._look("keys", self._keys.any)
+            if await self._look("keys", self._keys.any):  # another look may have seen one meanwhile
+                self._locked = True
             self._next_look = time.monotonic() + _FRESH_SECONDS
         return self._locked
 
@@ -156,7 +156,7 @@ class Auth:
         look = self._looks.get(what)
         if look is None:
             look = self._looks[what] = asyncio.get_running_loop().create_task(run_in_threadpool(job))
-            look.add_done_callback(lambda _: self._looks.pop(what, None))
+            look.add_done_callback(lambda done: self._looks.get(what) is done and self._looks.pop(what))
         found: _T = await asyncio.shield(look)
         return found
 

@@ -10,7 +10,6 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -109,9 +108,3 @@ def _type(error: MintError) -> str | None:
     """The name of a class that clients have, too. A plain UserError is what the category "user" says."""
     kind = type(error)
     return kind.__name__ if kind.__module__ == MintError.__module__ and kind is not UserError else None
-
-
-def http_exception(error: BaseException) -> HTTPException:
-    """The same as an exception for FastAPI."""
-    failure = describe(error)
-    return HTTPException(failure.status, failure.detail, failure.headers)

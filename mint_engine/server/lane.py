@@ -43,7 +43,6 @@ class Lane:
         self.by_key: OrderedDict[str, str] = OrderedDict()  # idempotency key -> request id, where there is no seq_id
         self.started: deque[Operation] = deque()  # with the engine, in order; done ones leave at the front
         self.unsettled: set[Promise] = set()
-        self.arriving: Future | None = None  # the model comes back from the disk
         self._early: dict[int, Operation | None] = {}  # None: refused
         self._unnumbered: deque[tuple[int, Operation]] = deque()  # (runs after this id, operation)
 
@@ -58,7 +57,7 @@ class Lane:
 
     def check(self, seq_id: int) -> None:
         """Raises UserError for an id that is used up: no new request can have it."""
-        if seq_id < self.next_seq and not self._fresh(seq_id):
+        if seq_id < self.next_seq:
             raise UserError(
                 f"seq_id: {seq_id} of {self.model_id} is past (refused, given up, or answered long ago); the next is "
                 f"{self.next_seq}"
@@ -79,12 +78,10 @@ class Lane:
         if seq_id is None:
             self._unnumbered.append((max(self._early, default=self.next_seq - 1), operation))
             return
-        if self._fresh(seq_id):
-            self.next_seq = seq_id
         self._early[seq_id] = operation
         self.answered[seq_id] = operation.promise.request_id
-        while len(self.answered) > REMEMBERED:
-            self.answered.popitem(last=False)
+        while len(self.answered) > REMEMBERED + len(self._early):
+            del self.answered[next(i for i in self.answered if i not in self._early)]  # who waits may ask again
 
     def refuse(self, seq_id: int) -> None:
         """A request with this id was answered 4xx: nobody waits for it."""
@@ -140,7 +137,3 @@ class Lane:
         self.unsettled.discard(promise)
         while self.started and self.started[0].promise.done:
             self.started.popleft()
-
-    def _fresh(self, seq_id: int) -> bool:
-        """A client that counts from 0 on a model made elsewhere."""
-        return seq_id == 0 and self.next_seq == 1 and not self.answered

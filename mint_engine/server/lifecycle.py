@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from starlette.concurrency import run_in_threadpool
 
-from mint_engine.errors import MintError
+from mint_engine.errors import MintError, NotFoundError
 from mint_engine.server import resume
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 PURGE_S = 60.0
 """Between two looks for checkpoints that have expired."""
+_LOOK_S = 0.1
+"""Between two looks at what an ended session still has to do."""
 
 
 async def put_aside(state: ServerState, session_id: str) -> bool:
@@ -37,20 +40,31 @@ async def end_session(state: ServerState, caller: Caller, session_id: str, *, ke
         if keep:
             await put_aside(state, session_id)
             return
-        for model_id in state.sequencer.models(session_id):
-            await state.sequencer.unload(model_id)
-        await state.samplers.put_aside(session_id, keep=False)
-        await run_in_threadpool(_forget_parked, caller, session_id)
+        runs = (await run_in_threadpool(caller.store.get_session, session_id)).training_run_ids
+        for model_id in {*state.sequencer.models(session_id), *runs}:
+            await _unload(state, session_id, model_id)
+        while not await state.samplers.put_aside(session_id, keep=False):
+            await asyncio.sleep(_LOOK_S)
+        await run_in_threadpool(_forget_parked_samplers, caller, session_id)
+        state.engine.forget_session(session_id)
     except Exception:
         log.exception("session %s could not be ended", session_id)
 
 
-def _forget_parked(caller: Caller, session_id: str) -> None:
-    """What was put aside earlier is not needed any more either."""
-    session = caller.store.get_session(session_id)
-    for identifier in [*session.training_run_ids, *session.sampler_ids]:
-        if caller.store.parked(identifier) is not None:
-            caller.store.unpark(identifier)
+async def _unload(state: ServerState, session_id: str, model_id: str) -> None:
+    """Let a model go, wherever it is."""
+    while model_id not in (here := state.sequencer.models(session_id)) and state.sequencer.busy(model_id):
+        await asyncio.sleep(_LOOK_S)  # on its way to the disk, or back
+    if model_id in here:
+        await state.sequencer.unload(model_id)
+    elif await run_in_threadpool(state.engine.store.parked, model_id) is not None:
+        with suppress(NotFoundError):
+            await asyncio.wrap_future(state.engine.unload_model(model_id))
+
+
+def _forget_parked_samplers(caller: Caller, session_id: str) -> None:
+    for sampler_id in caller.store.parked_ids(session_id, "sample"):
+        caller.store.unpark(sampler_id)
 
 
 class Housekeeping:
@@ -91,7 +105,7 @@ async def stop(state: ServerState) -> None:
         state.promises.stop("the server is restarting: try again")
     if state.housekeeping is not None:
         state.housekeeping.stop()
-    lanes = state.sequencer.stop()
+    lanes = await state.sequencer.stop()
     if state.settings.park_on_shutdown:
         grace = state.settings.shutdown_grace_s
         await asyncio.gather(*(_put_aside_for_good(state, lane, back, grace) for lane, back in lanes))

@@ -8,6 +8,7 @@ thread, and nothing looks around for news.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import threading
 import time
@@ -24,6 +25,8 @@ from mint_engine.server.answers import Encoded
 from mint_engine.server.failures import Failure, RestartingError, describe
 from mint_engine.server.shares import over
 from mint_engine.server.waiting import Bell
+
+log = logging.getLogger(__name__)
 
 FORSAKEN_S = 300.0
 """An unfetched result of this age makes room for others when memory is short."""
@@ -55,6 +58,7 @@ class Promise:
     fetched: bool = False
     future: Future | None = field(default=None, repr=False)
     result_bytes: int = 0
+    uneven: bool = False  # see `answers.is_uneven`
     value: Any = field(default=None, repr=False)  # until it is encoded
     _encoded: Encoded | None = field(default=None, repr=False)
     _bell: Bell | None = field(default=None, repr=False)
@@ -80,7 +84,7 @@ class Promise:
         if self.failure is not None:
             said = {"error": self.failure.detail, "category": self.failure.category, "type": self.failure.type}
             return Encoded(answers.dumps(said), answers.JSON)  # without a type that is None
-        media = answers.media_type(self.kind, accept, self.value)
+        media = answers.media_type(self.kind, accept, uneven=self.uneven)
         encoded = self._encoded
         if encoded is None or encoded.media_type != media:
             value = self.value if encoded is None else answers.decode(encoded, self.kind)
@@ -160,7 +164,7 @@ class Promises:
         promise.finished, promise.future = time.time(), None
         if error is None:
             promise.value = value
-            promise.result_bytes = answers.size(value)
+            promise.result_bytes, promise.uneven = answers.size(value), answers.is_uneven(value)
         else:
             promise.failure = describe(error, promise.request_id)
         self._on_settled(promise)
@@ -204,7 +208,8 @@ class Promises:
 
     def mark_fetched(self, promise: Promise) -> None:
         """Its result was sent. From now on it is kept for a shorter time."""
-        if not promise.fetched:
+        kept = self._promises.get(promise.request_id) is promise  # while it was encoded it may have been let go
+        if kept and not promise.fetched:
             promise.fetched = True
             self._unfetched.pop(promise.request_id, None)
             self._fetched[promise.request_id] = time.monotonic() + self._fetched_ttl
@@ -272,7 +277,10 @@ class Promises:
         with self._lock:
             completed, self._completed = self._completed, []
         for promise, future in completed:
-            self._settle_by(promise, future)
+            try:
+                self._settle_by(promise, future)
+            except Exception:  # the others are not to wait for ever
+                log.exception("%s could not be settled", promise.request_id)
 
     def _settle_by(self, promise: Promise, future: Future) -> None:
         if promise.future is not future:

@@ -104,13 +104,14 @@ def _result(promise: Promise) -> dict[str, Any]:
     if (failure := promise.failure) is not None:
         return entry | {"failure": [failure.status, failure.detail, failure.category, failure.type]}
     encoded = promise.result(wire.PROTOBUF)
-    return entry | {"media_type": encoded.media_type, "body": base64.b64encode(encoded.body).decode()}
+    body = base64.b64encode(encoded.body).decode()
+    return entry | {"media_type": encoded.media_type, "body": body, "uneven": promise.uneven}
 
 
 def _restore(entry: dict[str, Any], lane: Lane, promises: Promises) -> None:
     promise = Promise(
         entry["request_id"], entry["kind"], lane.owner, lane.model_id, entry["tokens"], seq_id=entry["seq_id"],
-        finished=entry["finished"],
+        finished=entry["finished"], uneven=entry.get("uneven", False),
     )  # fmt: skip
     if "failure" in entry:
         status, detail, category, kind = entry["failure"]

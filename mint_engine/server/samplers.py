@@ -13,6 +13,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
 
     from mint_engine.engine import Engine
     from mint_engine.server.caller import Caller
+    from mint_engine.store import Store
 
 log = logging.getLogger(__name__)
 
 _GRACE_S = 30.0  # somebody who has just asked for a sampler is about to use it
+_NOBODY = -1  # the number of all clients that were given none
 
 
 @dataclass(eq=False, slots=True)
@@ -47,6 +50,8 @@ class SamplerEntry:
     requests: OrderedDict[int | str, str] = field(default_factory=OrderedDict)
     clones: set[int] = field(default_factory=set)
     inflight_of: str | None = None  # a model whose newest weights it samples
+    made: float = 0.0  # when, of such a one
+    polled: bool = False  # somebody has asked what has ended
     completions: dict[int, Completions] = field(default_factory=dict)
 
     @property
@@ -56,7 +61,7 @@ class SamplerEntry:
 
 class Samplers:
     """Args:
-    most: unnamed samplers kept in memory.
+    most: samplers kept in memory, and unnamed ones of a session on disk.
     touch: called with a session's id and owner whenever one of its samplers is used.
     """
 
@@ -70,7 +75,7 @@ class Samplers:
         self._inflight_promises: set[Promise] = set()
         self._coming: set[Promise] = set()
         self._leaving: Counter[str] = Counter()  # by owner
-        self._newest: dict[str, str] = {}  # model id -> the inflight sampler made last
+        self._newest: dict[str, str] = {}  # of models with inflight samplers in memory: the one made last
         promises.on_done.append(self._on_done)
         promises.on_stop.append(self._on_stop)
 
@@ -128,9 +133,12 @@ class Samplers:
 
     def expect_inflight(self, promise: Promise) -> None:
         """The sampler that ``promise`` will make, and earlier ones of its kind, sample their model's newest weights."""
-        self._inflight_promises.add(promise)
-        if promise.done:
-            self._on_saved(promise)
+        if not promise.done:
+            self._inflight_promises.add(promise)
+            return
+        entry = self._entries.get(getattr(promise.value, "sampling_session_id", None) or "")
+        if entry is not None and entry.inflight_of is None:  # not a copy of a request of long ago
+            self._make_inflight(entry, promise)
 
     async def target(self, caller: Caller, entry: SamplerEntry) -> str:
         """The sampler to sample from: the entry's own, or of an inflight one the newest of its model."""
@@ -141,6 +149,9 @@ class Samplers:
 
     async def put_aside(self, session_id: str, *, keep: bool = True) -> bool:
         """Move a session's samplers out of memory; False if some are busy. ``keep`` False: nobody needs them again."""
+        moving = [task for sampler_id, task in self._moving.items() if session_of(sampler_id) == session_id]
+        if moving and not keep:
+            await asyncio.wait(moving)
         entries = [entry for entry in self._entries.values() if session_of(entry.sampler_id) == session_id]
         for entry in entries:
             if not entry.pending and entry.sampler_id not in self._moving:
@@ -174,6 +185,8 @@ class Samplers:
         """A sample request was accepted."""
         if key is not None:
             entry.requests[key] = promise.request_id
+        if entry.polled and promise.seq_id is not None:
+            self._log(entry, promise.seq_id // CLONE)
         if not promise.done:
             entry.pending.add(promise)
         else:
@@ -181,11 +194,20 @@ class Samplers:
 
     async def completions(self, entry: SamplerEntry, clone: int) -> Completions:
         """What has ended among the requests of one client of the sampler."""
-        if clone not in entry.completions:
-            log_ = entry.completions[clone] = Completions()
+        if not entry.polled:
+            entry.polled = True
             for promise in self._promises.of_scope(entry.sampler_id):
-                if promise.done and promise.seq_id is not None and promise.seq_id // CLONE == clone:
-                    log_.add(promise)
+                if promise.seq_id is not None:
+                    log_ = self._log(entry, promise.seq_id // CLONE)
+                    if promise.done:
+                        log_.add(promise)
+        # A number that was given away before a restart is known by its requests.
+        known = clone == 0 or clone in entry.clones or clone in entry.completions
+        return self._log(entry, clone if known else _NOBODY)
+
+    def _log(self, entry: SamplerEntry, clone: int) -> Completions:
+        if clone not in entry.completions:
+            entry.completions[clone] = Completions(partial(self._promises.get, owner=entry.owner))
         return entry.completions[clone]
 
     # ---- inside --------------------------------------------------------------------------------------------------
@@ -213,10 +235,14 @@ class Samplers:
         if sampler_id is None:
             return
         entry = self._entries[sampler_id] = SamplerEntry(sampler_id, promise.owner, unnamed=True)
-        if inflight and promise.model_id is not None:
-            entry.inflight_of = promise.model_id
-            self._newest[promise.model_id] = sampler_id
+        if inflight:
+            self._make_inflight(entry, promise)
         self._evict()
+
+    def _make_inflight(self, entry: SamplerEntry, promise: Promise) -> None:
+        if promise.model_id is not None:
+            entry.inflight_of, entry.made = promise.model_id, time.time()
+            self._newest[promise.model_id] = entry.sampler_id
 
     def _on_stop(self) -> None:
         for entry in self._entries.values():
@@ -226,26 +252,47 @@ class Samplers:
     async def _created(self, caller: Caller, sampler_id: str, future: Future[str]) -> None:
         await asyncio.wrap_future(future)
         self._entries[sampler_id] = SamplerEntry(sampler_id, caller.owner, unnamed=False)
+        self._evict()
 
     async def _open(self, caller: Caller, sampler_id: str) -> None:
-        unnamed = await run_in_threadpool(caller.store.is_ephemeral, sampler_id)
+        entry = await run_in_threadpool(_recorded, caller, sampler_id)
         await asyncio.wrap_future(self._engine.revive_sampler(sampler_id))
-        self._entries[sampler_id] = SamplerEntry(sampler_id, caller.owner, unnamed)
+        self._entries[sampler_id] = entry
+        if entry.inflight_of is not None and entry.inflight_of not in self._newest:
+            newest = await run_in_threadpool(_newest_of, caller.store, entry)
+            self._newest.setdefault(entry.inflight_of, newest)
         self._evict()
 
     async def _leave(self, entry: SamplerEntry, *, keep: bool) -> None:
         self._entries.pop(entry.sampler_id, None)
-        if not keep:
+        if keep:
+            await self._park(entry)
+        else:
             self._engine.release(entry.sampler_id)
-            return
+        if not any(other.inflight_of == entry.inflight_of for other in self._entries.values()):
+            self._newest.pop(entry.inflight_of or "", None)  # what is parked says it
+
+    async def _park(self, entry: SamplerEntry) -> None:
+        note = {} if entry.inflight_of is None else {"inflight_of": entry.inflight_of, "made": entry.made}
         self._leaving[entry.owner] += 1
         try:
-            await asyncio.wrap_future(self._engine.park(entry.sampler_id, {}))
+            await asyncio.wrap_future(self._engine.park(entry.sampler_id, note))
         except Exception:
             log.exception("sampler %s could not be parked; it stays in memory", entry.sampler_id)
             self._entries[entry.sampler_id] = entry
+            return
         finally:
             self._leaving[entry.owner] -= 1
+        if entry.unnamed:
+            await run_in_threadpool(self._trim_parked, session_of(entry.sampler_id), set(self._moving))
+
+    def _trim_parked(self, session_id: str, moving: set[str]) -> None:
+        """Of what nobody lets go of, the part that was put aside longest ago is nobody's any more."""
+        store = self._engine.store
+        for sampler_id in store.parked_ids(session_id, "sample")[: -self._most]:
+            if sampler_id not in moving:
+                store.unpark(sampler_id)
+                log.info("sampler %s is dropped: its session has %d later ones on disk", sampler_id, self._most)
 
     def _evict(self) -> None:
         """Take the least recently used out of memory while there are too many."""
@@ -270,3 +317,22 @@ class Samplers:
         task = self._moving[sampler_id] = asyncio.get_running_loop().create_task(work)
         task.add_done_callback(arrived)
         return task
+
+
+def _recorded(caller: Caller, sampler_id: str) -> SamplerEntry:
+    """A sampler as the disk knows it. Raises NotFoundError."""
+    entry = SamplerEntry(sampler_id, caller.owner, caller.store.is_ephemeral(sampler_id))
+    parked = caller.store.parked(sampler_id)
+    if parked is not None and "inflight_of" in parked.note:
+        entry.inflight_of, entry.made = parked.note["inflight_of"], parked.note["made"]
+    return entry
+
+
+def _newest_of(store: Store, entry: SamplerEntry) -> str:
+    """The last that was made of the inflight samplers of its model, when all others are on disk."""
+    newest = entry.made, entry.sampler_id
+    for sampler_id in store.parked_ids(session_of(entry.sampler_id), "sample"):
+        parked = store.parked(sampler_id)
+        if parked is not None and parked.note.get("inflight_of") == entry.inflight_of:
+            newest = max(newest, (parked.note["made"], sampler_id))
+    return newest[1]

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from mint_engine.errors import NotFoundError, UserError
 from mint_engine.server import resume
 from mint_engine.server.context import current
-from mint_engine.server.failures import TryAgainLaterError
+from mint_engine.server.failures import RestartingError, TryAgainLaterError
 from mint_engine.server.lane import Lane, Operation
 from mint_engine.server.promises import Promise, Promises
 
@@ -77,6 +77,7 @@ class Sequencer:
         """
         lane = await self.lane(caller, model_id)
         # From here to the end nothing waits: two copies of a request cannot both pass.
+        self._check_running()
         key = _idempotency_key()
         if (known := self._known(lane, seq_id, key)) is not None:
             return known
@@ -106,6 +107,7 @@ class Sequencer:
         lane = self._lanes.get(model_id)
         if lane is None and await run_in_threadpool(_has_run, caller, model_id):
             lane = await self.lane(caller, model_id)  # of before a restart
+        self._check_running()
         release = None if lane is not None or reserve is None else await reserve()
         lane = self._lanes.get(model_id)  # a copy of the request may have been faster
         if lane is not None:
@@ -131,23 +133,16 @@ class Sequencer:
 
     async def lane(self, caller: Caller, model_id: str) -> Lane:
         """The model's lane; one that is on disk begins to come back. Raises NotFoundError, also for another's model."""
-        while (moving := self._moving.get(model_id)) is not None:
-            await asyncio.wait([moving])
-        lane = self._lanes.get(model_id)
-        if lane is None:
-            task = self._move(model_id, self._open(caller, model_id))
-            await asyncio.shield(task)
-            lane = self._lanes[model_id]
+        while (lane := self._lanes.get(model_id)) is None or model_id in self._moving:
+            if (moving := self._moving.get(model_id)) is not None:
+                await asyncio.wait([moving])
+            else:
+                self._check_running()
+                await asyncio.shield(self._move(model_id, self._open(caller, model_id)))
         if lane.owner != caller.owner:
             raise NotFoundError(f"model_id: there is no model {model_id!r}")
         self._touch(session_of(model_id), caller.owner)
         return lane
-
-    async def resident(self, caller: Caller, model_id: str) -> None:
-        """Wait until the model is in memory, if it was on disk."""
-        lane = await self.lane(caller, model_id)
-        if lane.arriving is not None:
-            await asyncio.wrap_future(lane.arriving)
 
     def _move(self, model_id: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Requests for the model wait until ``work`` is done."""
@@ -193,8 +188,13 @@ class Sequencer:
         with suppress(NotFoundError):  # its creation failed
             await asyncio.wrap_future(self._engine.unload_model(model_id))
 
-    def stop(self) -> list[tuple[Lane, list[Operation]]]:
-        """At the end: take back what the engine has not begun. Answers every model's lane and what was taken back."""
+    async def stop(self) -> list[tuple[Lane, list[Operation]]]:
+        """At the end: take back what the engine has not begun. Answers every model's lane and what was taken back.
+
+        `Promises.stop` comes first: after it nothing new is taken.
+        """
+        while self._moving:
+            await asyncio.wait(list(self._moving.values()))
         for _, timer in self._gaps.values():
             timer.cancel()
         self._gaps.clear()
@@ -270,27 +270,28 @@ class Sequencer:
     async def _open(self, caller: Caller, model_id: str) -> None:
         """Make the lane of a model that this process has not seen yet, or not since it was parked."""
         parked = await run_in_threadpool(self._look_up, caller, model_id)
-        release = None if parked is None or self._reserve is None else await self._reserve(caller)
-        lane = Lane(model_id, caller.owner)
-        self._lanes[model_id] = lane
-        if parked is None:
-            return
-        lane.arriving = self._engine.unpark(model_id)
-        if release is not None:
-            arrived = release
-            lane.arriving.add_done_callback(lambda _: arrived())
-        self._keep(self._arrive(lane, lane.arriving))
-        resume.from_note(parked.note, lane, caller, self._promises, self._restart, self._begin_or_wait)
+        if parked is not None:
+            release = await self._room(caller)
+            try:
+                await asyncio.wrap_future(self._engine.unpark(model_id))
+            finally:  # if it could not be read, nothing has happened: the next request tries again
+                release()
+        lane = self._lanes[model_id] = Lane(model_id, caller.owner)
+        if parked is not None:
+            resume.from_note(parked.note, lane, caller, self._promises, self._restart, self._begin_or_wait)
 
-    async def _arrive(self, lane: Lane, arriving: Future) -> None:
+    async def _room(self, caller: Caller) -> Callable[[], None]:
+        """Room for a model that was accepted once: it is waited for, not refused."""
+        if self._reserve is None:
+            return lambda: None
         try:
-            await asyncio.wrap_future(arriving)
-        except Exception:
-            log.exception("%s could not be read back", lane.model_id)
-            if self._lanes.get(lane.model_id) is lane:
-                self._forget(lane)  # the next request tries again
-        finally:
-            lane.arriving = None
+            return await self._reserve(caller)
+        except UserError as error:
+            raise TryAgainLaterError(str(error)) from None
+
+    def _check_running(self) -> None:
+        if self._promises.stopping is not None:
+            raise RestartingError(self._promises.stopping)
 
     def _look_up(self, caller: Caller, model_id: str) -> Parked | None:
         if not _has_run(caller, model_id):

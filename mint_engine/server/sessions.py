@@ -19,7 +19,7 @@ from mint_engine.errors import NotFoundError, UserError
 
 if TYPE_CHECKING:
     from mint_engine.server.caller import Caller
-    from mint_engine.server.samplers import SamplerEntry, Samplers
+    from mint_engine.server.samplers import Samplers
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class Session:
     owner: str
     seen: float
-    finished: bool = False
+    finished: bool | None = None  # None: not known yet, the store does
     timer: asyncio.TimerHandle | None = None
 
 
@@ -51,12 +51,13 @@ class Sessions:
             UserError: something is to be made in it (``making``), and it is finished.
         """
         session = self._sessions.get(session_id)
-        if session is None:
-            await run_in_threadpool(caller.store.get_session, session_id)
+        if session is not None and session.owner != caller.owner:
+            raise NotFoundError(f"session_id: there is no session {session_id!r}")
+        if session is None or session.finished is None:
+            finished = await run_in_threadpool(caller.store.session_finished, session_id)
             self.touch(session_id, caller.owner)
             session = self._sessions[session_id]
-        elif session.owner != caller.owner:
-            raise NotFoundError(f"session_id: there is no session {session_id!r}")
+            session.finished = session.finished or finished
         if making and session.finished:
             raise UserError(f"session_id: session {session_id!r} is finished")
         session.seen = time.monotonic()
@@ -75,10 +76,6 @@ class Sessions:
         session = await self.check(caller, session_id)
         session.finished = True
         self._keep(then)
-
-    async def sampler(self, caller: Caller, sampler_id: str) -> SamplerEntry:
-        """A sampler of the caller's, in memory. Raises NotFoundError."""
-        return await self._samplers.use(caller, sampler_id)
 
     def _set_timer(self, session_id: str, session: Session, seconds: float) -> None:
         session.timer = asyncio.get_running_loop().call_later(seconds, self._look, session_id, session)

@@ -6,12 +6,13 @@ import builtins
 import hashlib
 import hmac
 import secrets
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 
 from sqlalchemy import Row, insert, select, update
 
-from mint_engine.errors import NotFoundError, UserError
+from mint_engine.errors import NotFoundError, StorageError, UserError
 from mint_engine.store import schema
 from mint_engine.store.database import Database
 from mint_engine.store.names import check_id, check_text, now
@@ -83,7 +84,8 @@ class KeyStore:
             return None
         record = _record(row)
         if record.last_used is None or now() - record.last_used > _USED_EVERY:
-            with self._database.write("noting that a key was used") as connection:
+            # A full disk keeps nobody out.
+            with suppress(StorageError), self._database.write("noting that a key was used") as connection:
                 connection.execute(update(_keys).where(_keys.c.key_id == record.key_id).values(last_used=now()))
         return record
 

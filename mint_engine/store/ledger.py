@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, fields
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import insert, select
@@ -31,15 +32,22 @@ class Ledger:
                 connection.execute(insert(_ledger), rows)
 
     def entries(
-        self, *, model_id: str | None = None, owner: str | None = None, limit: int = 100, offset: int = 0
-    ) -> list[LedgerEntry]:
-        """Those of a model, of an owner, of both, or all; newest first."""
+        self, *, model_id: str | None = None, owner: str | None = None, kinds: Iterable[str] | None = None,
+        since: datetime | None = None, until: datetime | None = None, limit: int = 100, offset: int = 0,
+    ) -> list[LedgerEntry]:  # fmt: skip
+        """Those of a model, of an owner, of some kinds, accepted in some time, of all that is given; newest first."""
         check_page(limit, offset)
         query = select(_ledger).order_by(_ledger.c.id.desc()).limit(limit).offset(offset)
         if model_id is not None:
             query = query.where(_ledger.c.model_id == _text(model_id, "model_id"))
         if owner is not None:
             query = query.where(_ledger.c.owner == _text(owner, "owner"))
+        if kinds is not None:
+            query = query.where(_ledger.c.kind.in_(list(kinds)))
+        if since is not None:
+            query = query.where(_ledger.c.accepted >= since)
+        if until is not None:
+            query = query.where(_ledger.c.accepted <= until)
         with self._database.read() as connection:
             rows = connection.execute(query).all()
         return [LedgerEntry(**{field.name: getattr(row, field.name) for field in fields(LedgerEntry)}) for row in rows]

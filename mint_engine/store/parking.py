@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection, delete, insert, select
 
@@ -50,6 +50,14 @@ class Parking(StoreBase):
         with self._database.read() as connection:
             row = connection.execute(select(_parked).where(_parked.c.model_id == model_id)).one_or_none()
         return None if row is None else Parked(self.home / row.directory, row.note)
+
+    def parked_ids(self, session_id: str, kind: Literal["train", "sample"]) -> list[str]:
+        """The models or the samplers of a session that are parked, longest ago first."""
+        check_id(session_id, "session_id")
+        mine = _parked.c.model_id.startswith(f"{session_id}:{kind}:", autoescape=True)
+        query = select(_parked.c.model_id).where(mine).order_by(_parked.c.created, _parked.c.model_id)
+        with self._database.read() as connection:
+            return list(connection.execute(query).scalars())
 
     def unpark(self, model_id: str) -> None:
         """Forget what is parked under this id, if anything: it is in memory again."""

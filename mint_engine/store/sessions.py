@@ -63,6 +63,11 @@ class Sessions(StoreBase):
         check_text(detail, "detail")
         self._change_session(session_id, {"finished": status, "finish_detail": detail})
 
+    def session_finished(self, session_id: str) -> bool:
+        """Whether the client has said that it is done. Raises NotFoundError."""
+        with self._database.read() as connection:
+            return self._session(connection, session_id).finished is not None
+
     def session_owner(self, session_id: str) -> str:
         """Whose session it is; for the engine, which serves all owners."""
         check_id(session_id, "session_id")

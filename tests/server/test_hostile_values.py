@@ -22,7 +22,7 @@ from mint_engine.wire import messages
 FAST = settings(
     max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
-SLOW = settings(FAST, max_examples=200, derandomize=False)
+SLOW = settings(FAST, max_examples=200)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def test_damaged_protobuf(own: Own, data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@settings(SLOW, max_examples=5000)
+@settings(SLOW, max_examples=3000)
 @given(data=st.data())
 def test_much_damaged_protobuf(own: Own, data: st.DataObject) -> None:
     send(own, "forward_backward", data.draw(requests(own.model) | st.binary(max_size=200)), wire.PROTOBUF)

@@ -11,7 +11,9 @@ import pytest
 
 from mint_engine import wire
 from mint_engine.errors import NotFoundError, UserError
+from mint_engine.server import resume
 from mint_engine.server.failures import RestartingError
+from mint_engine.server.lane import Lane
 from mint_engine.server.promises import Promises
 from mint_engine.types import ForwardBackwardOutput, OptimStepResponse, SampledSequence, SampleResponse, TensorData
 
@@ -141,6 +143,27 @@ def test_what_tinker_022_cannot_read_as_protobuf_it_gets_as_json() -> None:
         future.set_result(ForwardBackwardOutput("TorchLossReturn", outputs, {"loss:sum": 1.0}))
         assert promise.result("application/x-protobuf, application/json").media_type == "application/json"
         assert promise.result("application/x-protobuf").media_type == wire.PROTOBUF
+        later = Promises()  # of the server after a restart
+        resume._restore(resume._result(promise), Lane("s:train:0", "a"), later)
+        restored = later.get(promise.request_id, "a")
+        assert restored is not None
+        assert restored.result("application/x-protobuf, application/json").media_type == "application/json"
+
+    asyncio.run(run())
+
+
+def test_a_result_that_was_let_go_while_it_was_encoded_stays_gone() -> None:
+    async def run() -> None:
+        promises = Promises(fetched_ttl=0.0)
+        slow, other = promises.create("OptimStep", "a"), promises.create("OptimStep", "a")
+        promises.settle(slow, step())
+        promises._drop(slow.request_id)
+        promises.mark_fetched(slow)  # the poll that had begun before
+        promises.settle(other, step())
+        promises.mark_fetched(other)
+        promises._expire()
+        assert promises.get(other.request_id, "a") is None
+        assert promises.result_bytes == 0
 
     asyncio.run(run())
 

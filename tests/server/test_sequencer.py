@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from stub_engine import BASE, StubEngine
 
-from mint_engine.errors import NotFoundError, UserError
+from mint_engine.errors import NotFoundError, StorageError, UserError
 from mint_engine.server import operations
 from mint_engine.server.caller import Caller
 from mint_engine.server.context import enter
-from mint_engine.server.failures import TryAgainLaterError
+from mint_engine.server.failures import RestartingError, TryAgainLaterError
 from mint_engine.server.lifecycle import _put_aside_for_good
 from mint_engine.server.promises import Promise, Promises
 from mint_engine.server.sequencer import Sequencer
@@ -242,7 +242,7 @@ def test_a_restarted_server_takes_up_every_promise(tmp_path: Path) -> None:
             ids[seq_id] = (await server.step(seq_id)).request_id
         running = server.engine.calls[-3]
         assert running.future.set_running_or_notify_cancel()
-        lanes = server.sequencer.stop()
+        lanes = await server.sequencer.stop()
         server.engine.hold = False
         parking = asyncio.gather(*(_put_aside_for_good(server, *lane, grace=5) for lane in lanes))  # type: ignore[arg-type]
         await asyncio.sleep(0.01)
@@ -269,6 +269,75 @@ def test_a_restarted_server_takes_up_every_promise(tmp_path: Path) -> None:
     engine = asyncio.run(before())
     engine.take()
     asyncio.run(after(engine))
+
+
+def test_a_model_that_cannot_be_read_back_at_first_is_as_it_was_later(tmp_path: Path) -> None:
+    """Neither answered by a failure nor done: the next request tries again, and each operation is done once."""
+
+    async def body(server: Server) -> None:
+        early = await server.step(2)
+        assert await _parked_with_what_waits(server)
+        unpark, broken = server.engine.unpark, [StorageError(5, "reading failed: Input/output error")]
+
+        def unpark_later(identifier: str) -> Any:
+            def fail() -> None:
+                raise broken.pop()
+
+            return server.engine._call("unpark", fail) if broken else unpark(identifier)
+
+        server.engine.unpark = unpark_later  # type: ignore[method-assign]
+        later = Server(tmp_path, engine=server.engine)
+        with pytest.raises(StorageError):
+            await later.step(1)
+        assert later.promises.get(early.request_id, "a") is None
+        await later.step(1)
+        assert (await later.promises.wait(early.request_id, "a", 5)).failure is None
+        assert len(server.engine.steps[server.model]) == 2
+
+    serve(tmp_path, body)
+
+
+async def _parked_with_what_waits(server: Server) -> bool:
+    for lane, taken_back in await server.sequencer.stop():
+        await _put_aside_for_good(server, lane, taken_back, grace=5)  # type: ignore[arg-type]
+    return server.engine.store.parked(server.model) is not None
+
+
+def test_a_model_for_which_there_is_no_room_is_waited_for(tmp_path: Path) -> None:
+    full = [True]
+
+    async def reserve(caller: Caller) -> Callable[[], None]:
+        if full:
+            raise UserError("this key may keep 1 models in memory at once and has 1")
+        return lambda: None
+
+    async def body(server: Server) -> None:
+        await server.step(1)
+        assert await server.sequencer.park(server.model)
+        with pytest.raises(TryAgainLaterError, match="may keep 1 models"):
+            await server.step(2)
+        full.clear()
+        await server.step(2)
+        assert server.applied == [1, 2]
+
+    serve(tmp_path, body, reserve=reserve)
+
+
+def test_a_server_that_stops_takes_nothing_more(tmp_path: Path) -> None:
+    async def body(server: Server) -> None:
+        await server.step(1)
+        assert await server.sequencer.park(server.model)
+        await server.create("s:train:1")
+        server.promises.stop("restarting")
+        for model in ("s:train:0", "s:train:1"):  # one would have to come back from the disk
+            server.model = model
+            with pytest.raises(RestartingError):
+                await server.step(2)
+        with pytest.raises(RestartingError):
+            await server.create("s:train:2")
+        assert server.engine.store.parked("s:train:0") is not None
+
+    serve(tmp_path, body)
 
 
 def test_a_model_lost_with_a_killed_server_says_what_to_do(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ async def create_completion(
     caller: Annotated[Caller, Depends(get_caller)],
     state: Annotated[ServerState, Depends(get_state)],
 ) -> Response:
-    async with serve(request.app, state, caller, body.model) as served:
+    async with serve(request.app, state, caller, body.model, prompts=len(body.prompt)) as served:
         prompts = await run_in_threadpool(read_prompts, body, served)
         job = Job(
             prompts=prompts,

@@ -75,15 +75,19 @@ class Served:
 
 
 @asynccontextmanager
-async def serve(app: FastAPI, state: ServerState, caller: Caller, model: str) -> AsyncIterator[Served]:
+async def serve(
+    app: FastAPI, state: ServerState, caller: Caller, model: str, *, prompts: int = 1
+) -> AsyncIterator[Served]:
     """What ``model`` names, ready to sample. Start the generation inside.
 
     Raises:
-        ApiError: 404, nothing that the caller can see.
+        ApiError: 404, nothing that the caller can see; 400, more ``prompts`` than may ever wait.
         TryAgainLaterError: the sampler has enough waiting.
     """
+    if prompts > (most := state.settings.sample_queue_limit):
+        raise ApiError(400, f"prompt: expected at most {most} prompts in a request, got {prompts}", param="prompt")
     face = Face.of(app, state)
-    check_queue(state, caller)
+    check_queue(state, caller, prompts)
     async with face.samplers.use(caller, model) as (sampler_id, base_name):
         base = face.bases.get(base_name)
         if base is None:

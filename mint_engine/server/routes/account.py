@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query
@@ -42,10 +42,12 @@ async def audit(
     no projects, teams or organizations here, so there are no events of them."""
     if event_type not in ("all", "checkpoints"):
         return {"entries": []}
-    wanted = day or datetime.now(UTC).date()
-    found = await run_in_threadpool(caller.store.ledger.entries, owner=caller.owner, limit=_AUDIT_ENTRIES)
-    entries = [_audit_entry(e) for e in found if e.kind in _EVENTS and e.accepted.astimezone(UTC).date() == wanted]
-    return {"entries": sorted(entries, key=lambda entry: str(entry["timestamp"]))}
+    day = day or datetime.now(UTC).date()
+    found = await run_in_threadpool(
+        caller.store.ledger.entries, owner=caller.owner, kinds=_EVENTS,
+        since=datetime.combine(day, time.min, UTC), until=datetime.combine(day, time.max, UTC), limit=_AUDIT_ENTRIES,
+    )  # fmt: skip
+    return {"entries": sorted(map(_audit_entry, found), key=lambda entry: str(entry["timestamp"]))}
 
 
 def _audit_entry(entry: LedgerEntry) -> dict[str, Any]:

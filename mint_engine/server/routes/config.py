@@ -20,12 +20,20 @@ State = Annotated[ServerState, Depends(get_state)]
 
 CONFIG_REFRESH_S = 300
 
+# What the SDKs put into one request by themselves: estimated bytes of its numbers (4 a token), and datums.
+_CHUNK_BYTES = 5_000_000
+_CHUNK_DATUMS = 1024
+# Half of a body is for the numbers, which JSON may spell with six times their bytes, half for what is around them.
+_BODY_OF_NUMBERS = 12
+_BODY_OF_A_DATUM = 2 * 1024
+
 
 @router.post("/client/config", openapi_extra=body_of(ClientConfigRequest))
 async def client_config(request: Request, caller: CallerOf, state: State) -> dict[str, Any]:
     """Flags of the SDKs, one superset for all versions (wire-protocol.md 2.2)."""
     version = _version((await read(ClientConfigRequest, request, caller, state)).sdk_version)
     settings = state.settings
+    body = state.auth.quotas.limits(caller).request_bytes or settings.max_request_bytes
     return {
         # mindlab-toolkit's keys work with tinker 0.22 only by way of a token; tinker 0.38 refuses them itself.
         "pjwt_auth_enabled": request.headers.get("x-api-key", "").startswith("sk-"),
@@ -33,6 +41,8 @@ async def client_config(request: Request, caller: CallerOf, state: State) -> dic
         "parallel_fwdbwd_chunks": True,
         "proto_write_fwdbwd": False,
         "proto_compress_fwdbwd": settings.compress_uploads,
+        "fwdbwd_max_chunk_bytes_count": max(1, min(_CHUNK_BYTES, body // _BODY_OF_NUMBERS)),
+        "fwdbwd_max_chunk_len": max(1, min(_CHUNK_DATUMS, body // _BODY_OF_A_DATUM)),
         # Until 0.22 archives come by a redirect, which that transport follows by itself, and fails.
         "use_pyqwest_transport": version >= (0, 23),
         "sample_max_concurrent_requests": settings.sample_max_concurrent_requests,

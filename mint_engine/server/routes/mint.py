@@ -16,8 +16,9 @@ from mint_engine.models.hub import resolve_model
 from mint_engine.server import operations
 from mint_engine.server.caller import Caller, get_caller
 from mint_engine.server.document import PROMISED, files
+from mint_engine.server.failures import TryAgainLaterError
 from mint_engine.server.once import once
-from mint_engine.server.reading import body_of, read, read_object, work
+from mint_engine.server.reading import body_of, read_object, work
 from mint_engine.server.refusals import Refusals
 from mint_engine.server.state import ServerState, get_state
 from mint_engine.wire.requests import InterpolateCheckpointsRequest, ReverseKLRequest, parse_request
@@ -37,14 +38,19 @@ _LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the same files make the same bytes
 @router.post("/mint/checkpoints/interpolate", openapi_extra=body_of(InterpolateCheckpointsRequest), responses=PROMISED)
 async def interpolate_checkpoints(caller: Who, state: State, request: Request) -> dict[str, Any]:
     """A new sampler checkpoint whose weight update is the weighted sum of those of `source_paths`."""
-    body = await read(InterpolateCheckpointsRequest, request, caller, state)
+    obj, size = await read_object(request, caller, state)
+    body = await work(caller, size, lambda: parse_request(InterpolateCheckpointsRequest, obj))
     await state.auth.quotas.check_disk(caller)
 
     async def start() -> dict[str, Any]:
+        if state.promises.full(size, caller.owner):
+            raise TryAgainLaterError("the server has as many requests and results in memory as it may: try again")
         future = state.engine.interpolate_checkpoints(
             caller.owner, body.source_paths, body.coefficients, output_name=body.output_path, reader=caller.store
         )
-        return state.promises.follow(future, kind="MintInterpolateCheckpoints", owner=caller.owner).answer()
+        return state.promises.follow(
+            future, kind="MintInterpolateCheckpoints", owner=caller.owner, request_bytes=size
+        ).answer()
 
     return await once(request, caller.owner, body.model_dump_json(), start)
 

@@ -107,10 +107,10 @@ def _admit(state: ServerState, caller: Caller, size: int) -> None:
         raise TryAgainLaterError("the server has as many requests and results in memory as it may: try again")
 
 
-def check_queue(state: ServerState, caller: Caller) -> None:
-    """Raises TryAgainLaterError if the caller has as many samples waiting as it may."""
+def check_queue(state: ServerState, caller: Caller, count: int = 1) -> None:
+    """Raises TryAgainLaterError if the caller has as many samples waiting as it may, with ``count`` more."""
     (waiting, _), (own, _) = state.engine.sampler_load(), state.engine.sampler_load(caller.owner)
-    if over(own, waiting - own, 1, state.settings.sample_queue_limit):
+    if over(own, waiting - own, count, state.settings.sample_queue_limit):
         raise TryAgainLaterError(f"the server has {waiting} samples waiting, {own} of them yours: try again")
 
 

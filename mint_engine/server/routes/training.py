@@ -99,7 +99,7 @@ async def load_weights(request: Request, caller: CallerOf, state: State) -> Resp
 @router.post("/get_info", openapi_extra=body_of(bodies.GetInfoRequest), responses={200: {"model": GetInfoResponse}})
 async def get_info(request: Request, caller: CallerOf, state: State) -> Response:
     body = await read(bodies.GetInfoRequest, request, caller, state)
-    await state.sequencer.resident(caller, body.model_id)
+    await state.sequencer.lane(caller, body.model_id)  # it may be on disk
     info = state.engine.get_info(body.model_id)
     if is_hub_name(info.model_name):  # a client on another machine has no use for our directory
         info = info.model_copy(
