@@ -128,6 +128,8 @@ def _parse_topk(message: Any, name: str) -> TopkLogprobs | None:
     ids, logprobs = numbers(topk.token_ids, _INT32, name), numbers(topk.logprobs, _FLOAT32, name)
     if ids.size != topk.k * topk.length or logprobs.size != ids.size or (ids.size == 0 and topk.length > 2**20):
         raise WireError(f"{name}: expected {topk.length} x {topk.k} ids and log-probabilities, got {ids.size}")
+    if topk.k == 0:
+        return [None] * topk.length
     shape = topk.length, topk.k
     rows = zip(ids.reshape(shape).tolist(), logprobs.reshape(shape).tolist(), strict=True)
     return [[cell for cell in zip(*row, strict=True) if cell[1] > _EMPTY] or None for row in rows]

@@ -22,6 +22,8 @@ from mint_engine.client.remote import Address, Patience, RemoteEngine, transport
 from mint_engine.errors import MintError, NotFoundError
 from mint_engine.store import Store
 
+pytestmark = pytest.mark.slow  # processes that start, stop and start again
+
 PROMPT = types.ModelInput.from_ints([5, 6, 7])
 
 
@@ -178,6 +180,5 @@ def test_kill_9_while_saving(server: ServerProcess, tiny_tied: Path) -> None:
     kill_while_saving(server, tiny_tied, 3)
 
 
-@pytest.mark.slow
 def test_kill_9_while_saving_50_times(server: ServerProcess, tiny_tied: Path) -> None:
     kill_while_saving(server, tiny_tied, 50)

@@ -96,6 +96,7 @@ TOO_MUCH: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", TOO_MUCH)
 def test_one_sample_call_cannot_ask_for_everything(attacked: Victim, mallory: Api, hers: Names, what: str) -> None:
     body = {"sampling_session_id": hers.sampler, "prompt": prompt(5, 6, 7), "num_samples": 1} | TOO_MUCH[what]
@@ -134,6 +135,7 @@ def test_a_queue_full_of_endless_samples_leaves_room_for_others(attacked: Victim
     assert mallory.retrieve(accepted[-1]).json()["category"] == "user"
 
 
+@pytest.mark.slow
 def test_a_queue_full_of_training_leaves_room_for_others(attacked: Victim, mallory: Api, hers: Names) -> None:
     """Twenty models with twenty steps each."""
     models = [mallory.model(attacked.base, hers.session, 100 + i) for i in range(20)]
@@ -175,6 +177,7 @@ def test_only_so_many_of_a_model_s_may_wait() -> None:
         lane.check(2**40)
 
 
+@pytest.mark.slow
 def test_thousands_of_sessions_models_and_samplers(attacked: Victim) -> None:
     add_key(attacked, "greedy", max_resident_models=3)
     with attacked.api("greedy") as api, attacked.growing_at_most(256 << 20):

@@ -124,6 +124,7 @@ def test_much_damaged_protobuf(own: Own, data: st.DataObject) -> None:
     send(own, "forward_backward", data.draw(requests(own.model) | st.binary(max_size=200)), wire.PROTOBUF)
 
 
+@pytest.mark.slow
 def test_one_wide_datum_does_not_multiply_the_others(own: Own) -> None:
     """Targets are padded to the widest datum of a pass: a sparse one of a few bytes can be very wide."""
     narrow = {"model_input": prompt(*[1] * 500), "loss_fn_inputs": {}}

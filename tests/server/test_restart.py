@@ -23,6 +23,8 @@ from mint_engine.store import Store
 sys.path.append(str(Path(__file__).parents[1] / "sdk" / "drivers"))
 import faults
 
+pytestmark = pytest.mark.slow  # processes that start, stop and start again
+
 CLIENTS = 2
 PARTS = ("steps", "custom", "samples", "accumulation", "load", "resumption")
 
@@ -81,7 +83,6 @@ def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         return run(server.url, home, base, lambda part: None)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.005, 0.02, 0.06])
 def test_clients_do_not_notice_a_restart(base: Path, tmp_path: Path, undisturbed: dict[str, Any], delay: float) -> None:
     """At SIGTERM whatever runs is finished, whatever waits goes to disk, and the next server takes it up."""
@@ -92,7 +93,6 @@ def test_clients_do_not_notice_a_restart(base: Path, tmp_path: Path, undisturbed
     check_same(disturbed, undisturbed)
 
 
-@pytest.mark.slow
 def test_restarts_and_a_bad_network_at_once(base: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     with server_process(tmp_path, base) as server, chaos_proxy(server.url, rate=0.4) as proxy:
         restarts = Restarts(server, PARTS, 0.05)
@@ -102,7 +102,6 @@ def test_restarts_and_a_bad_network_at_once(base: Path, tmp_path: Path, undistur
     check_same(disturbed, undisturbed)
 
 
-@pytest.mark.slow
 def test_a_client_does_not_notice_a_restart_of_the_command(
     base: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:

@@ -123,6 +123,7 @@ def test_a_restart_in_the_middle_changes_nothing(tiny_tied: Path, tmp_path: Path
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_a_held_poll_is_answered_with_something_to_retry(tiny_tied: Path, tmp_path: Path) -> None:
     with serve(tmp_path, tiny_tied) as server, Api(server.url) as api:
         model = api.model(str(tiny_tied))
@@ -138,6 +139,7 @@ def test_a_held_poll_is_answered_with_something_to_retry(tiny_tied: Path, tmp_pa
         assert (answers[0].status_code, answers[0].headers["retry-after"]) == (503, "1")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_well_too_and_logs_are_json_if_asked(tiny_tied: Path, tmp_path: Path) -> None:
     with serve(tmp_path, tiny_tied, log_format="json") as server, Api(server.url) as api:
         api.post("get_info", {"X-Request-ID": "find-me"}, model_id="x")
