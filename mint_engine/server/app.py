@@ -125,7 +125,7 @@ def _make_state(engine: Engine, settings: Settings) -> ServerState:
         engine, promises, gap_timeout=settings.gap_timeout_s, touch=touch, restart=restart,
         reserve=lambda caller: auth.quotas.reserve_model(caller, engine),
     )  # fmt: skip
-    sessions = Sessions(settings.session_timeout_s, samplers, lambda session_id: lifecycle.put_aside(state, session_id))
+    sessions = Sessions(settings.session_timeout_s, lambda session_id: lifecycle.put_aside(state, session_id))
     state = ServerState(
         engine=engine,
         settings=settings,

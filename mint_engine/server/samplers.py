@@ -1,7 +1,8 @@
 """Samplers: which are in memory, which are on disk, and what is asked of each.
 
 An RL loop makes an unnamed sampler every step and never says that it is done with one. So only the ones used last stay
-in memory. A sampler of a path or of a base model can be made again; an unnamed one goes to disk and comes back.
+in memory. A sampler of a path or of a base model can be made again; an unnamed one goes to disk and comes back, unless
+its session has put aside many since.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from starlette.concurrency import run_in_threadpool
 
 from mint_engine.errors import NotFoundError
 from mint_engine.server.completions import CLONE, Completions
+from mint_engine.server.failures import RestartingError
 from mint_engine.server.promises import SCOPE, Promise, Promises
 from mint_engine.server.sequencer import session_of
 from mint_engine.server.shares import over
@@ -159,7 +161,9 @@ class Samplers:
         return not any(entry.pending for entry in entries)
 
     async def put_all_aside(self) -> None:
-        """At the end of the process."""
+        """At the end of the process, after `Promises.stop`."""
+        while self._moving:
+            await asyncio.wait(list(self._moving.values()))
         for entry in list(self._entries.values()):
             if entry.unnamed and entry.sampler_id not in self._moving:
                 await asyncio.shield(self._move(entry.sampler_id, self._leave(entry, keep=True)))
@@ -255,6 +259,8 @@ class Samplers:
         self._evict()
 
     async def _open(self, caller: Caller, sampler_id: str) -> None:
+        if self._promises.stopping is not None:  # it would leave the disk for a process that ends
+            raise RestartingError(self._promises.stopping)
         entry = await run_in_threadpool(_recorded, caller, sampler_id)
         await asyncio.wrap_future(self._engine.revive_sampler(sampler_id))
         self._entries[sampler_id] = entry

@@ -19,7 +19,6 @@ from mint_engine.errors import NotFoundError, UserError
 
 if TYPE_CHECKING:
     from mint_engine.server.caller import Caller
-    from mint_engine.server.samplers import Samplers
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +37,8 @@ class Sessions:
     put_aside: moves what the session has in memory to disk; False if some of it is busy.
     """
 
-    def __init__(self, silence: float, samplers: Samplers, put_aside: Callable[[str], Awaitable[bool]]) -> None:
-        self._silence, self._samplers, self._put_aside = silence, samplers, put_aside
+    def __init__(self, silence: float, put_aside: Callable[[str], Awaitable[bool]]) -> None:
+        self._silence, self._put_aside = silence, put_aside
         self._sessions: dict[str, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 

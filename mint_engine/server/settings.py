@@ -85,7 +85,8 @@ class Settings(BaseSettings):
     max_resident_samplers: int = Field(
         default=64,
         ge=1,
-        description="Unnamed samplers kept in memory; those used least recently go to disk and come back.",
+        description="Samplers kept in memory, and unnamed ones of a session kept on disk; those used least recently go "
+        "to disk and come back.",
     )
 
     # ---- times

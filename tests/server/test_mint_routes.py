@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -332,6 +333,28 @@ def test_reverse_kl_of_anothers_model_or_reference_is_not_found(connect: Connect
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_session_that_has_ended_leaves_nothing_in_the_engine(base: Path) -> None:
+    def until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    with live_server(models=[base], kv_cache_bytes=1 << 22, session_timeout_s=0.3) as server:
+        client, engine = Client(server), server.engine
+        with client.http:
+            session = client.session()
+            model = client.model(base, session)
+            body = {"model_id": model, "seq_id": 1, "sampling_session_seq_id": 0}
+            sampler = client.wait("/save_weights_for_sampler", **body)["sampling_session_id"]
+            until(lambda: not engine.is_resident(model) and not engine.is_resident(sampler))
+            assert engine.store.parked(model) is not None
+            client.post(f"/sessions/{session}/finish", reason={"type": "success"})
+        until(lambda: engine.store.parked(model) is None and engine.store.parked(sampler) is None)
+        until(lambda: not engine._residents._counts and not engine._owners)
+        assert not engine._residents._lanes
 
 
 def test_a_tokenizer_can_be_fetched_and_works(client: Client, base: Path, tmp_path: Path) -> None:

@@ -56,6 +56,9 @@ def test_it_can_be_mounted_where_no_lifespan_runs(tmp_path: Path, prefix: str) -
             await stop(inner)
             assert engine.store.parked(model) is not None
             assert (await http.post(f"{prefix}/api/v1/create_session", json={})).status_code == 503
+            late = await http.post(f"{prefix}/api/v1/retrieve_future", json={"request_id": f"{model}:req:old"})
+            assert late.status_code == 503
+            assert engine.store.parked(model) is not None, "a poll that comes late does not take it from the disk"
             assert (await http.get(f"{prefix}/healthz")).status_code == 503
 
     asyncio.run(run())
@@ -110,7 +113,7 @@ def look(sessions: Sessions, silent: float) -> Session | None:
 def test_a_sign_of_life_moves_the_end_away() -> None:
     async def run() -> None:
         aside = Aside()
-        sessions = Sessions(100, None, aside)  # type: ignore[arg-type]
+        sessions = Sessions(100, aside)  # type: ignore[arg-type]
         sessions.touch("s", "a")
         session = look(sessions, silent=40)
         await asyncio.sleep(0)
@@ -129,7 +132,7 @@ def test_a_sign_of_life_moves_the_end_away() -> None:
 def test_a_busy_session_is_looked_at_again() -> None:
     async def run() -> None:
         aside = Aside(busy=1)
-        sessions = Sessions(100, None, aside)  # type: ignore[arg-type]
+        sessions = Sessions(100, aside)  # type: ignore[arg-type]
         sessions.touch("s", "a")
         session = look(sessions, silent=101)
         await asyncio.sleep(0.01)

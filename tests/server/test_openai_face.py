@@ -263,6 +263,11 @@ def test_errors_as_the_package_knows_them(client: openai.OpenAI, engine: Scripte
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="characters"):
         client.completions.create(model="tiny", prompt="x" * (CONTEXT * 20))
+    with pytest.raises(openai.BadRequestError, match="prompt: expected at most 4 prompts in a request, got 5"):
+        client.completions.create(model="tiny", prompt=["x"] * 5)
+    engine.waiting = 1
+    with pytest.raises(openai.RateLimitError):
+        client.completions.create(model="tiny", prompt=["x"] * 4)
     engine.waiting = 4
     with pytest.raises(openai.RateLimitError) as busy:
         client.completions.create(model="tiny", prompt="x")

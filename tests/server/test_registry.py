@@ -409,6 +409,16 @@ async def test_the_audit_log_shows_ones_own_saves_of_a_day(small: SmallApp) -> N
         assert await _json(client, "/audit", event_type="teams") == {"entries": []}
 
 
+async def test_the_audit_log_is_not_crowded_out_by_training(small: SmallApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mint_engine.server.routes.account._AUDIT_ENTRIES", 5)
+    small.store.ledger.append([_entry("SaveWeights", "m:req:0", "m")])
+    small.store.ledger.append([_entry("OptimStep", f"m:req:{i}", "m") for i in range(1, 10)])
+    async with small.client() as client:
+        assert [e["event"] for e in (await _json(client, "/audit"))["entries"]] == ["checkpoint_saved"]
+        for day in ("0001-01-01", "9999-12-31"):
+            assert await _json(client, "/audit", day=day) == {"entries": []}
+
+
 async def test_bills_are_empty_and_storage_is_counted(small: SmallApp) -> None:
     run = small.run("local")
     async with small.client() as client:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from store_helpers import Place, move_clock
 
-from mint_engine.errors import NotFoundError, UserError
+from mint_engine.errors import NotFoundError, StorageError, UserError
 from mint_engine.store import KeyLimits, Store
 
 
@@ -67,6 +69,18 @@ def test_the_last_use_is_noted_to_the_minute(store: Store, monkeypatch: pytest.M
     move_clock(monkeypatch, seconds=100)
     store.keys.find(secret)
     assert store.keys.get(record.key_id).last_used > first
+
+
+def test_a_full_disk_keeps_nobody_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, secret = store.keys.create("alice")
+
+    @contextmanager
+    def full(action: str) -> Iterator[None]:
+        raise StorageError(28, f"{action} failed: the database is full")
+        yield
+
+    monkeypatch.setattr(store._database, "write", full)
+    assert store.keys.find(secret).key_id == record.key_id
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -34,6 +35,15 @@ def test_entries_come_back_as_they_were_newest_first(place: Place, store: Store)
     assert [e.request_id for e in again.entries(owner="key-2")] == ["r-3"]
     assert again.entries(owner="key-2", model_id="m") == []
     assert [e.request_id for e in again.entries(limit=1, offset=1)] == ["r-2"]
+
+
+def test_entries_of_some_kinds_and_of_a_time(store: Store) -> None:
+    now = datetime.now(UTC)
+    entries = [entry(i, kind=kind) for i, kind in enumerate(("OptimStep", "SaveWeights", "LoadWeights", "SaveWeights"))]
+    store.ledger.append(replace(e, accepted=now + timedelta(hours=i)) for i, e in enumerate(entries))
+    found = store.ledger.entries(kinds=["SaveWeights", "LoadWeights"], since=now, until=now + timedelta(hours=2))
+    assert [e.request_id for e in found] == ["r-2", "r-1"]
+    assert store.ledger.entries(kinds=[]) == []
 
 
 def test_whatever_a_request_held_is_written_down(store: Store) -> None:

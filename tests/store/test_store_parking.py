@@ -36,6 +36,15 @@ def test_parked_models_are_in_no_list(store: Store) -> None:
     assert store.disk_usage() == 0
 
 
+def test_what_is_parked_of_a_session_longest_ago_first(store: Store) -> None:
+    for identifier in ("s_1:sample:10", "s_1:sample:9", "s_1:train:0", "sx1:sample:0", "s_1:sample:x:sample:0"):
+        store.park(identifier, note(identifier), {})
+    store.park("s_1:sample:10", note("again"), {})
+    assert store.parked_ids("s_1", "sample")[-2:] == ["s_1:sample:x:sample:0", "s_1:sample:10"]
+    assert store.parked_ids("s_1", "train") == ["s_1:train:0"]
+    assert store.parked_ids("s", "sample") == []
+
+
 def test_parking_again_replaces(store: Store) -> None:
     for i in range(3):
         store.park(RUN, note(str(i)), {"i": i})

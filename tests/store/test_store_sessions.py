@@ -33,6 +33,15 @@ def test_sessions_runs_and_samplers_survive_a_restart(place: Place, store: Store
     assert again.get_run(RUN).base_model == "tiny"
 
 
+def test_a_session_is_finished_once_its_client_says_so(place: Place, store: Store) -> None:
+    assert not store.session_finished("s-1")
+    store.finish_session("s-1", "errored")
+    assert place.open().session_finished("s-1")
+    for view, session in ((store, "s-9"), (store.as_owner("key-2"), "s-1")):
+        with pytest.raises(NotFoundError):
+            view.session_finished(session)
+
+
 def test_unknown_sessions_samplers_and_runs_are_named(store: Store) -> None:
     for call in (
         lambda: store.get_session("s-9"),

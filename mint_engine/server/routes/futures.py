@@ -79,6 +79,8 @@ async def _find(caller: Caller, state: ServerState, request_id: str) -> None:
     scope = request_id.rpartition(SCOPE)[0]
     if state.promises.get(request_id, caller.owner) is not None or not scope:
         return
+    if state.promises.stopping is not None:
+        raise RestartingError(state.promises.stopping)
     if ":train:" in scope:
         await state.sequencer.lane(caller, scope)
     elif not await state.samplers.exists(caller, scope):
