@@ -37,6 +37,11 @@ class Schedule:
         self.jobs: list[Job] = []
         self.preemptions = 0
 
+    @property
+    def running(self) -> list[Row | Job]:
+        """Everything that holds blocks."""
+        return [*self.rows, *self.jobs]
+
     # ---- the queue -------------------------------------------------------------------------------------------------
 
     def append(self, job: Job) -> None:
@@ -116,7 +121,7 @@ class Schedule:
         if not self.rows and not self.jobs:
             return price <= self._cache.blocks_available  # always: submit saw to it
         wanted: dict[str, int] = {}
-        for sequence in (*self.rows, *self.jobs, job):
+        for sequence in [*self.running, job]:
             more = _copies(sequence) if isinstance(sequence, Job) else _grows(sequence)
             wanted[sequence.request.owner] = wanted.get(sequence.request.owner, 0) + more
         spare = sum(min(n, max(0, self._share - held.get(owner, (0, 0))[1])) for owner, n in wanted.items())
@@ -136,7 +141,7 @@ class Schedule:
         """Owner -> (rows, blocks) of what is running. One owner alone is not counted in blocks: all are his."""
         rows: dict[str, int] = {}
         blocks: dict[str, set[int]] = {}
-        for sequence in (*self.rows, *self.jobs):
+        for sequence in self.running:
             owner = sequence.request.owner
             rows[owner] = rows.get(owner, 0) + (len(sequence.rows) if isinstance(sequence, Job) else 1)
             if len(self._owners) > 1:
@@ -153,9 +158,9 @@ class Schedule:
             while row.cache.blocks and (growth := self._cache.growth(row.cache, 1)):
                 others: list[Row | Job] = []
                 if growth > self._cache.blocks_available:
-                    others = [*self.rows, *self.jobs]
+                    others = self.running
                 elif tight and self._held()[row.request.owner][1] + growth > self._share:
-                    others = [s for s in (*self.rows, *self.jobs) if s.request.owner == row.request.owner]
+                    others = [s for s in self.running if s.request.owner == row.request.owner]
                 if len(others) < 2:  # there is room, or nobody else of whom to take it
                     break
                 self.preempt(max(others, key=lambda s: s.age))
@@ -201,7 +206,7 @@ class Schedule:
 
     def leave(self, gone: Callable[[Request], bool]) -> bool:
         """Free what belongs to requests that are ``gone``. False if there was nothing."""
-        leaving: list[CachedSequence] = [s.cache for s in (*self.rows, *self.jobs) if gone(s.request)]
+        leaving: list[CachedSequence] = [s.cache for s in self.running if gone(s.request)]
         if leaving:
             self.rows = [row for row in self.rows if not gone(row.request)]
             self.jobs = [job for job in self.jobs if not gone(job.request)]
