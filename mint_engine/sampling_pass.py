@@ -46,22 +46,75 @@ def compute(
     """
     pieces = [*prompts, *sampled]
     bounds = [0, *accumulate(len(p.tokens) for p in pieces)]
+    rows = _Rows(
+        tokens=torch.from_numpy(np.concatenate([p.tokens for p in pieces])),
+        positions=torch.from_numpy(np.concatenate([np.arange(p.start, p.stop) for p in pieces])),
+        slots=torch.from_numpy(np.concatenate([cache.slots(p.cache, p.start, p.stop) for p in pieces])),
+        seating=decoder.borders.seat(
+            [(p.adapter, a, b) for p, a, b in zip(pieces, bounds[:-1], bounds[1:], strict=True)]
+        ),
+    )
     split = bounds[len(prompts)]
-    slots = torch.from_numpy(np.concatenate([cache.slots(p.cache, p.start, p.stop) for p in pieces]))
+    if split == 0 and kernels.decode_layer_supported(decoder.embedding[: len(rows.tokens)], cache.k[0], cache.v[0]):
+        return _decode(decoder, cache, rows, sampled), rows.seating
     first = _prompt_attend(decoder, cache, prompts) if prompts else None
     then = _sampled_attend(decoder, cache, sampled) if sampled else None
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        cache.write(layer, slots, k, v)
+        cache.write(layer, rows.slots, k, v)
         if first is not None:
             first(layer, q[:split], k[:split], v[:split], out[:split])
         if then is not None:
             then(layer, q[split:], k[split:], v[split:], out[split:])
 
-    seating = decoder.borders.seat([(p.adapter, a, b) for p, a, b in zip(pieces, bounds[:-1], bounds[1:], strict=True)])
-    tokens = torch.from_numpy(np.concatenate([p.tokens for p in pieces]))
-    positions = torch.from_numpy(np.concatenate([np.arange(p.start, p.stop) for p in pieces]))
-    return decoder.hidden(tokens, positions, seating, attend)[0], seating
+    return decoder.hidden(rows.tokens, rows.positions, rows.seating, attend)[0], rows.seating
+
+
+@dataclass
+class _Rows:
+    """``tokens, positions, slots`` int64 [M]: what, where in its sequence, and which cell of the cache it gets."""
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    seating: Seating
+
+
+def _decode(decoder: Decoder, cache: KVCache, rows: _Rows, pieces: Sequence[Piece]) -> Tensor:
+    """The residual stream [M, H] of a few sampled tokens, a layer in one call."""
+    c = decoder.config
+    cos, sin = decoder.rope.rows(rows.positions)
+    table, lengths = _context(cache, pieces)
+    adapters = _layer_adapters(decoder, rows.seating)
+    x, h = decoder.embedding[rows.tokens], None
+    for i, layer in enumerate(decoder.layers):
+        x, h = kernels.decode_layer(
+            layer, x, h, cos, sin, cache.k[i], cache.v[i], rows.slots, table, lengths, c.num_heads, c.num_kv_heads,
+            c.rms_norm_eps, c.head_dim**-0.5, adapters=adapters,
+        )  # fmt: skip
+    assert h is not None
+    return h + x
+
+
+def _layer_adapters(decoder: Decoder, seating: Seating) -> kernels.LayerAdapters | None:
+    """The seating as decode_layer takes it. An adapter trains a kind of module in every layer or in none."""
+    if not seating.segments:
+        return None
+    layer = decoder.layers[0]
+    groups = [w.group for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    segments, scales = [], []
+    for s in seating.segments:
+        trained = sum(1 << bit for bit, group in enumerate(groups) if group.name in s.adapter.factors)
+        segments.append([s.start, s.stop, s.offset, s.adapter.rank, trained])
+        scales.append(s.adapter.scale)
+    return kernels.LayerAdapters(torch.tensor(segments), torch.tensor(scales, dtype=torch.float32), seating.ranks)
+
+
+def _context(cache: KVCache, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+    """(block table int32 [M, blocks], lengths int32 [M]) of sampled rows, each up to itself."""
+    table = np.repeat(cache.table([p.cache for p in pieces]), [len(p.tokens) for p in pieces], axis=0)
+    lengths = np.concatenate([np.arange(p.start, p.stop, dtype=np.int32) + 1 for p in pieces])
+    return torch.from_numpy(table), torch.from_numpy(lengths)
 
 
 def _prompt_attend(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) -> Attend:
@@ -82,9 +135,7 @@ def _prompt_attend(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) ->
 
 def _sampled_attend(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) -> Attend:
     """Each row attends alone to the blocks of its sequence, up to itself."""
-    counts = [len(p.tokens) for p in pieces]
-    table = torch.from_numpy(np.repeat(cache.table([p.cache for p in pieces]), counts, axis=0))
-    lengths = torch.from_numpy(np.concatenate([np.arange(p.start, p.stop, dtype=np.int32) + 1 for p in pieces]))
+    table, lengths = _context(cache, pieces)
     heads = decoder.config.num_heads, decoder.config.num_kv_heads, decoder.config.head_dim**-0.5
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
