@@ -39,13 +39,21 @@ class Layer(Protocol):
     """The layer's weights, all of one dtype: norms [H]; ``q_norm``, ``k_norm`` [d] or both None."""
 
     attention_norm: Tensor
-    qkv: Linear
-    o: Linear
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
+
+    @property
+    def qkv(self) -> Linear: ...
+
+    @property
+    def o(self) -> Linear: ...
+
+    @property
+    def gate_up(self) -> Linear: ...
+
+    @property
+    def down(self) -> Linear: ...
 
 
 @dataclass(frozen=True)
