@@ -130,7 +130,9 @@ class Schedule:
     def _within_share(self, job: Job, rows: int, blocks: int) -> bool:
         if rows + len(job.rows) > MAX_ROWS:
             return False
-        return blocks == 0 or not job.cached or blocks + blocks_for(len(job.tokens)) + len(job.rows) <= self._share
+        if blocks == 0 or not job.cached:
+            return True
+        return blocks + self._cache.price(self._found(job), len(job.tokens)) + _copies(job) <= self._share
 
     @property
     def _share(self) -> int:
