@@ -25,10 +25,13 @@ class UniformStream:
     """Uniform numbers in [0, 1) of one sample: Philox keyed by (seed, sample index), fresh entropy without a seed."""
 
     def __init__(self, seed: int | None, index: int) -> None:
-        key = None if seed is None else np.array([seed % 2**64, index], dtype=np.uint64)
-        self._generator = np.random.Generator(np.random.Philox(key=key))
+        self._seed, self._index = seed, index
+        self._generator: np.random.Generator | None = None  # made when needed: a call may wait, with many samples
 
     def next(self) -> float:
+        if self._generator is None:
+            key = None if self._seed is None else np.array([self._seed % 2**64, self._index], dtype=np.uint64)
+            self._generator = np.random.Generator(np.random.Philox(key=key))
         return float(self._generator.random())
 
 
