@@ -48,6 +48,13 @@ def copy_bandwidth(mebibytes: int = 256, rounds: int = 10) -> float:
     return 2 * source.numel() * 4 / min(times)
 
 
+def read_bandwidth(mebibytes: int = 256, rounds: int = 10) -> float:
+    """Bytes/s of summing a tensor larger than the caches: what a pass over the weights is set against."""
+    source = torch.ones(mebibytes << 18)
+    times = interleaved({"sum": source.sum}, rounds=rounds)["sum"]
+    return source.numel() * 4 / min(times)
+
+
 def machine() -> dict[str, Any]:
     """CPU, threads, versions and commit, for the JSON document."""
     cpu = platform.processor() or platform.machine()

@@ -86,11 +86,11 @@ struct AttentionForward {
 
     void pack_keys(const AttentionTask& t, int64_t n_keys) {
         const int64_t d = shape.d, w = X::row_words(d);
-        for (int64_t j = 0; j < n_keys; ++j) X::copy_row(k + (t.token + j) * k_stride + t.kv_head * d, d, keys + j * w);
+        for (int64_t j = 0; j < n_keys; ++j) X::copy_row(k + (t.key + j) * k_stride + t.kv_head * d, d, keys + j * w);
         for (int64_t j0 = 0; j0 < n_keys; j0 += kKeys) {
             const int64_t n = min64(kKeys, n_keys - j0), depth = X::row_words(n);
             for (int64_t j = 0; j < n; ++j)
-                X::copy_row(v + (t.token + j0 + j) * v_stride + t.kv_head * d, d, value_rows + j * w);
+                X::copy_row(v + (t.key + j0 + j) * v_stride + t.kv_head * d, d, value_rows + j * w);
             std::memset(value_rows + n * w, 0, size_t(depth * X::per_word - n) * w * sizeof(Word));
             const Word* zipped = X::zipped(value_rows, depth * X::per_word, d, zip);
             X::transpose(zipped, X::pad(d), depth, X::pad(d), values + j0 / kKeys * X::pad(d) * kLd, kLd);
@@ -182,16 +182,18 @@ struct AttentionForward {
     }
 };
 
-// out [tokens, n_q d] and lse [n_q, tokens] (contiguous) of q, k, v; the face checks their shapes.
+// out [tokens, n_q d] and lse [n_q, tokens] (contiguous) of q [tokens, ..] and k, v [keys, ..]; the face checks their
+// shapes. cu_keys: null where every key has a query.
 template <class S, class T>
 void attention(const T* q, int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride, T* out,
-               int64_t out_stride, float* lse, const int32_t* cu_seqlens, int64_t n_seqs, int64_t tokens, int64_t n_q,
-               int64_t n_kv, int64_t d, float scale) {
+               int64_t out_stride, float* lse, const int32_t* cu_seqlens, const int32_t* cu_keys, int64_t n_seqs,
+               int64_t tokens, int64_t keys, int64_t n_q, int64_t n_kv, int64_t d, float scale) {
     check::multiple("attention", "head_dim", d, 2);
     check::multiple("attention", "n_q", n_q, n_kv);
     check::row_stride("attention", "out", out_stride, tokens, n_q * d);
     const AttentionShape shape{tokens, n_kv, n_q / n_kv, d};
-    const AttentionPlan plan("attention", cu_seqlens, n_seqs, tokens, n_kv, shape.group, kAttentionChunk);
+    const AttentionPlan plan("attention", cu_seqlens, cu_keys, n_seqs, tokens, keys, n_kv, shape.group,
+                             kAttentionChunk);
     const int64_t n_tasks = plan.n_tasks();
     AttentionForward<S, T> shared{q,          k,       v,       out,     lse,     q_stride, k_stride, v_stride,
                                   out_stride, shape,   scale,   nullptr, nullptr, nullptr,  nullptr,  nullptr,

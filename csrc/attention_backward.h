@@ -169,7 +169,7 @@ void attention_backward(const T* d_out, int64_t d_out_stride, const T* q, int64_
     check::row_stride("attention_backward", "dk", dk_stride, tokens, n_kv * d);
     check::row_stride("attention_backward", "dv", dv_stride, tokens, n_kv * d);
     const AttentionShape shape{tokens, n_kv, n_q / n_kv, d};
-    const AttentionPlan plan("attention_backward", cu_seqlens, n_seqs, tokens, n_kv, shape.group, 0);
+    const AttentionPlan plan("attention_backward", cu_seqlens, nullptr, n_seqs, tokens, tokens, n_kv, shape.group, 0);
     const int64_t n_tasks = plan.n_tasks();
     AttentionBackward<S, T> shared{};
     shared.d_out = d_out, shared.q = q, shared.k = k, shared.v = v, shared.out = out, shared.lse = lse;

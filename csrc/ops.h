@@ -8,6 +8,7 @@
 #include "adamw.h"
 #include "attention.h"
 #include "attention_backward.h"
+#include "decode_layer.h"
 #include "logits.h"
 #include "outer_accumulate.h"
 #include "paged_attention.h"
@@ -20,6 +21,7 @@
     X(adamw)                 \
     X(attention)             \
     X(attention_backward)    \
+    X(decode_layer)          \
     X(logits)                \
     X(matmul)                \
     X(outer_accumulate)      \

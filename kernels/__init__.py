@@ -3,6 +3,7 @@
 from mint_engine.kernels.adamw import adamw_
 from mint_engine.kernels.attention import attention, attention_backward
 from mint_engine.kernels.bordered_linear import bordered_linear, bordered_linear_backward, expand_backward, shrink
+from mint_engine.kernels.decode_layer import LayerAdapters, decode_layer, decode_layer_supported
 from mint_engine.kernels.op import faces, force_face, isa
 from mint_engine.kernels.outer_accumulate import outer_accumulate
 from mint_engine.kernels.paged_attention import paged_attention
@@ -12,11 +13,14 @@ from mint_engine.kernels.swiglu import swiglu, swiglu_backward
 from mint_engine.kernels.target_logprob import logits, target_logprob, target_logprob_backward
 
 __all__ = [
+    "LayerAdapters",
     "adamw_",
     "attention",
     "attention_backward",
     "bordered_linear",
     "bordered_linear_backward",
+    "decode_layer",
+    "decode_layer_supported",
     "expand_backward",
     "faces",
     "force_face",

@@ -1,13 +1,16 @@
-"""Keys and values of the sequences being sampled, in fixed-size blocks that samples of one prompt share."""
+"""Keys and values of the sequences being sampled, in fixed-size blocks that sequences with a common prefix share."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mint_engine.kv_blocks import BlockPool
 from mint_engine.models.config import ModelConfig
 
 BLOCK_TOKENS = 32
@@ -19,20 +22,20 @@ def default_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
-@dataclass
+@dataclass(eq=False)
 class CachedSequence:
-    """One sequence's blocks (pool indices, in order), how many tokens of them are filled, and its reserve."""
+    """One sequence's blocks (pool indices, in order) and how many tokens in them have their keys and values."""
 
     blocks: list[int] = field(default_factory=list)
     length: int = 0
-    reserved: int = 0  # blocks promised to this sequence and not taken yet
 
 
 class KVCache:
     """A pool of blocks ``[layers, blocks, BLOCK_TOKENS, n_kv*d]`` for K and for V.
 
-    A sequence reserves its worst case when it is admitted, so a running one never finds the pool empty. The pool is
-    allocated at once but its pages are only touched, hence only taken from the system, when they are used.
+    A sequence takes blocks as it grows. Whole blocks are shared freely, they never change; a partial last block is
+    copied when one of several sequences that hold it writes to it. The pool is allocated at once but its pages are only
+    touched, hence only taken from the system, when they are used.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, max_bytes: int) -> None:
@@ -41,9 +44,7 @@ class KVCache:
         self.num_blocks = max(1, min(max_bytes // self.block_bytes, _MAX_BLOCKS))
         shape = (config.num_layers, self.num_blocks, BLOCK_TOKENS, width)
         self.k, self.v = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
-        self._free = list(range(self.num_blocks - 1, -1, -1))
-        self._users = [0] * self.num_blocks
-        self._promised = 0
+        self._pool = BlockPool(self.num_blocks)
 
     @property
     def capacity(self) -> int:
@@ -52,78 +53,105 @@ class KVCache:
 
     @property
     def blocks_available(self) -> int:
-        """Blocks neither used nor promised."""
-        return len(self._free) - self._promised
+        """Blocks that no sequence holds, those kept for a prefix that may come again included."""
+        return self._pool.available
 
     @property
     def blocks_used(self) -> int:
-        """Blocks that hold somebody's keys and values."""
-        return self.num_blocks - len(self._free)
-
-    @staticmethod
-    def blocks_needed(prompt: int, total: int, samples: int) -> int:
-        """Worst case of ``samples`` continuations of one prompt to ``total`` tokens each: prompt blocks are shared."""
-        shared = prompt // BLOCK_TOKENS
-        return shared + samples * (-(-total // BLOCK_TOKENS) - shared)
+        """Blocks that some sequence holds."""
+        return self.num_blocks - self._pool.available
 
     def longest(self, prompt: int, samples: int) -> int:
-        """The largest ``total`` for which :meth:`blocks_needed` is at most the whole pool."""
+        """The largest length to which ``samples`` continuations of one prompt fit the pool side by side."""
         shared = prompt // BLOCK_TOKENS
         return (shared + (self.num_blocks - shared) // max(1, samples)) * BLOCK_TOKENS
 
-    def open(self, reserve: int) -> CachedSequence:
-        """A new empty sequence with ``reserve`` blocks promised to it."""
-        self._promised += reserve
-        return CachedSequence(reserved=reserve)
+    def find(self, keys: Sequence[bytes]) -> list[int]:
+        """The blocks that hold the longest cached prefix of a sequence whose whole blocks have these keys."""
+        found: list[int] = []
+        for key in keys:
+            block = self._pool.find(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
 
-    def extend(self, seq: CachedSequence, tokens: int) -> list[int]:
-        """Make room for ``tokens`` more tokens; returns their flat slots (block * BLOCK_TOKENS + offset)."""
-        start, seq.length = seq.length, seq.length + tokens
-        while len(seq.blocks) * BLOCK_TOKENS < seq.length:
-            seq.blocks.append(self._take(seq))
-        return [seq.blocks[t // BLOCK_TOKENS] * BLOCK_TOKENS + t % BLOCK_TOKENS for t in range(start, seq.length)]
+    def price(self, found: Sequence[int], tokens: int) -> int:
+        """Available blocks that a sequence of ``tokens`` tokens beginning with the blocks ``found`` takes."""
+        return blocks_for(tokens) - sum(self._pool.users(block) > 0 for block in found)
 
-    def fork(self, seq: CachedSequence, reserve: int) -> CachedSequence:
-        """A sequence that continues from the same tokens: full blocks are shared, the last partial one is copied.
+    def open(self, found: Sequence[int] = ()) -> CachedSequence:
+        """A new sequence that begins with these blocks (whole ones)."""
+        for block in found:
+            self._pool.share(block)
+        return CachedSequence(list(found), len(found) * BLOCK_TOKENS)
 
-        ``reserve`` blocks of ``seq``'s own promise move to the new sequence.
-        """
-        seq.reserved -= reserve
-        full = seq.length // BLOCK_TOKENS
-        new = CachedSequence(seq.blocks[:full], seq.length, reserve)
-        for block in new.blocks:
-            self._users[block] += 1
-        if seq.length % BLOCK_TOKENS:
-            block = self._take(new)
-            self.k[:, block] = self.k[:, seq.blocks[full]]
-            self.v[:, block] = self.v[:, seq.blocks[full]]
-            new.blocks.append(block)
-        return new
+    def growth(self, seq: CachedSequence, tokens: int) -> int:
+        """Blocks that :meth:`reserve` would take."""
+        new = blocks_for(seq.length + tokens) - len(seq.blocks)
+        return max(0, new) + (tokens > 0 and self._copies_last(seq))
+
+    def reserve(self, seq: CachedSequence, tokens: int) -> None:
+        """Make room, of the sequence's own, for ``tokens`` more tokens. Needs :meth:`growth` available blocks."""
+        if tokens > 0 and self._copies_last(seq):
+            at = seq.length // BLOCK_TOKENS
+            old, new = seq.blocks[at], self._pool.take()
+            self.k[:, new], self.v[:, new] = self.k[:, old], self.v[:, old]
+            seq.blocks[at] = new
+            self._pool.release(old)
+        while len(seq.blocks) * BLOCK_TOKENS < seq.length + tokens:
+            seq.blocks.append(self._pool.take())
+
+    def _copies_last(self, seq: CachedSequence) -> bool:
+        at, inside = divmod(seq.length, BLOCK_TOKENS)
+        return inside > 0 and self._pool.users(seq.blocks[at]) > 1
+
+    def fork(self, seq: CachedSequence) -> CachedSequence:
+        """A sequence that goes on from the same tokens, in the same blocks."""
+        blocks = seq.blocks[: blocks_for(seq.length)]
+        for block in blocks:
+            self._pool.share(block)
+        return CachedSequence(blocks, seq.length)
 
     def close(self, seq: CachedSequence) -> None:
-        """Give back everything the sequence holds and was promised."""
-        for block in seq.blocks:
-            self._users[block] -= 1
-            if self._users[block] == 0:
-                self._free.append(block)
-        self._promised -= seq.reserved
-        seq.blocks, seq.length, seq.reserved = [], 0, 0
+        """Let go of the sequence's blocks, the last first: a prefix that is kept is evicted from its end."""
+        for block in reversed(seq.blocks):
+            self._pool.release(block)
+        seq.blocks, seq.length = [], 0
+
+    def publish(self, seq: CachedSequence, keys: Sequence[bytes], start: int, stop: int) -> list[int]:
+        """Let the whole blocks that end in tokens ``start:stop`` be found; returns those that could not be before."""
+        ends = range(start // BLOCK_TOKENS, min(stop // BLOCK_TOKENS, len(keys)))
+        return [seq.blocks[i] for i in ends if self._pool.publish(seq.blocks[i], keys[i])]
+
+    def retract(self, blocks: Sequence[int]) -> None:
+        """Let published blocks not be found any more: the pass that was to fill them failed."""
+        for block in blocks:
+            self._pool.retract(block)
+
+    def slots(self, seq: CachedSequence, start: int, stop: int) -> np.ndarray:
+        """Flat slots (block * BLOCK_TOKENS + offset) of tokens ``start:stop``, int64."""
+        at = np.arange(start, stop)
+        return np.array(seq.blocks, dtype=np.int64)[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store ``k, v`` [M, n_kv*d] at the flat slots int64 [M] of a layer."""
         self.k[layer].view(-1, k.shape[1]).index_copy_(0, slots, k)
         self.v[layer].view(-1, v.shape[1]).index_copy_(0, slots, v)
 
-    def table(self, sequences: list[CachedSequence]) -> tuple[Tensor, Tensor]:
-        """(block table int32 [n, max blocks] padded with -1, lengths int32 [n])."""
-        width = max(len(s.blocks) for s in sequences)
-        rows = [s.blocks + [-1] * (width - len(s.blocks)) for s in sequences]
-        return torch.tensor(rows, dtype=torch.int32), torch.tensor([s.length for s in sequences], dtype=torch.int32)
+    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """``k, v`` [M, n_kv*d] at the flat slots int64 [M] of a layer."""
+        k, v = (pool[layer].flatten(0, 1).index_select(0, slots) for pool in (self.k, self.v))
+        return k, v
 
-    def _take(self, seq: CachedSequence) -> int:
-        if seq.reserved > 0:
-            seq.reserved -= 1
-            self._promised -= 1
-        block = self._free.pop()
-        self._users[block] = 1
-        return block
+    def table(self, sequences: Sequence[CachedSequence]) -> np.ndarray:
+        """Block table int32 [n, most blocks], padded with -1."""
+        out = np.full((len(sequences), max(len(s.blocks) for s in sequences)), -1, dtype=np.int32)
+        for row, seq in zip(out, sequences, strict=True):
+            row[: len(seq.blocks)] = seq.blocks
+        return out
+
+
+def blocks_for(tokens: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-tokens // BLOCK_TOKENS)

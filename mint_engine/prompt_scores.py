@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor
 
 from mint_engine.borders import Seating
 from mint_engine.models.decoder import Decoder
-from mint_engine.sampling import Draw, UniformStream, choose, tempered_logprobs
+from mint_engine.sampling import UniformStream, choose, tempered_logprobs
 from mint_engine.types import PromptAltTokens, TensorData
+
+if TYPE_CHECKING:
+    from mint_engine.requests import Request
 
 _ROWS = 64  # rows of whole fp32 logits kept at once
 
@@ -30,63 +33,74 @@ class PromptQuery:
     def __bool__(self) -> bool:
         return self.logprobs or self.topk > 0 or self.targets is not None or self.alternatives > 0
 
+    def first_row(self, prompt: int) -> int:
+        """The first row that is read: the log-probability of token t comes from row t - 1."""
+        return 0 if self.last_n is None else max(0, prompt - self.last_n - 1)
 
-def score_prompt(
-    decoder: Decoder, x: Tensor, seating: Seating, prompt: np.ndarray, query: PromptQuery, draw: Draw, seed: int | None
-) -> dict[str, Any]:
-    """The prompt fields of a SampleResponse. ``x`` [N, H + p] is the head input of the prompt's rows.
 
-    The log-probability of token t comes from row t - 1; entry 0 of every per-position list is None.
+class PromptScorer:
+    """Collects the prompt fields of a SampleResponse while the prompt is computed, in order, chunk by chunk.
+
+    Entry 0 of every per-position list is None, and so is what ``last_n`` leaves out.
     """
-    n = len(prompt)
-    first = 1 if query.last_n is None else max(1, n - query.last_n)
-    tokens = torch.from_numpy(prompt[first:])
-    rows = torch.arange(first - 1, n - 1)
-    x, seating = x[rows], seating.select(rows)
-    out: dict[str, Any] = {}
-    missing: list[None] = [None] * min(first, n)
-    if query.logprobs:
-        scored = decoder.target_logprob(x, tokens[:, None], seating)[0][:, 0].tolist() if len(rows) else []
-        out["prompt_logprobs"] = [*missing, *scored]
-    if query.targets is not None:
-        scores = np.zeros(query.targets.shape, dtype=np.float32)
-        if len(rows):
-            wanted = torch.from_numpy(query.targets[first - 1 :])
-            scores[first - 1 :] = decoder.target_logprob(x, wanted, seating)[0].numpy()
-        out["target_prompt_logprobs"] = TensorData.from_numpy(scores)
-    if query.topk > 0 or query.alternatives > 0:
-        out.update(_from_logits(decoder, x, seating, query, draw, seed, missing, n))
-    return out
 
+    def __init__(self, request: Request) -> None:
+        self._request, self._query = request, request.query
+        n, k = len(request.prompt), request.query.alternatives
+        self._begin, self._end = self._query.first_row(n), n - 1  # rows that are read
+        missing = min(self._begin + 1, n)
+        self._logprobs: list[float | None] = [None] * missing
+        self._topk: list[list[tuple[int, float]] | None] = [None] * missing
+        targets = self._query.targets
+        self._targets = None if targets is None else np.zeros(targets.shape, dtype=np.float32)
+        self._alt_tokens = np.zeros((n - 1, k), dtype=np.int64)
+        self._alt_logprobs = np.zeros((n - 1, k), dtype=np.float32)
+        self._streams = [UniformStream(request.params.seed, 2**32 + i) for i in range(k)]
 
-def _from_logits(
-    decoder: Decoder, x: Tensor, seating: Seating, query: PromptQuery, draw: Draw, seed: int | None,
-    missing: list[None], n: int,
-) -> dict[str, Any]:  # fmt: skip
-    topk: list[list[tuple[int, float]] | None] = list(missing)
-    alt_tokens = np.zeros((n - 1, query.alternatives), dtype=np.int64)
-    alt_logprobs = np.zeros((n - 1, query.alternatives), dtype=np.float32)
-    streams = [UniformStream(seed, 2**32 + k) for k in range(query.alternatives)]
-    at = n - 1 - len(x)
-    for start in range(0, len(x), _ROWS):
-        rows = torch.arange(start, min(start + _ROWS, len(x)))
-        logits = decoder.logits(x[rows], seating.select(rows))
-        if query.topk > 0:
-            values, ids = torch.log_softmax(logits, -1).topk(min(query.topk, logits.shape[1]))
-            topk += [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
-        draws = [draw] * len(rows)
-        tempered = tempered_logprobs(logits, draws) if streams else None
-        for k, stream in enumerate(streams):
-            assert tempered is not None
-            chosen = choose(tempered, draws, [stream.next() for _ in rows])
-            where = slice(at + start, at + start + len(rows))
-            alt_tokens[where, k] = chosen.numpy()
-            alt_logprobs[where, k] = tempered.gather(1, chosen[:, None])[:, 0].numpy()
-    out: dict[str, Any] = {}
-    if query.topk > 0:
-        out["topk_prompt_logprobs"] = topk
-    if query.alternatives > 0:
-        out["prompt_alt_tokens"] = PromptAltTokens(
-            tokens=TensorData.from_numpy(alt_tokens), logprobs=TensorData.from_numpy(alt_logprobs)
-        )
-    return out
+    def rows(self, start: int, stop: int) -> range:
+        """Which of the prompt's rows ``start:stop`` are read."""
+        return range(max(start, self._begin), min(stop, self._end))
+
+    def add(self, decoder: Decoder, x: Tensor, seating: Seating, start: int) -> None:
+        """Score ``x`` [M, H + p], the head input of the rows ``start:start + M`` that are read."""
+        query, stop = self._query, start + len(x)
+        if query.logprobs:
+            tokens = torch.from_numpy(self._request.prompt[start + 1 : stop + 1])
+            self._logprobs += decoder.target_logprob(x, tokens[:, None], seating)[0][:, 0].tolist()
+        if query.targets is not None:
+            assert self._targets is not None
+            wanted = torch.from_numpy(query.targets[start:stop])
+            self._targets[start:stop] = decoder.target_logprob(x, wanted, seating)[0].numpy()
+        if query.topk > 0 or query.alternatives > 0:
+            for first in range(0, len(x), _ROWS):
+                rows = torch.arange(first, min(first + _ROWS, len(x)))
+                self._add_logits(decoder.logits(x[rows], seating.select(rows)), start + first)
+
+    def _add_logits(self, logits: Tensor, start: int) -> None:
+        n = len(logits)
+        if self._query.topk > 0:
+            values, ids = torch.log_softmax(logits, -1).topk(min(self._query.topk, logits.shape[1]))
+            pairs = zip(ids.tolist(), values.tolist(), strict=True)
+            self._topk += [list(zip(i, v, strict=True)) for i, v in pairs]
+        if not self._streams:
+            return
+        draws = [self._request.draw] * n
+        tempered = tempered_logprobs(logits, draws)
+        for k, stream in enumerate(self._streams):
+            chosen = choose(tempered, draws, [stream.next() for _ in range(n)])
+            self._alt_tokens[start : start + n, k] = chosen.numpy()
+            self._alt_logprobs[start : start + n, k] = tempered.gather(1, chosen[:, None])[:, 0].numpy()
+
+    def result(self) -> dict[str, Any]:
+        """The fields that were asked for."""
+        out: dict[str, Any] = {}
+        if self._query.logprobs:
+            out["prompt_logprobs"] = self._logprobs
+        if self._targets is not None:
+            out["target_prompt_logprobs"] = TensorData.from_numpy(self._targets)
+        if self._query.topk > 0:
+            out["topk_prompt_logprobs"] = self._topk
+        if self._query.alternatives > 0:
+            tokens, logprobs = TensorData.from_numpy(self._alt_tokens), TensorData.from_numpy(self._alt_logprobs)
+            out["prompt_alt_tokens"] = PromptAltTokens(tokens=tokens, logprobs=logprobs)
+        return out

@@ -51,6 +51,8 @@ class Request:
     on_token: OnToken | None = None
     owner: str = ""  # whose turn it takes
     begun: float | None = None  # time.perf_counter() when it was admitted
+    order: int = -1  # of admission
+    cache_hits: int = 0  # prompt tokens that were in the KV cache when it was admitted
 
     @property
     def draw(self) -> Draw:
@@ -58,7 +60,8 @@ class Request:
 
     @property
     def response(self) -> SampleResponse:
-        return SampleResponse(sequences=[self.finished[i] for i in range(self.num_samples)], **self.scores)
+        sequences = [self.finished[i] for i in range(self.num_samples)]
+        return SampleResponse(sequences, **self.scores, prompt_cache_hit_tokens=self.cache_hits)
 
 
 def make_request(

@@ -1,68 +1,56 @@
 """Decoding: all samples of all calls, of all adapters, advance together, one token a step (DESIGN.md 2.7).
 
 The decoder's own layers run here with the adapters in the border, as in training, so a log-probability reported while
-sampling is the one the trainer computes. Requests join and leave at any step.
+sampling is the one the trainer computes. Requests join and leave at any step; prompts are computed in chunks between
+the steps. Who is next, and who holds which blocks of the cache, is ``schedule.py``'s to say.
 """
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mint_engine import kernels
-from mint_engine.adapters import Adapter
 from mint_engine.batch import pack
 from mint_engine.borders import Seating
 from mint_engine.errors import NonFiniteError, SampleCancelledError, UserError
 from mint_engine.executor import settle
-from mint_engine.kv_cache import CachedSequence, KVCache
+from mint_engine.kv_cache import KVCache, blocks_for
 from mint_engine.models.decoder import Decoder
-from mint_engine.models.layer import Attend
-from mint_engine.prompt_scores import score_prompt
-from mint_engine.requests import MAX_SAMPLES, MAX_VALUES, Request, check_product
-from mint_engine.sampling import UniformStream, choose, tempered_logprobs
-from mint_engine.turns import Turns
+from mint_engine.requests import MAX_VALUES, Request, check_product
+from mint_engine.sampling import choose, tempered_logprobs
+from mint_engine.sampling_pass import Piece, compute
+from mint_engine.sampling_rows import Job, Row, adapter_order
+from mint_engine.schedule import MAX_ALL_ROWS, MAX_ROWS, Schedule
 from mint_engine.types import SampledSequence, StopReason
 
-MAX_PREFILL_TOKENS = 4096  # bounds how long running samples wait for new prompts
-MAX_ROWS = MAX_SAMPLES  # sequences of one owner that are decoded together; more wait
-MAX_ALL_ROWS = 4 * MAX_ROWS
+__all__ = ["MAX_ALL_ROWS", "MAX_ROWS", "Sampler"]
 
-
-@dataclass(eq=False)
-class _Row:
-    """One sample being decoded."""
-
-    request: Request
-    index: int
-    cache: CachedSequence
-    stream: UniformStream
-    max_tokens: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    topk: list[list[tuple[int, float]] | None] = field(default_factory=list)
+# Prompt tokens computed between two decode steps. While samples are being decoded they wait for it (256 tokens of
+# SmolLM2-135M take about five decode steps on two cores); while none is, it bounds the memory of a pass.
+CHUNK_BESIDE_ROWS = 256
+CHUNK_ALONE = 4096
 
 
 class Sampler:
     """Continuous batching over one base model. ``submit`` and ``cancel`` from any thread; ``step`` on the device's.
 
     ``tokens_sampled`` and ``tokens_prefilled`` count since the beginning; the device thread alone changes them.
+    ``chunk_beside_rows`` and ``chunk_alone``: tokens of a prompt pass, with samples being decoded and without.
     """
 
-    def __init__(self, decoder: Decoder, max_cache_bytes: int, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, decoder: Decoder, max_cache_bytes: int, wake: Callable[[], None], *,
+        chunk_beside_rows: int = CHUNK_BESIDE_ROWS, chunk_alone: int = CHUNK_ALONE,
+    ) -> None:  # fmt: skip
         self._decoder = decoder
         self._cache = KVCache(decoder.config, decoder.dtype, max_cache_bytes)
-        self._owners: set[str] = set()  # seen so far
+        self._schedule = Schedule(self._cache)
         self._wake = wake
-        self._lock = threading.Lock()
-        self._waiting: Turns[Request] = Turns()
-        self._rows: list[_Row] = []
+        self._chunk_beside_rows, self._chunk_alone = chunk_beside_rows, chunk_alone
         self._open: dict[Future, Request] = {}  # accepted and not answered yet
         self.tokens_sampled = self.tokens_prefilled = 0
         self._closed: BaseException | None = None
@@ -71,27 +59,29 @@ class Sampler:
         """Queue a request; its future gets a SampleResponse.
 
         Raises:
-            UserError: it could never be admitted, as it needs more KV cache than the whole pool; or its answer would
-                be too large.
+            UserError: it could never end, as one of its samples needs more KV cache than the whole pool; or its answer
+                would be too large.
         """
         limit = self._decoder.config.max_context_length
         if request.num_samples and len(request.prompt) >= limit:
             raise UserError(f"prompt: {len(request.prompt)} tokens leave no room to sample in a context of {limit}")
         most = self._max_tokens(request)
-        if request.num_samples and (most < 1 or self._blocks(request) > self._cache.num_blocks):
-            total = len(request.prompt) + max(1, most)
+        total = len(request.prompt) + max(1, most)
+        if request.num_samples and (most < 1 or blocks_for(total) > self._cache.num_blocks):
             raise UserError(
                 f"sample: {request.num_samples} samples of up to {total} tokens do not fit the KV cache of "
                 f"{self._cache.capacity} tokens; ask for fewer, or give the engine more (MINT_KV_CACHE_BYTES)"
             )
         topk = min(request.topk, self._decoder.config.vocab_size)
         check_product(MAX_VALUES, "topk_sample_logprobs", samples=request.num_samples, tokens=most, alternatives=topk)
-        with self._lock:
-            if self._closed is not None:
-                raise self._closed
-            self._open[request.future] = request
-            self._owners.add(request.owner)
-            self._waiting.append(request.owner, request)
+        if self._closed is not None:
+            raise self._closed
+        self._open[request.future] = request
+        job = Job.of_request(request, most)
+        job.cached = blocks_for(len(job.tokens)) <= self._cache.num_blocks
+        self._schedule.append(job)
+        if self._closed is not None:  # between the two lines
+            self._drop(request, self._closed)
         request.future.add_done_callback(self._answered)
         self._wake()
         return request.future
@@ -99,11 +89,7 @@ class Sampler:
     def _answered(self, future: Future) -> None:
         request = self._open.pop(future, None)
         if request is not None and future.cancelled():  # by its owner, while it waited
-            self._withdraw(request)
-
-    def _withdraw(self, request: Request) -> None:
-        with self._lock:
-            self._waiting.discard(request.owner, request)
+            self._schedule.withdraw(request)
 
     def cancel(self, future: Future) -> bool:
         """Give up a request: its future fails with SampleCancelledError now, its memory is free after the next step.
@@ -113,7 +99,7 @@ class Sampler:
         request = self._open.get(future)
         if request is None:
             return False
-        self._withdraw(request)
+        self._schedule.withdraw(request)
         error = SampleCancelledError("sample: cancelled")
         settle(future, error=error)
         self._wake()
@@ -121,55 +107,45 @@ class Sampler:
 
     def load(self, owner: str | None = None) -> tuple[int, int]:
         """(requests that wait to be admitted, their prompt tokens), all or an owner's."""
-        with self._lock:
-            waiting = [len(r.prompt) for r in self._waiting if owner in (None, r.owner)]
+        waiting = [len(r.prompt) for r in self._schedule.waiting() if owner in (None, r.owner)]
         return len(waiting), sum(waiting)
 
     @property
     def running(self) -> int:
         """Requests admitted and not answered yet."""
-        return max(0, len(self._open) - len(self._waiting))
+        return max(0, len(self._open) - len(self._schedule.waiting()))
 
     @property
     def cache(self) -> KVCache:
         return self._cache
 
+    @property
+    def preemptions(self) -> int:
+        """How often a sequence has given its blocks back, to be computed again."""
+        return self._schedule.preemptions
+
+    @property
+    def _rows(self) -> list[Row]:
+        return self._schedule.rows
+
     def fail(self, error: BaseException) -> None:
         """Every running and waiting request gets ``error``."""
-        with self._lock:
-            requests = [*self._waiting, *(row.request for row in self._rows)]
-            self._waiting.clear()
-        for request in requests:
+        for request in list(self._open.values()):
             self._drop(request, error)
 
     def close(self, error: BaseException) -> None:
         """The same, and every later request is refused with ``error``."""
-        with self._lock:
-            self._closed = error
+        self._closed = error
         self.fail(error)
 
     def step(self) -> bool:
-        """Admit and prefill what fits, then decode one token of every running sample. False if there was nothing."""
-        freed = self._leave_abandoned()
-        admitted = self._admit()
-        if admitted:
-            self._guarded(admitted, lambda: self._prefill(admitted))
-        running = [row.request for row in self._rows]
-        if running:
-            self._guarded(running, self._decode)
-        return bool(freed or admitted or running)
-
-    def _leave_abandoned(self) -> bool:
-        """Free the rows of requests whose future somebody else has settled: they were cancelled."""
-        kept: list[_Row] = []
-        for row in self._rows:
-            if row.request.future.done():
-                self._cache.close(row.cache)
-            else:
-                kept.append(row)
-        freed = len(kept) < len(self._rows)
-        self._rows = kept
-        return freed
+        """Compute a chunk of waiting prompts, then one token of every running sample. False if there was nothing."""
+        freed = self._schedule.leave(lambda request: request.future.done())
+        prefilled = self._prefill()
+        rows = self._schedule.make_room()
+        if rows:
+            self._guarded([row.request for row in rows], lambda: self._decode(rows))
+        return bool(freed or prefilled or rows)
 
     def _guarded(self, requests: list[Request], work: Callable[[], None]) -> None:
         """An error in a batch reaches the requests of that batch; their memory is given back, the others go on."""
@@ -180,14 +156,13 @@ class Sampler:
                 self._drop(request, error)
 
     def _drop(self, request: Request, error: BaseException) -> None:
-        for row in [r for r in self._rows if r.request is request]:
-            self._cache.close(row.cache)
-            self._rows.remove(row)
+        self._schedule.withdraw(request)
+        self._schedule.leave(lambda other: other is request)
         if not request.future.done():
             settle(request.future, error=error)
 
     def _max_tokens(self, request: Request) -> int:
-        """Tokens a sample may have: what was asked for, else what the cache holds, cut at the context's end."""
+        """Tokens a sample may have: what was asked for, else its share of the cache, cut at the context's end."""
         if request.num_samples == 0:
             return 0
         n, asked = len(request.prompt), request.params.max_tokens
@@ -195,137 +170,114 @@ class Sampler:
             asked = self._cache.longest(n, request.num_samples) - n
         return min(asked, self._decoder.config.max_context_length - n)
 
-    def _blocks(self, request: Request) -> int:
-        """Cache blocks the request needs at worst."""
-        if request.num_samples == 0:
-            return 0
-        n = len(request.prompt)
-        return self._cache.blocks_needed(n, n + self._max_tokens(request), request.num_samples)
-
-    def _admit(self) -> list[Request]:
-        """Take waiting requests, of every owner in turn, as long as cache, rows and the prefill budget last.
-
-        Who has many rows or much of the cache already waits until some of it is free again, and others come first.
-        """
-        admitted: list[Request] = []
-        tokens, blocks, rows = 0, self._cache.blocks_available, len(self._rows)
-        with self._lock:
-            held = self._held() if self._waiting else {}
-            share = self._cache.num_blocks * (4 if len(self._owners) == 1 else 3) // 4
-            passed: set[str] = set()
-            while len(passed) < self._waiting.owners:
-                request = self._waiting.first()
-                owner, n, needed = request.owner, len(request.prompt), self._blocks(request)
-                own_rows, own_blocks = held.get(owner, (0, 0))
-                if owner in passed or own_rows + request.num_samples > MAX_ROWS or (
-                    own_blocks and own_blocks + needed > share
-                ):  # fmt: skip
-                    passed.add(owner)
-                    self._waiting.skip()
-                    continue
-                full = needed > blocks or rows + request.num_samples > MAX_ALL_ROWS
-                if full or (admitted and tokens + n > MAX_PREFILL_TOKENS):
+    def _prefill(self) -> bool:
+        """Run the next chunk of the prompts, score it where asked, draw the first tokens of those that are complete."""
+        budget = self._chunk_beside_rows if self._rows else self._chunk_alone
+        chunks: list[tuple[Job, int, int]] = []
+        uncached: list[Job] = []
+        published: list[int] = []
+        for job in self._schedule.next_jobs():
+            if not job.cached:
+                uncached.append(job)
+                budget -= len(job.tokens)
+                if budget <= 0:
                     break
-                self._waiting.pop()
-                if request.future.set_running_or_notify_cancel():
-                    request.begun = time.perf_counter()
-                    admitted.append(request)
-                    tokens, blocks, rows = tokens + n, blocks - needed, rows + request.num_samples
-                    held[owner] = own_rows + request.num_samples, own_blocks + needed
-        return sorted(admitted, key=lambda r: _adapter_key(r.adapter))
+                continue
+            start = job.cache.length
+            stop = min(len(job.tokens), start + budget)
+            budget -= stop - start
+            # What comes in later in this pass may already build on these blocks: a layer stores before it attends.
+            published += self._cache.publish(job.cache, job.keys, start, stop)
+            job.cache.length = stop
+            chunks.append((job, start, stop))
+            if budget <= 0:
+                break
+        chunks.sort(key=lambda chunk: adapter_order(chunk[0].request.adapter))
+        if chunks:
+            requests = [job.request for job, _, _ in chunks]
+            self._guarded(requests, lambda: self._compute_chunks(chunks, published))
+        for job in uncached:
+            self._guarded([job.request], lambda job=job: self._score_whole(job))  # type: ignore[misc]
+        return bool(chunks or uncached)
 
-    def _held(self) -> dict[str, tuple[int, int]]:
-        """Owner -> (rows, cache blocks at worst) of what is running."""
-        held: dict[str, tuple[int, int]] = {}
-        for request in {id(row.request): row.request for row in self._rows}.values():
-            rows, blocks = held.get(request.owner, (0, 0))
-            held[request.owner] = rows + request.num_samples, blocks + self._blocks(request)
-        return held
-
-    def _prefill(self, requests: list[Request]) -> None:
-        """Run the prompts as one packed batch, score them where asked, and draw every sample's first token."""
-        batch = pack([r.prompt for r in requests])
-        bounds = batch.cu_seqlens.tolist()
-        seating = self._decoder.borders.seat([(r.adapter, bounds[i], bounds[i + 1]) for i, r in enumerate(requests)])
-        caches = {i: self._cache.open(self._blocks(r)) for i, r in enumerate(requests) if r.num_samples}
+    def _compute_chunks(self, chunks: list[tuple[Job, int, int]], published: list[int]) -> None:
+        prompts: list[tuple[Job, Piece]] = []
+        sampled: list[tuple[Job, Piece]] = []
+        for job, start, stop in chunks:
+            end = min(stop, len(job.request.prompt))
+            for pieces, a, b in ((prompts, start, end), (sampled, max(start, end), stop)):
+                if a < b:
+                    pieces.append((job, Piece(job.request.adapter, job.cache, job.tokens[a:b], a)))
         try:
-            slots = {i: self._cache.extend(cache, len(requests[i].prompt)) for i, cache in caches.items()}
-            rows = [row for i in caches for row in range(bounds[i], bounds[i + 1])]
-            attend = self._prefill_attend(
-                self._decoder.packed_attend(batch), rows, [s for group in slots.values() for s in group]
-            )
-            h, _ = self._decoder.hidden(batch.tokens, batch.positions, seating, attend)
-            self.tokens_prefilled += batch.num_tokens
-            self._score(requests, h, bounds, seating)
-            if not caches:
-                return
-            last = torch.tensor([bounds[i + 1] - 1 for i in caches])
-            x = self._decoder.head_input(h[last], seating.select(last))
-            logits = self._decoder.logits(x, seating.select(last))
+            h, seating = compute(self._decoder, self._cache, [p for _, p in prompts], [p for _, p in sampled])
         except BaseException:
-            for cache in caches.values():
-                self._cache.close(cache)
+            self._cache.retract(published)
             raise
-        new = [row for i, cache in caches.items() for row in self._open_rows(requests[i], cache)]
-        self._rows = sorted([*self._rows, *new], key=lambda row: _adapter_key(row.request.adapter))
-        copies = torch.tensor([requests[i].num_samples for i in caches])
-        self._extend(new, logits.repeat_interleave(copies, dim=0))
+        self.tokens_prefilled += len(h)
+        last: dict[Job, int] = {}
+        row = 0
+        for job, piece in (*prompts, *sampled):
+            self._score(job, piece, h[row : row + len(piece.tokens)], seating, row)
+            row += len(piece.tokens)
+            last[job] = row - 1
+        self._finish_jobs({job: i for job, i in last.items() if not job.remaining}, h, seating)
 
-    def _score(self, requests: list[Request], h: Tensor, bounds: list[int], seating: Seating) -> None:
-        for i, request in enumerate(requests):
-            if request.query:
-                rows = torch.arange(bounds[i], bounds[i + 1])
-                own = seating.select(rows)
-                x = self._decoder.head_input(h[rows], own)
-                request.scores = score_prompt(
-                    self._decoder, x, own, request.prompt, request.query, request.draw, request.params.seed
-                )
-            if request.num_samples == 0:
-                settle(request.future, request.response)
+    def _score(self, job: Job, piece: Piece, h: Tensor, seating: Seating, offset: int) -> None:
+        """Score the rows ``h`` of a piece, which are rows ``offset, ...`` of the pass."""
+        if job.scorer is None or not (rows := job.scorer.rows(piece.start, piece.stop)):
+            return
+        first = rows.start - piece.start
+        own = seating.select(torch.arange(offset + first, offset + first + len(rows)))
+        x = self._decoder.head_input(h[first : first + len(rows)], own)
+        job.scorer.add(self._decoder, x, own, rows.start)
 
-    def _prefill_attend(self, packed: Attend, rows: list[int], slots: list[int]) -> Attend:
-        """Attention within each prompt; K and V of the prompts that will be continued are kept."""
-        if not rows:
-            return packed
-        kept, where = torch.tensor(rows), torch.tensor(slots)
+    def _finish_jobs(self, last: dict[Job, int], h: Tensor, seating: Seating) -> None:
+        """Answer what was only to be scored; draw the next token of every other job's rows from its last row."""
+        for job in last:
+            if job.scorer is not None:
+                job.request.scores = job.scorer.result()
+        drawn = {job: i for job, i in sorted(last.items(), key=lambda item: item[1]) if job.rows}
+        logits = None
+        if drawn:
+            rows = torch.tensor(list(drawn.values()))
+            own = seating.select(rows)
+            logits = self._decoder.logits(self._decoder.head_input(h[rows], own), own)
+        for job in last:
+            self._schedule.finish_job(job)
+            if not job.rows:
+                settle(job.request.future, job.request.response)
+        if logits is not None:
+            copies = torch.tensor([len(job.rows) for job in drawn])
+            self._extend([row for job in drawn for row in job.rows], logits.repeat_interleave(copies, dim=0))
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor | None:
-            self._cache.write(layer, where, k[kept], v[kept])
-            return packed(layer, q, k, v, out)
+    def _score_whole(self, job: Job) -> None:
+        """Score a prompt that is longer than the whole cache: in one pass that keeps nothing."""
+        batch = pack([job.tokens])
+        seating = self._decoder.borders.seat([(job.request.adapter, 0, len(job.tokens))])
+        attend = self._decoder.packed_attend(batch)
+        h, _ = self._decoder.hidden(batch.tokens, batch.positions, seating, attend)
+        self.tokens_prefilled += len(h)
+        self._score(job, Piece(job.request.adapter, job.cache, job.tokens, 0), h, seating, 0)
+        job.cache.length = len(job.tokens)
+        self._finish_jobs({job: len(h) - 1}, h, seating)
 
-        return attend
-
-    def _open_rows(self, request: Request, prompt: CachedSequence) -> list[_Row]:
-        """One row per sample: forks of the prompt's sequence, and the sequence itself for the last."""
-        n, most = len(request.prompt), self._max_tokens(request)
-        own_blocks = self._cache.blocks_needed(n, n + most, 2) - self._cache.blocks_needed(n, n + most, 1)
-        caches = [self._cache.fork(prompt, own_blocks) for _ in range(request.num_samples - 1)] + [prompt]
-        return [_Row(request, i, cache, UniformStream(request.params.seed, i), most) for i, cache in enumerate(caches)]
-
-    def _decode(self) -> None:
+    def _decode(self, rows: list[Row]) -> None:
         """One token for every running row, whatever its adapter."""
-        rows, config = self._rows, self._decoder.config
-        positions = torch.tensor([row.cache.length for row in rows])
-        slots = torch.tensor([self._cache.extend(row.cache, 1)[0] for row in rows])
-        table, lengths = self._cache.table([row.cache for row in rows])
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-            self._cache.write(layer, slots, k, v)
-            pools = self._cache.k[layer], self._cache.v[layer]
-            shape = config.num_heads, config.num_kv_heads, config.head_dim**-0.5
-            kernels.paged_attention(q, *pools, table, lengths, *shape, out=out)
-
-        seating = self._decoder.borders.seat([(row.request.adapter, i, i + 1) for i, row in enumerate(rows)])
-        tokens = torch.tensor([row.tokens[-1] for row in rows])
-        h, _ = self._decoder.hidden(tokens, positions, seating, attend)
+        pieces = []
+        for row in rows:
+            token = np.array(row.tokens[-1:], dtype=np.int64)
+            pieces.append(Piece(row.request.adapter, row.cache, token, row.cache.length))
+            row.cache.length += 1
+        h, seating = compute(self._decoder, self._cache, [], pieces)
         self._extend(rows, self._decoder.logits(self._decoder.head_input(h, seating), seating))
 
-    def _extend(self, rows: list[_Row], logits: Tensor) -> None:
+    def _extend(self, rows: list[Row], logits: Tensor) -> None:
         """Draw each row's next token from ``logits`` fp32 [R, V]; finished rows leave."""
         finite = torch.isfinite(logits.amax(1)).tolist()  # NaN and +inf both show in the maximum
         if not all(finite):
             for row, fine in zip(rows, finite, strict=True):
                 if not fine:
+                    self._cache.retract(row.cache.blocks)  # whoever asks again shall not find these numbers
                     self._drop(
                         row.request, NonFiniteError("logits: not finite; the adapter or the base model is broken")
                     )
@@ -343,7 +295,7 @@ class Sampler:
             except Exception as error:
                 self._drop(row.request, error)
 
-    def _append(self, row: _Row, token: int, logprob: float, distribution: Tensor) -> None:
+    def _append(self, row: Row, token: int, logprob: float, distribution: Tensor) -> None:
         """Give a row its next token, and end it if that was the last."""
         row.tokens.append(token)
         row.logprobs.append(logprob)
@@ -358,18 +310,12 @@ class Sampler:
         elif len(row.tokens) >= row.max_tokens:
             self._finish(row, "length")
 
-    def _finish(self, row: _Row, reason: StopReason) -> None:
+    def _finish(self, row: Row, reason: StopReason) -> None:
         request = row.request
-        self._cache.close(row.cache)
-        self._rows = [r for r in self._rows if r is not row]
+        self._schedule.remove(row)
         request.finished[row.index] = SampledSequence(
             stop_reason=reason, tokens=row.tokens, logprobs=row.logprobs,
             topk_logprobs=row.topk if request.topk else None, sequence_id=request.sequence_ids[row.index],
         )  # fmt: skip
         if len(request.finished) == request.num_samples:
             settle(request.future, request.response)
-
-
-def _adapter_key(adapter: Adapter | None) -> int:
-    """Rows of one adapter lie together, those of the base model first."""
-    return -1 if adapter is None else adapter.uid

@@ -25,10 +25,13 @@ class UniformStream:
     """Uniform numbers in [0, 1) of one sample: Philox keyed by (seed, sample index), fresh entropy without a seed."""
 
     def __init__(self, seed: int | None, index: int) -> None:
-        key = None if seed is None else np.array([seed % 2**64, index], dtype=np.uint64)
-        self._generator = np.random.Generator(np.random.Philox(key=key))
+        self._seed, self._index = seed, index
+        self._generator: np.random.Generator | None = None  # made when needed: a call may wait, with many samples
 
     def next(self) -> float:
+        if self._generator is None:
+            key = None if self._seed is None else np.array([self._seed % 2**64, self._index], dtype=np.uint64)
+            self._generator = np.random.Generator(np.random.Philox(key=key))
         return float(self._generator.random())
 
 
@@ -75,8 +78,11 @@ def _filtered(logprobs: Tensor, draw: Draw, uniform: float) -> Tensor:
 def _inverse_cdf(p: Tensor, uniforms: Tensor) -> Tensor:
     """Index i per row with cumsum(p)[i-1] <= u * sum(p) < cumsum(p)[i]; zero-probability entries are never chosen."""
     rows, width = p.shape
-    blocks = F.pad(p, (0, -width % _BLOCK)).view(rows, -1, _BLOCK)
-    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    if width % _BLOCK:
+        p = F.pad(p, (0, -width % _BLOCK))  # it copies also where there is nothing to add
+    blocks = p.reshape(rows, -1, _BLOCK)
+    # A block's sum rounds in fp32: shares move by 1e-7 of themselves, and nothing is converted first.
+    sums = blocks.sum(-1).double().cumsum(-1)
     target = (uniforms * sums[:, -1])[:, None]
     block = _first_above(sums, target)
     before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -18,6 +18,12 @@ class Turns(Generic[T]):
 
     def append(self, owner: str, item: T) -> None:
         self._queues.setdefault(owner, deque()).append(item)
+        self._count += 1
+
+    def put_back(self, owner: str, item: T, before: Callable[[T], bool]) -> None:
+        """Queue an item that has had its turn, in front of the first of its owner's that it comes ``before``."""
+        queue = self._queues.setdefault(owner, deque())
+        queue.insert(next((i for i, other in enumerate(queue) if before(other)), len(queue)), item)
         self._count += 1
 
     def first(self) -> T:

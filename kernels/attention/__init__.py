@@ -1,8 +1,9 @@
 """Causal attention over packed sequences, forward and backward.
 
 A batch is M tokens laid end to end; ``cu_seqlens [n_seqs + 1]`` (int32, on the CPU) holds the bounds of its sequences,
-so token i attends to the tokens j <= i of its own sequence. Equal neighbours are an empty sequence. Grouped heads:
-q head h reads kv head ``h // (n_q // n_kv)``. With s_ij = scale * q_i . k_j,
+so token i attends to the tokens j <= i of its own sequence. Equal neighbours are an empty sequence. With
+``cu_keys`` the forward takes sequences whose first tokens have keys but no queries: their results are known already.
+Grouped heads: q head h reads kv head ``h // (n_q // n_kv)``. With s_ij = scale * q_i . k_j,
 
     forward    lse_i = log sum_{j<=i} exp s_ij,   o_i = sum_{j<=i} exp(s_ij - lse_i) v_j
     backward   p_ij = exp(s_ij - lse_i),   delta_i = do_i . o_i,   ds_ij = scale * p_ij (do_i . v_j - delta_i)
@@ -34,6 +35,7 @@ def attention(
     n_kv: int,
     scale: float,
     *,
+    cu_keys: Tensor | None = None,
     out: Tensor | None = None,
     face: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -41,10 +43,13 @@ def attention(
 
     Args:
         q: ``[M, n_q*d]`` float32 or bfloat16 (the reference takes float64 too), any row stride; d is even.
-        k, v: ``[M, n_kv*d]``, the dtype of q, any row stride.
+        k, v: ``[M, n_kv*d]`` (``[keys, n_kv*d]`` with ``cu_keys``), the dtype of q, any row stride.
         cu_seqlens: ``[n_seqs + 1]`` int32 on the CPU, rising or level from 0 to M.
         n_q, n_kv: heads; n_q is a multiple of n_kv.
         scale: what the scores are multiplied with, above 0.
+        cu_keys: ``[n_seqs + 1]`` int32 like cu_seqlens, where sequences have more keys than queries: sequence i's keys
+            are rows ``cu_keys[i]:cu_keys[i+1]`` of k and v, and its queries are those of its last tokens. The bits of
+            a row do not depend on how many queries come with it.
         out: ``[M, n_q*d]`` to write into, any row stride, or None.
         face: run this face ("cpu", "reference") or raise.
 
@@ -54,10 +59,15 @@ def attention(
     Raises:
         ValueError: an argument does not fit, or ``face`` cannot run.
     """
-    shape = _check("attention", q, k, v, cu_seqlens, n_q, n_kv, scale)
+    shape = _check("attention", q, k, v, cu_seqlens, n_q, n_kv, scale, len(q) if cu_keys is None else len(k))
+    if cu_keys is None:
+        cu_keys = cu_seqlens
+    else:
+        _check_bounds("attention", "cu_keys", cu_keys)
+        args.tensor("attention", "cu_keys", cu_keys, (len(cu_seqlens),), torch.int32)
     out = args.writable("attention", "out", out, q, shape)
     lse = torch.empty(n_q, shape[0], dtype=args.statistics_dtype(q.dtype), device=q.device)
-    _op.pick(face, q, k, v, out).attention(q, k, v, cu_seqlens, n_q, n_kv, scale, out, lse)
+    _op.pick(face, q, k, v, out).attention(q, k, v, cu_seqlens, cu_keys, n_q, n_kv, scale, out, lse)
     return out, lse
 
 
@@ -95,7 +105,7 @@ def attention_backward(
         ValueError: an argument does not fit, or ``face`` cannot run.
     """
     op = "attention_backward"
-    shape = _check(op, q, k, v, cu_seqlens, n_q, n_kv, scale)
+    shape = _check(op, q, k, v, cu_seqlens, n_q, n_kv, scale, len(q))
     for name, t in (("do", do), ("o", o)):
         args.tensor(op, name, t, shape, q.dtype)
     args.tensor(op, "lse", lse, (n_q, shape[0]), args.statistics_dtype(q.dtype))
@@ -108,7 +118,7 @@ def attention_backward(
 
 
 def _check(
-    op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, n_q: int, n_kv: int, scale: float
+    op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, n_q: int, n_kv: int, scale: float, keys: int
 ) -> tuple[int, int]:
     """The shape of q, after checks of everything both directions take."""
     m, width = args.matrix(op, "q", q)
@@ -117,14 +127,18 @@ def _check(
     if width % (2 * n_q):
         raise ValueError(f"q: expected n_q = {n_q} heads of an even dimension, got {width} columns ({op})")
     for name, t in (("k", k), ("v", v)):
-        args.tensor(op, name, t, (m, width // n_q * n_kv), q.dtype)
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype is not torch.int32 or not cu_seqlens.is_cpu:
-        raise ValueError(
-            f"cu_seqlens: expected torch.int32 [n_seqs + 1] on the CPU, got {cu_seqlens.dtype} "
-            f"{list(cu_seqlens.shape)} on {cu_seqlens.device} ({op})"
-        )
-    if not cu_seqlens.is_contiguous():
-        raise ValueError(f"cu_seqlens: expected a contiguous tensor ({op})")
+        args.tensor(op, name, t, (keys, width // n_q * n_kv), q.dtype)
+    _check_bounds(op, "cu_seqlens", cu_seqlens)
     if not 0.0 < scale < float("inf"):
         raise ValueError(f"scale: expected a finite number above 0, got {scale} ({op})")
     return m, width
+
+
+def _check_bounds(op: str, name: str, bounds: Tensor) -> None:
+    if bounds.dim() != 1 or len(bounds) < 1 or bounds.dtype is not torch.int32 or not bounds.is_cpu:
+        raise ValueError(
+            f"{name}: expected torch.int32 [n_seqs + 1] on the CPU, got {bounds.dtype} {list(bounds.shape)} on "
+            f"{bounds.device} ({op})"
+        )
+    if not bounds.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor ({op})")

@@ -12,13 +12,22 @@ def supports(*tensors: Tensor | None) -> str | None:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, n_q: int, n_kv: int, scale: float, out: Tensor, lse: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_keys: Tensor,
+    n_q: int,
+    n_kv: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
     m, d = q.shape[0], q.shape[1] // n_q
     native.attention(
         NATIVE_DTYPES[q.dtype], q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),
-        out.data_ptr(), out.stride(0), lse.data_ptr(), cu_seqlens.data_ptr(), len(cu_seqlens) - 1, m, n_q, n_kv, d,
-        scale,
+        out.data_ptr(), out.stride(0), lse.data_ptr(), cu_seqlens.data_ptr(), cu_keys.data_ptr(), len(cu_seqlens) - 1,
+        m, k.shape[0], n_q, n_kv, d, scale,
     )  # fmt: skip
 
 

@@ -15,10 +15,25 @@ from mint_engine.kernels.args import statistics_dtype
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, n_q: int, n_kv: int, scale: float, out: Tensor, lse: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_keys: Tensor,
+    n_q: int,
+    n_kv: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
-    for rows in _sequences("attention", cu_seqlens, len(q)):
-        qh, kh, vh = _heads(q[rows], n_q), _grouped(k[rows], n_q, n_kv), _grouped(v[rows], n_q, n_kv)
+    queries = _bounds("attention", "cu_seqlens", cu_seqlens, len(q))
+    for i, (rows, keys) in enumerate(zip(queries, _bounds("attention", "cu_keys", cu_keys, len(k)), strict=True)):
+        n, own = rows.stop - rows.start, keys.stop - keys.start
+        if own < n:
+            raise ValueError(f"cu_keys: expected at least {n} keys, got {own} (attention, sequence {i})")
+        if n == 0:
+            continue
+        qh, kh, vh = _heads(q[rows], n_q), _grouped(k[keys], n_q, n_kv), _grouped(v[keys], n_q, n_kv)
         scores = _causal_scores(qh, kh, scale)
         lse[:, rows] = torch.logsumexp(scores, dim=-1)
         out[rows] = _flatten(torch.softmax(scores, dim=-1) @ vh).to(out.dtype)
@@ -39,7 +54,9 @@ def attention_backward(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    for rows in _sequences("attention_backward", cu_seqlens, len(q)):
+    for rows in _bounds("attention_backward", "cu_seqlens", cu_seqlens, len(q)):
+        if rows.start == rows.stop:
+            continue
         qh, kh, vh = _heads(q[rows], n_q), _grouped(k[rows], n_q, n_kv), _grouped(v[rows], n_q, n_kv)
         doh, oh = _heads(do[rows], n_q), _heads(o[rows], n_q)
         p = torch.exp(_causal_scores(qh, kh, scale) - lse[:, rows, None])
@@ -50,12 +67,12 @@ def attention_backward(
         dv[rows] = _flatten(_sum_groups(p.mT @ doh, n_kv)).to(dv.dtype)
 
 
-def _sequences(op: str, cu_seqlens: Tensor, tokens: int) -> list[slice]:
-    """The row range of every sequence that has rows."""
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
-        raise ValueError(f"cu_seqlens: expected bounds that rise from 0 to {tokens} ({op})")
-    return [slice(a, b) for a, b in pairwise(bounds) if b > a]
+def _bounds(op: str, name: str, cumulative: Tensor, rows: int) -> list[slice]:
+    """The row range of every sequence."""
+    bounds = cumulative.tolist()
+    if bounds[0] != 0 or bounds[-1] != rows or sorted(bounds) != bounds:
+        raise ValueError(f"{name}: expected bounds that rise from 0 to {rows} ({op})")
+    return [slice(a, b) for a, b in pairwise(bounds)]
 
 
 def _heads(x: Tensor, n: int) -> Tensor:
@@ -79,6 +96,7 @@ def _sum_groups(x: Tensor, n_kv: int) -> Tensor:
 
 
 def _causal_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    length = q.shape[1]
-    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    """The queries are the last tokens: query i sees the keys up to its own, number ``keys - queries + i``."""
+    queries, keys = q.shape[1], k.shape[1]
+    future = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(keys - queries + 1)
     return (q @ k.mT * scale).masked_fill(future, -torch.inf)
