@@ -32,8 +32,11 @@ class Work:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        # Gradients collect in a buffer of the call's own: one that fails half-way leaves no trace.
-        self.scratch = None if call.state is None else torch.zeros_like(call.state.grads)
+        # A call that fails half-way leaves no trace: its gradients collect in a buffer of its own, or in the state's if
+        # that holds none yet and so can be emptied again.
+        self.scratch: Tensor | None = None
+        if call.state is not None:
+            self.scratch = torch.zeros_like(call.state.grads) if call.state.has_grads else call.state.grads
         self.error: NonFiniteError | None = None
         self._logprobs: list[np.ndarray] = []  # of each datum so far, fp32 [N, at least K]
         self._loss, self._weight = 0.0, 0.0
@@ -72,15 +75,25 @@ class Work:
         return gradient
 
     def finish(self) -> ForwardBackwardOutput | NonFiniteError:
-        """The call's result, or why it was refused. Only now its gradients are added."""
-        state, data, loss = self.call.state, self.call.data, self.call.loss
-        if self.error is None and state is not None and self.scratch is not None:
+        """The call's result, or why it was refused. Only now its gradients count."""
+        if self.error is None:
             try:
-                add_gradients(state, self.scratch)
+                output = self._output()
+                if self.call.state is not None and self.scratch is not None:
+                    add_gradients(self.call.state, self.scratch)
+                return output
             except NonFiniteError as error:
                 self.error = error
-        if self.error is not None:
-            return self.error
+        self.withdraw()
+        return self.error
+
+    def withdraw(self) -> None:
+        """The call came to nothing: leave its state as it was."""
+        if self.call.state is not None and self.scratch is self.call.state.grads:
+            self.call.state.zero_grads()
+
+    def _output(self) -> ForwardBackwardOutput:
+        data, loss = self.call.data, self.call.loss
         per_datum = zip(self._logprobs, data, strict=True)
         logprobs = [lp[:, : d.targets.shape[1]].reshape(d.shape) for lp, d in per_datum]
         return ForwardBackwardOutput(
@@ -92,8 +105,12 @@ class Work:
 
 
 def add_gradients(state: TrainState, scratch: Tensor) -> None:
-    """Add a whole call's gradients to those since the last step. Raises NonFiniteError, and then adds nothing."""
+    """Add a whole call's gradients to those since the last step. Raises NonFiniteError, and then adds nothing.
+
+    ``scratch`` may be ``state.grads`` itself, if they are the first.
+    """
     if not bool(torch.isfinite(scratch.sum())) and not bool(torch.isfinite(scratch).all()):
         raise NonFiniteError("gradient: not finite; the call was refused and the adapter is as it was")
-    state.grads.add_(scratch)
+    if scratch is not state.grads:
+        state.grads.add_(scratch)
     state.has_grads = True

@@ -69,9 +69,15 @@ def run_together(
     datums = [(work, i) for work in works for i in range(len(work.call.data))]
     lengths = [work.call.data[i].tokens.size for work, i in datums]
     widths = [work.call.data[i].targets.shape[1] for work, i in datums]
-    for chosen in micro_batches(lengths, max_tokens, widths, TARGET_CELLS):
-        # One that was refused in an earlier pass is over.
-        _one_pass(decoder, _spans((work, i) for work, i in datums[chosen.start : chosen.stop] if work.error is None))
+    try:
+        for chosen in micro_batches(lengths, max_tokens, widths, TARGET_CELLS):
+            # One that was refused in an earlier pass is over.
+            live = (datum for datum in datums[chosen.start : chosen.stop] if datum[0].error is None)
+            _one_pass(decoder, _spans(live))
+    except BaseException:
+        for work in works:
+            work.withdraw()
+        raise
     outcomes = {id(work.call): work.finish() for work in works}
     return [outcomes[id(call)] for call in calls]
 
@@ -122,12 +128,12 @@ def _one_pass(decoder: Decoder, spans: Sequence[_Span]) -> None:
     if saved is None or not active.numel():
         return
     grads = {s.work.call.adapter.uid: s.work.gradients() for s in training}
-    rows = training[-1].stop
-    dh = torch.zeros_like(h[:rows])
+    end = training[-1].stop
+    dh = torch.zeros_like(h[:end])
     own, xa = seating.select(active), x[active]
     dh[active] = decoder.head_backward(h[active], xa, targets[active], gradients[active], lse[active], own, grads)
     sequences = sum(len(s.data) for s in training)
     p.cu_seqlens = packed.cu_seqlens[: sequences + 1]
-    if rows < packed.num_tokens:
-        p, saved[:] = p.first(rows), [s.first(rows) for s in saved]
+    if end < packed.num_tokens:
+        p, saved[:] = p.first(end), [s.first(end) for s in saved]
     decoder.hidden_backward(dh, saved, p, grads)
