@@ -8,6 +8,7 @@
 #include "adamw.h"
 #include "attention.h"
 #include "attention_backward.h"
+#include "grouped_linear.h"
 #include "logits.h"
 #include "outer_accumulate.h"
 #include "paged_attention.h"
@@ -20,6 +21,8 @@
     X(adamw)                 \
     X(attention)             \
     X(attention_backward)    \
+    X(grouped_linear)        \
+    X(grouped_outer)         \
     X(logits)                \
     X(matmul)                \
     X(outer_accumulate)      \

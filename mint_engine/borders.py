@@ -7,8 +7,9 @@ are not there yet, or have been trained since, are written. Row ``[W | B]`` serv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,10 +85,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class Seating:
-    """Where a pass's adapters sit: its segments in row order, and the ranks of border in use (0: base model only)."""
+    """Where a pass's adapters sit: its segments in row order, and the ranks of border in use (0: base model only).
+
+    ``grouped``: the rows meet their own adapter only (`models/company.py`), instead of all that sit in the border.
+    """
 
     segments: tuple[Segment, ...] = ()
     ranks: int = 0
+    grouped: bool = False
+    tables: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)  # of `models/company.py`
 
     def of(self, group: LinearGroup) -> tuple[Segment, ...]:
         """The segments whose adapter trains this group."""
@@ -108,7 +114,13 @@ class Seating:
                 if stop > start
             ),
             self.ranks,
+            self.grouped,
         )
+
+    @property
+    def bordered(self) -> Seating:
+        """The same with every row meeting the whole border."""
+        return Seating(self.segments, self.ranks)
 
 
 class Borders:
@@ -123,8 +135,11 @@ class Borders:
         self.capacity = ranks
         self._seated: dict[int, tuple[int, int, int]] = {}  # rank offset -> (adapter uid, version, rank)
 
-    def seat(self, rows: Iterable[tuple[Adapter | None, int, int]]) -> Seating:
-        """Seat the adapters of a pass given as (adapter or None for the base model, first row, last row + 1)."""
+    def seat(self, rows: Iterable[tuple[Adapter | None, int, int]], *, grouped: bool = False) -> Seating:
+        """Seat the adapters of a pass given as (adapter or None for the base model, first row, last row + 1).
+
+        ``grouped``: if there are several, have each meet its own rows only.
+        """
         spans = _merged(rows)
         adapters = {a.uid: a for a, _, _ in spans}
         if not adapters:
@@ -138,7 +153,8 @@ class Borders:
         for uid, adapter in adapters.items():
             offsets[uid], end = end, end + adapter.rank
             self._install(adapter, offsets[uid])
-        return Seating(tuple(Segment(start, stop, a, offsets[a.uid]) for a, start, stop in spans), ranks)
+        segments = tuple(Segment(start, stop, a, offsets[a.uid]) for a, start, stop in spans)
+        return Seating(segments, ranks, grouped and len(adapters) > 1)
 
     def _install(self, adapter: Adapter, offset: int) -> None:
         seat = (adapter.uid, adapter.version, adapter.rank)

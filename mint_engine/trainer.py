@@ -111,12 +111,13 @@ def _one_pass(decoder: Decoder, spans: Sequence[_Span]) -> None:
         return
     data = [d for span in spans for d in span.data]
     packed, targets = pack([d.tokens for d in data]), stack_targets(data)
-    seating = decoder.borders.seat([(s.work.call.adapter, s.start, s.stop) for s in spans])
+    seating = decoder.borders.seat([(s.work.call.adapter, s.start, s.stop) for s in spans], grouped=True)
     training = [s for s in spans if s.work.scratch is not None]
     saved: list[Saved] | None = [] if training else None
     h, p = decoder.hidden(packed.tokens, packed.positions, seating, decoder.packed_attend(packed), saved)
-    x = decoder.head_input(h, seating)
-    logprobs, lse = decoder.target_logprob(x, targets, seating)
+    at_head = seating.bordered
+    x = decoder.head_input(h, at_head)
+    logprobs, lse = decoder.target_logprob(x, targets, at_head)
     gradients = torch.zeros_like(logprobs)
     for s in spans:
         rows = slice(s.start, s.stop)
@@ -130,7 +131,7 @@ def _one_pass(decoder: Decoder, spans: Sequence[_Span]) -> None:
     grads = {s.work.call.adapter.uid: s.work.gradients() for s in training}
     end = training[-1].stop
     dh = torch.zeros_like(h[:end])
-    own, xa = seating.select(active), x[active]
+    own, xa = at_head.select(active), x[active]
     dh[active] = decoder.head_backward(h[active], xa, targets[active], gradients[active], lse[active], own, grads)
     sequences = sum(len(s.data) for s in training)
     p.cu_seqlens = packed.cu_seqlens[: sequences + 1]
