@@ -18,7 +18,7 @@ from torch import Tensor
 from mint_engine.kernels import args
 from mint_engine.kernels.op import Op
 
-__all__ = ["LinearTable", "OuterTable", "Outer", "Product", "grouped_linear", "grouped_outer"]
+__all__ = ["LinearTable", "Outer", "OuterTable", "Product", "grouped_linear", "grouped_outer"]
 
 _op = Op("grouped_linear")
 
@@ -143,8 +143,8 @@ def grouped_linear(
 def grouped_outer(a: Tensor, b: Tensor, outs: Sequence[Tensor], table: OuterTable, *, face: str | None = None) -> None:
     """Every product of the table, added in fp32 to the memory that begins with ``outs[which]``.
 
-    ``a [M, Wa]`` and ``b [M, Wb]`` of one dtype; ``outs`` float32 (float64 for float64 inputs). That the memory behind an
-    output is there, the table's maker answers for.
+    ``a [M, Wa]`` and ``b [M, Wb]`` of one dtype; ``outs`` float32 (float64 for float64 inputs). That the memory behind
+    an output is there, the table's maker answers for.
 
     Raises:
         ValueError: a shape or dtype is not what the table was made for, or ``face`` cannot run.

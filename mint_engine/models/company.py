@@ -1,8 +1,8 @@
 """The adapters' part of a linear in a pass that several share: each adapter meets its own rows only.
 
-``y[rows] += S[rows] Bᵀ`` after the base's GEMM instead of border columns inside it, which every row would multiply. S and
-dS of every adapter begin at the first column of the tail. The products of one kind of linear are the same in all
-layers: their tables are made once per pass.
+``y[rows] += S[rows] Bᵀ`` after the base's GEMM, instead of border columns inside it, which every row would multiply.
+S and dS of every adapter begin at the first column of the tail. The products of one kind of linear are the same in
+all layers: their tables are made once per pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def tail(w: BorderedWeight, seating: Seating) -> int:
 
 
 def shrink(w: BorderedWeight, x: Tensor, seating: Seating) -> None:
-    """Fill the tail of ``x [rows, K + tail]`` with S = scale X Aᵀ. Of an adapter that is not there nothing is written."""
+    """Fill the tail of ``x [rows, K + tail]`` with S = scale X Aᵀ; rows without an adapter stay as they are."""
 
     def table(segments: Sequence[Segment]) -> LinearTable:
         stride = w.buf.stride(0)
@@ -80,8 +80,8 @@ def expand_gradient(w: BorderedWeight, dy: Tensor, dx: Tensor, seating: Seating)
         stride = w.buf.stride(0)
         return LinearTable.of(
             [
-                Product(s.start, s.stop - s.start, w.n, w.m * s.adapter.rank, (w.n + w.m * s.offset) * stride, 1, stride,
-                        0, w.k)
+                Product(s.start, s.stop - s.start, w.n, w.m * s.adapter.rank,
+                        (w.n + w.m * s.offset) * stride, 1, stride, 0, w.k)
                 for s in segments
             ],
             len(dy), dy.shape[1], dx.shape[1], w.buf.numel(),
