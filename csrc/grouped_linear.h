@@ -1,8 +1,8 @@
 // Many small products in one call: the adapters of a pass, each on its own rows.
 //
 // A table has one row of int64 per product; columns and offsets count elements. Products of a table write different
-// elements. Each is a gemm of its own and threads share the products, so no bit depends on the threads, nor on what else
-// is in the table.
+// elements. Each is a gemm of its own and threads share the products, so no bit depends on the threads, nor on what
+// else is in the table.
 #pragma once
 #include "check.h"
 #include "gemm.h"
@@ -16,8 +16,9 @@ void for_products(int64_t count, int64_t work, Do run) {
     for (int64_t i = 0; i < count; ++i) run(i);
 }
 
-// out[start + i, out_col + j] (+)= scale * sum_k x[start + i, x_col + k] * weight[offset + j * w_out + k * w_in], rounded
-// once to T, for i < rows, j < n, k < depth. A table row: start, rows, x_col, depth, offset, w_out, w_in, out_col, n.
+// out[start + i, out_col + j] (+)= scale * sum_k x[start + i, x_col + k] * weight[offset + j * w_out + k * w_in],
+// rounded once to T, for i < rows, j < n, k < depth. A table row: start, rows, x_col, depth, offset, w_out, w_in,
+// out_col, n.
 template <class S, class T>
 void grouped_linear(const T* x, int64_t x_stride, const T* weight, T* out, int64_t out_stride, const int64_t* table,
                     const float* scales, int64_t count, int64_t add) {
@@ -40,9 +41,9 @@ void grouped_linear(const T* x, int64_t x_stride, const T* weight, T* out, int64
     });
 }
 
-// outs[which][offset + i * stride + j] += sum_m a[start + m, a_col + i] * b[start + m, b_col + j] in fp32, for m < rows,
-// i < p, j < q. A table row: which, start, rows, a_col, p, b_col, q, offset, stride. Of p and q one is a rank; the wide
-// side becomes the columns of the product, where the vectors are.
+// outs[which][offset + i * stride + j] += sum_m a[start + m, a_col + i] * b[start + m, b_col + j] in fp32, for m <
+// rows, i < p, j < q. A table row: which, start, rows, a_col, p, b_col, q, offset, stride. Of p and q one is a rank;
+// the wide side becomes the columns of the product, where the vectors are.
 template <class S, class T>
 void grouped_outer(const T* a, int64_t a_stride, const T* b, int64_t b_stride, const int64_t* outs,
                    const int64_t* table, int64_t count) {
