@@ -16,9 +16,16 @@ void for_products(int64_t count, int64_t work, Do run) {
     for (int64_t i = 0; i < count; ++i) run(i);
 }
 
+// Elements that a gemm of m rows and n columns computes, with its padding.
+template <class S, class T>
+int64_t padded(int64_t m, int64_t n) {
+    using Q = Panel<S, T>;
+    return ceil_div(m, S::kMr) * S::kMr * ceil_div(n, Q::kCols) * Q::kCols;
+}
+
 // out[start + i, out_col + j] (+)= scale * sum_k x[start + i, x_col + k] * weight[offset + j * w_out + k * w_in],
 // rounded once to T, for i < rows, j < n, k < depth. A table row: start, rows, x_col, depth, offset, w_out, w_in,
-// out_col, n.
+// out_col, n. Of a narrow product the rows become the columns of the gemm, which it pads to kCols.
 template <class S, class T>
 void grouped_linear(const T* x, int64_t x_stride, const T* weight, T* out, int64_t out_stride, const int64_t* table,
                     const float* scales, int64_t count, int64_t add) {
@@ -27,13 +34,27 @@ void grouped_linear(const T* x, int64_t x_stride, const T* weight, T* out, int64
     for (const int64_t* p = table; p < table + count * kFields; p += kFields) work += p[1] * p[3] * p[8];
     for_products(count, work, [=](int64_t index) {
         const int64_t* p = table + index * kFields;
-        const auto scale = S::set1(scales[index]);
+        const int64_t rows = p[1], depth = p[3], n = p[8];
+        const float scale = scales[index];
+        const T *left = x + p[0] * x_stride + p[2], *right = weight + p[4];
         T* o = out + p[0] * out_stride + p[7];
-        gemm<S, T>(x + p[0] * x_stride + p[2], x_stride, 1, weight + p[4], p[5], p[6], p[1], p[8], p[3],
-                   [=](int64_t i, int64_t j, int64_t n, const float* c) {
+        if (padded<S, T>(n, rows) < padded<S, T>(rows, n)) {
+            gemm<S, T>(right, p[5], p[6], left, x_stride, 1, n, rows, depth,
+                       [=](int64_t j, int64_t i, int64_t many, const float* c) {
+                           for (int64_t v = 0; v < many; ++v) {
+                               T* element = o + (i + v) * out_stride + j;
+                               float value = c[v] * scale;
+                               if (add) value += to_float(*element);
+                               put(element, value);
+                           }
+                       });
+            return;
+        }
+        gemm<S, T>(left, x_stride, 1, right, p[5], p[6], rows, n, depth,
+                   [=](int64_t i, int64_t j, int64_t many, const float* c) {
                        T* row = o + i * out_stride + j;
-                       for_vectors<S>(n, [&](int64_t v, int lanes) __attribute__((always_inline)) {
-                           auto value = S::mul(S::load_n(c + v, lanes), scale);
+                       for_vectors<S>(many, [&](int64_t v, int lanes) __attribute__((always_inline)) {
+                           auto value = S::mul(S::load_n(c + v, lanes), S::set1(scale));
                            if (add) value = S::add(S::load_n(row + v, lanes), value);
                            S::store_n(row + v, value, lanes);
                        });

@@ -103,6 +103,16 @@ class Seating:
         """Ranks of border this group needs: none if no adapter of the pass trains it."""
         return self.ranks if self.of(group) else 0
 
+    def columns(self, group: LinearGroup, rows: int) -> Tensor | None:
+        """Which columns of the group's border each of ``rows`` rows uses, int64 [rows, 2]; None if all use all."""
+        segments, m = self.of(group), len(group.modules)
+        if len(segments) < 2:
+            return None
+        out = torch.zeros(rows, 2, dtype=torch.int64)
+        for s in segments:
+            out[s.start : s.stop] = torch.tensor([m * s.offset, m * (s.offset + s.adapter.rank)])
+        return out
+
     def select(self, rows: Tensor) -> Seating:
         """The same seating for a pass over the given rows (int64, ascending) of this one."""
         cuts = torch.tensor([[s.start, s.stop] for s in self.segments], dtype=rows.dtype).reshape(-1)
@@ -146,9 +156,11 @@ class Borders:
             return Seating()
         ranks = sum(a.rank for a in adapters.values())
         if ranks > self.capacity:
+            # Company comes and goes: room for up to twice as many at once, not a copy of all weights per newcomer.
+            room = ranks if len(adapters) == 1 else 1 << (ranks - 1).bit_length()
             for w in self.weights:
-                w.widen(ranks)
-            self.capacity, self._seated = ranks, {}
+                w.widen(room)
+            self.capacity, self._seated = room, {}
         offsets, end = {}, 0
         for uid, adapter in adapters.items():
             offsets[uid], end = end, end + adapter.rank

@@ -18,9 +18,10 @@ from mint_engine.models.decoder import Decoder
 from mint_engine.stats import Recorder
 from mint_engine.types import Datum, ForwardBackwardOutput
 
-# Beyond these company gains nothing, and who waits for the pass to end waits longer (benchmarks/packed_clients.py).
+# A pass of more tokens gains nothing by being one, and others wait for its end. Every rank in company is a column more
+# for all rows in the unembedding, and widens the borders, which stay in memory (benchmarks/packed_clients.py).
 MAX_TOKENS = 1024
-MAX_CALLS = 16
+MAX_RANKS = 256
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,18 @@ class TrainingCall(Joint):
         if not self._engine.share or model is None or tokens is None:
             return []
         chosen: list[Joint] = []
-        adapters = {model.adapter.uid}
+        adapters, ranks = {model.adapter.uid}, model.adapter.rank
         for other in others:
-            if len(chosen) == MAX_CALLS - 1:
-                break
             if not isinstance(other, TrainingCall):
                 continue
             theirs, more = other.model, other.tokens
             if theirs is None or theirs.base is not model.base or theirs.adapter.uid in adapters:
                 continue
-            if more is not None and tokens + more <= MAX_TOKENS:
-                tokens += more
-                adapters.add(theirs.adapter.uid)
-                chosen.append(other)
+            if more is None or tokens + more > MAX_TOKENS or ranks + theirs.adapter.rank > MAX_RANKS:
+                continue
+            tokens, ranks = tokens + more, ranks + theirs.adapter.rank
+            adapters.add(theirs.adapter.uid)
+            chosen.append(other)
         return chosen
 
     def run(self, company: Sequence[Joint]) -> Sequence[ForwardBackwardOutput | BaseException]:
