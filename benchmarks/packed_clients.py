@@ -28,7 +28,7 @@ from mint_engine.losses import get_loss
 from mint_engine.types import AdamParams, Datum, LoraConfig, ModelInput
 
 CASES = {"8 x 16": (8, 16, 0.5), "4 x 128": (4, 128, 0.9)}  # clients, tokens of each, most of the time apart
-SHARED = (8, 64, 0.9)  # adapters, tokens of each, least of the speed of one
+SHARED = (8, 128, 0.9)  # adapters, tokens of each, least of the speed of one
 ADAM = AdamParams(learning_rate=1e-5)
 MODEL = "smollm2-135m"
 

@@ -63,8 +63,9 @@ class BorderedWeight:
     def install(self, adapter: Adapter, offset: int) -> None:
         """Write the adapter's factors; a group it does not train gets zeros."""
         r, col = adapter.rank, self.k + self.m * offset
-        self.buf[: self.n, col : col + self.m * r].zero_()
         factors = adapter.factors.get(self.group.name)
+        if factors is None or self.m > 1:  # else its one block covers all
+            self.buf[: self.n, col : col + self.m * r].zero_()
         if factors is None:
             self.a(offset, r).zero_()
             return
