@@ -4,8 +4,8 @@ Work is event-driven (DESIGN.md 2.9): the thread sleeps only when nothing is rea
 operation each, and so do the models of an owner; between any two operations every sampler with work takes one step.
 
 An operation whose turn it is may take others along that are next in their lanes (`joint.py`): they run as one. Brief
-operations in front of those go first, so that clients which are out of step by an optimiser step still meet. Nobody
-loses a turn by it: who was not taken along is where it was.
+operations go first, and who was answered a moment ago has a moment to ask again, so that clients which are out of step
+by an optimiser step still meet. Nobody loses a turn by it: who was not taken along is where it was.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, InvalidStateError
@@ -67,6 +69,7 @@ class Executor:
         self._steppers: list[Stepper] = []
         self._resumed: deque[Callable[[], None]] = deque()
         self._queued = 0  # operations accepted and not begun
+        self._answered: weakref.WeakSet[Lane] = weakref.WeakSet()  # lanes that ran dry since the last joint operation
         self._off_thread = 0  # operations waiting for a call off the device thread
         self._signalled = False  # a stepper got work since the thread last looked
         self._closed = False
@@ -102,6 +105,7 @@ class Executor:
             self._queued += 1
             if not lane.busy:
                 lane.busy = True
+                self._answered.discard(lane)
                 self._ready.append(lane.owner, lane)
                 self._wake.notify()
         return future
@@ -211,7 +215,9 @@ class Executor:
 
     def _start_together(self, lane: Lane, queued: Queued, first: Joint) -> None:
         """Run an operation and those it chooses of the others that are next in their lanes."""
+        self._run_brief_ones()
         with self._wake:
+            self._await_others(lane, first.patience)
             near = [(joint, other) for other in self._ready.in_turn() if (joint := other.next_joint()) is not None]
             chosen = {id(joint) for joint in first.choose([joint for joint, _ in near])}
             company = [(joint, other) for joint, other in near if id(joint) in chosen]
@@ -233,14 +239,29 @@ class Executor:
         for one in (lane, *(other for _, other in company)):
             self._finish(one)
 
+    def _run_brief_ones(self) -> None:
+        """Do what is brief at the heads of all lanes."""
+        with self._wake:
+            lanes = [other for other in self._ready.in_turn() if other.waiting[0].brief]
+            for other in lanes:
+                self._ready.discard(other.owner, other)
+        for other in lanes:
+            while other.waiting and other.waiting[0].brief:
+                _run_brief(self._take(other))
+            self._finish(other)
+
+    def _await_others(self, lane: Lane, patience: float) -> None:
+        """Give those who were answered since the last time a moment to ask again. The lock is held."""
+        self._answered.discard(lane)
+        until = time.monotonic() + patience
+        while self._answered and not self._closed and (left := until - time.monotonic()) > 0:
+            self._wake.wait(left)
+        self._answered.clear()
+
     def _take_joint(self, lane: Lane) -> Queued:
         """The operation that was chosen, after the brief ones in front of it."""
         while (queued := self._take(lane)).brief:
-            if queued.future.set_running_or_notify_cancel():
-                try:
-                    settle(queued.future, queued.operation())  # type: ignore[operator]
-                except BaseException as error:
-                    settle(queued.future, error=error)
+            _run_brief(queued)
         return queued
 
     def _advance(self, lane: Lane, future: Future, steps: Generator, resume: Callable[[], Any]) -> None:
@@ -286,6 +307,7 @@ class Executor:
                 self._ready.append(lane.owner, lane)
             else:
                 lane.busy = False
+                self._answered.add(lane)
 
     def _refuse_waiting(self) -> None:
         closed = EngineClosedError("the engine was closed before this ran")
@@ -296,6 +318,14 @@ class Executor:
                 settle(queued.future, error=closed)
         for stepper in steppers:
             stepper.close(closed)
+
+
+def _run_brief(queued: Queued) -> None:
+    if queued.future.set_running_or_notify_cancel():
+        try:
+            settle(queued.future, queued.operation())  # type: ignore[operator]
+        except BaseException as error:
+            settle(queued.future, error=error)
 
 
 def settle(future: Future, result: Any = None, error: BaseException | None = None) -> None:

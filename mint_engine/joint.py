@@ -12,8 +12,11 @@ from typing import Any, TypeAlias
 class Joint(ABC):
     """An operation that may run together with others that are next in their lanes.
 
-    It is known by identity: two with the same contents are two.
+    It is known by identity: two with the same contents are two. ``patience``: seconds it may wait for those whose last
+    answer has only just been given, and who may ask again.
     """
+
+    patience = 0.0
 
     @abstractmethod
     def choose(self, others: Sequence[Joint]) -> Sequence[Joint]:

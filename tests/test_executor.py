@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -99,6 +100,37 @@ def test_a_lane_keeps_its_order_and_only_brief_operations_are_run_ahead(executor
         future.result()
     assert log == ["step", "step2", ["a", "b"], "save", ["b2", "c"]]
     assert executor.queued == 0
+
+
+def test_who_was_just_answered_has_a_moment_to_ask_again(executor: Executor) -> None:
+    """The second lane's optimiser step is brief; its client asks again as soon as it is done."""
+    log: list[Any] = []
+    again: list[Future] = []
+    first, second = Work("a", log), executor.lane("second")
+    first.patience = 30.0
+
+    def ask_again() -> str:
+        threading.Timer(0.05, lambda: again.append(second.submit(Work("b", log)))).start()
+        return "step"
+
+    with held(executor):
+        futures = [executor.lane("first").submit(first), second.submit(ask_again, brief=True)]
+    assert [future.result(timeout=60) for future in futures] == ["A", "step"]
+    assert again[0].result() == "B"
+    assert log == [["a", "b"]]
+
+
+def test_nobody_is_waited_for_who_was_not_there(executor: Executor) -> None:
+    log: list[Any] = []
+    lane = executor.lane("alone")
+    for name in "abc":
+        work = Work(name, log)
+        work.patience = 30.0
+        begun = time.monotonic()
+        lane.submit(work).result()
+        lane.submit(note(log, "step"), brief=True).result()
+        assert time.monotonic() - begun < 20
+    assert log == [["a"], "step", ["b"], "step", ["c"], "step"]
 
 
 def test_one_that_is_cancelled_is_left_out_first_or_not(executor: Executor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -202,6 +202,25 @@ def test_an_optimiser_step_in_front_does_not_keep_a_client_from_company(
         future.result()
     assert passes == [3]
     assert [(f.result().metrics or {})["step"] for f in steps] == [1.0, 1.0]
+
+
+def test_clients_that_wait_for_each_answer_fall_into_step(
+    engine: Engine, tiny_tied: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a thread of its own, as over HTTP: the first call goes alone, then they meet."""
+    monkeypatch.setattr("mint_engine.engine.together.PATIENCE_S", 0.5)
+    models = models_of(engine, tiny_tied, 4)
+
+    def train(model: str) -> None:
+        for step in range(6):
+            ask(engine, model, step)
+            engine.optim_step(model, ADAM).result()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(train, models))
+    assert sum(passes) == 24
+    assert len(passes) <= 12, "not one after the other"
+    assert max(passes) == 4
 
 
 def test_company_that_is_refused_harms_nobody(engine: Engine, tiny_tied: Path, passes: list[int]) -> None:

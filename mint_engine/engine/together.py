@@ -22,6 +22,7 @@ from mint_engine.types import Datum, ForwardBackwardOutput
 # for all rows in the unembedding, and widens the borders, which stay in memory (benchmarks/packed_clients.py).
 MAX_TOKENS = 1024
 MAX_RANKS = 256
+PATIENCE_S = 0.001  # for clients whose last call was answered just now
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class TrainingCall(Joint):
     ) -> None:  # fmt: skip
         self._engine, self.model_id, self._data = engine, model_id, data
         self._loss_fn, self._config, self._backward = loss_fn, config, backward
+        self.patience = PATIENCE_S if engine.share else 0.0
 
     def choose(self, others: Sequence[Joint]) -> Sequence[Joint]:
         """Those on the same base model, in the order of their turns, as long as the pass stays small."""
