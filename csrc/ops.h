@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "attention_backward.h"
 #include "decode_layer.h"
+#include "grouped_linear.h"
 #include "logits.h"
 #include "outer_accumulate.h"
 #include "paged_attention.h"
@@ -22,6 +23,8 @@
     X(attention)             \
     X(attention_backward)    \
     X(decode_layer)          \
+    X(grouped_linear)        \
+    X(grouped_outer)         \
     X(logits)                \
     X(matmul)                \
     X(outer_accumulate)      \

@@ -111,15 +111,16 @@ void target_logprob(const T* x, int64_t x_stride, const T* weight, int64_t w_str
     }
 }
 
-// dborder[v, c] += sum_i d[i, v] * xb[i, c] for one tile; xb is [n][border] fp32.
+// dborder[v, c] += sum_i d[i, v] * xb[i, c] for one tile and c < width; rows of xb (fp32) and dborder are `border`
+// apart.
 template <class S>
 void accumulate_border(const float* d, int64_t ld, int64_t n, int64_t cols, const float* xb, int64_t border,
-                       float* dborder) {
+                       int64_t width, float* dborder) {
     constexpr int kCols = 8;
     for (int64_t v = 0; v < cols; v += S::W) {
         const int64_t lanes = min64(S::W, cols - v);
-        for (int64_t c0 = 0; c0 < border; c0 += kCols) {
-            const int64_t count = min64(kCols, border - c0);
+        for (int64_t c0 = 0; c0 < width; c0 += kCols) {
+            const int64_t count = min64(kCols, width - c0);
             typename S::F acc[kCols];
             for (auto& a : acc) a = S::zero();
             if (count == kCols) {
@@ -144,11 +145,12 @@ void accumulate_border(const float* d, int64_t ld, int64_t n, int64_t cols, cons
 
 // dlogits[m, v] = sum_k dlogprob[m, k] [v == targets[m, k]] - (sum_k dlogprob[m, k]) exp(logits[m, v] - lse[m]),
 // rounded to T for the product with the weight; dborder[v, :] += dlogits.T @ x[:, width - border:] from the fp32
-// values. dlogprob of a skipped target must be 0.
+// values. dlogprob of a skipped target must be 0. spans, if not null, holds for each row which columns of the border it
+// uses, [from, to): in the others its x is 0.
 template <class S, class T>
 void target_dlogits(const T* x, int64_t x_stride, const T* weight, int64_t w_stride, const int64_t* targets, int64_t k,
                     const float* dlogprob, const float* lse, T* dlogits, int64_t d_stride, float* dborder,
-                    int64_t border, int64_t rows, int64_t vocab, int64_t width) {
+                    int64_t border, const int64_t* spans, int64_t rows, int64_t vocab, int64_t width) {
     const char* op = "target_dlogits";
     check::row_stride(op, "x", x_stride, rows, width);
     check::row_stride(op, "weight", w_stride, vocab, width);
@@ -174,7 +176,14 @@ void target_dlogits(const T* x, int64_t x_stride, const T* weight, int64_t w_str
                                       S::store_n(out + v, S::load_n(row + v, lanes), lanes);
                                   });
                               }
-                              accumulate_border<S>(c, ld, n, cols, xb + m0 * border, border, dborder + v0 * border);
+                              for (int64_t i = 0, end; i < n; i = end) {  // neighbours with the same columns
+                                  const int64_t* span = spans ? spans + (m0 + i) * 2 : nullptr;
+                                  const int64_t from = span ? span[0] : 0, to = span ? span[1] : border;
+                                  end = span ? i + 1 : n;
+                                  while (end < n && span[(end - i) * 2] == from && span[(end - i) * 2 + 1] == to) ++end;
+                                  accumulate_border<S>(c + i * ld, ld, end - i, cols, xb + (m0 + i) * border + from,
+                                                       border, to - from, dborder + v0 * border + from);
+                              }
                           });
 }
 

@@ -4,6 +4,7 @@ from mint_engine.kernels.adamw import adamw_
 from mint_engine.kernels.attention import attention, attention_backward
 from mint_engine.kernels.bordered_linear import bordered_linear, bordered_linear_backward, expand_backward, shrink
 from mint_engine.kernels.decode_layer import LayerAdapters, decode_layer, decode_layer_supported
+from mint_engine.kernels.grouped_linear import grouped_linear, grouped_outer
 from mint_engine.kernels.op import faces, force_face, isa
 from mint_engine.kernels.outer_accumulate import outer_accumulate
 from mint_engine.kernels.paged_attention import paged_attention
@@ -24,6 +25,8 @@ __all__ = [
     "expand_backward",
     "faces",
     "force_face",
+    "grouped_linear",
+    "grouped_outer",
     "isa",
     "logits",
     "outer_accumulate",

@@ -7,8 +7,9 @@ are not there yet, or have been trained since, are written. Row ``[W | B]`` serv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,8 +63,9 @@ class BorderedWeight:
     def install(self, adapter: Adapter, offset: int) -> None:
         """Write the adapter's factors; a group it does not train gets zeros."""
         r, col = adapter.rank, self.k + self.m * offset
-        self.buf[: self.n, col : col + self.m * r].zero_()
         factors = adapter.factors.get(self.group.name)
+        if factors is None or self.m > 1:  # else its one block covers all
+            self.buf[: self.n, col : col + self.m * r].zero_()
         if factors is None:
             self.a(offset, r).zero_()
             return
@@ -84,10 +86,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class Seating:
-    """Where a pass's adapters sit: its segments in row order, and the ranks of border in use (0: base model only)."""
+    """Where a pass's adapters sit: its segments in row order, and the ranks of border in use (0: base model only).
+
+    ``grouped``: the rows meet their own adapter only (`models/company.py`), instead of all that sit in the border.
+    """
 
     segments: tuple[Segment, ...] = ()
     ranks: int = 0
+    grouped: bool = False
+    tables: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)  # of `models/company.py`
 
     def of(self, group: LinearGroup) -> tuple[Segment, ...]:
         """The segments whose adapter trains this group."""
@@ -96,6 +103,16 @@ class Seating:
     def ranks_of(self, group: LinearGroup) -> int:
         """Ranks of border this group needs: none if no adapter of the pass trains it."""
         return self.ranks if self.of(group) else 0
+
+    def columns(self, group: LinearGroup, rows: int) -> Tensor | None:
+        """Which columns of the group's border each of ``rows`` rows uses, int64 [rows, 2]; None if all use all."""
+        segments, m = self.of(group), len(group.modules)
+        if len(segments) < 2:
+            return None
+        out = torch.zeros(rows, 2, dtype=torch.int64)
+        for s in segments:
+            out[s.start : s.stop] = torch.tensor([m * s.offset, m * (s.offset + s.adapter.rank)])
+        return out
 
     def select(self, rows: Tensor) -> Seating:
         """The same seating for a pass over the given rows (int64, ascending) of this one."""
@@ -108,7 +125,13 @@ class Seating:
                 if stop > start
             ),
             self.ranks,
+            self.grouped,
         )
+
+    @property
+    def bordered(self) -> Seating:
+        """The same with every row meeting the whole border."""
+        return Seating(self.segments, self.ranks)
 
 
 class Borders:
@@ -123,22 +146,28 @@ class Borders:
         self.capacity = ranks
         self._seated: dict[int, tuple[int, int, int]] = {}  # rank offset -> (adapter uid, version, rank)
 
-    def seat(self, rows: Iterable[tuple[Adapter | None, int, int]]) -> Seating:
-        """Seat the adapters of a pass given as (adapter or None for the base model, first row, last row + 1)."""
+    def seat(self, rows: Iterable[tuple[Adapter | None, int, int]], *, grouped: bool = False) -> Seating:
+        """Seat the adapters of a pass given as (adapter or None for the base model, first row, last row + 1).
+
+        ``grouped``: if there are several, have each meet its own rows only.
+        """
         spans = _merged(rows)
         adapters = {a.uid: a for a, _, _ in spans}
         if not adapters:
             return Seating()
         ranks = sum(a.rank for a in adapters.values())
         if ranks > self.capacity:
+            # Company comes and goes: room for up to twice as many at once, not a copy of all weights per newcomer.
+            room = ranks if len(adapters) == 1 else 1 << (ranks - 1).bit_length()
             for w in self.weights:
-                w.widen(ranks)
-            self.capacity, self._seated = ranks, {}
+                w.widen(room)
+            self.capacity, self._seated = room, {}
         offsets, end = {}, 0
         for uid, adapter in adapters.items():
             offsets[uid], end = end, end + adapter.rank
             self._install(adapter, offsets[uid])
-        return Seating(tuple(Segment(start, stop, a, offsets[a.uid]) for a, start, stop in spans), ranks)
+        segments = tuple(Segment(start, stop, a, offsets[a.uid]) for a, start, stop in spans)
+        return Seating(segments, ranks, grouped and len(adapters) > 1)
 
     def _install(self, adapter: Adapter, offset: int) -> None:
         seat = (adapter.uid, adapter.version, adapter.rank)

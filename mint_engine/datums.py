@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mint_engine.batch import PackedBatch, pack
 from mint_engine.errors import UserError
 from mint_engine.losses import Loss
 from mint_engine.types import Datum, ModelInput, TensorData
@@ -31,15 +30,6 @@ class CheckedDatum:
     targets: np.ndarray
     inputs: dict[str, np.ndarray]
     shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class TrainingBatch:
-    """A packed batch with the loss's view of it: ``targets`` int64 [M, K] (-1 pads K), ``inputs`` fp32 [M, K]."""
-
-    packed: PackedBatch
-    targets: Tensor
-    inputs: dict[str, Tensor]
 
 
 def check_tokens(tokens: np.ndarray, limits: Limits, what: str) -> np.ndarray:
@@ -133,16 +123,17 @@ def _check_length(values: np.ndarray, expected: int, name: str, like: str, at: s
         raise UserError(f"{name}: expected {expected} values to match {like}, got {got} {at}")
 
 
-def pack_training(data: Sequence[CheckedDatum]) -> TrainingBatch:
-    """Pack checked datums. Where K differs between datums, the narrower ones are padded with target -1, inputs 0."""
-    width = max(d.targets.shape[1] for d in data)
+def stack_targets(data: Sequence[CheckedDatum]) -> Tensor:
+    """The targets of datums laid end to end, int64 [M, K]. Where K differs, the narrower ones are padded with -1."""
+    return _stack([d.targets for d in data], -1)
 
-    def stack(arrays: list[np.ndarray], fill: float) -> Tensor:
-        padded = [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=fill) for a in arrays]
-        return torch.from_numpy(np.concatenate(padded))
 
-    return TrainingBatch(
-        packed=pack([d.tokens for d in data]),
-        targets=stack([d.targets for d in data], -1),
-        inputs={name: stack([d.inputs[name] for d in data], 0.0) for name in data[0].inputs},
-    )
+def stack_inputs(data: Sequence[CheckedDatum]) -> dict[str, Tensor]:
+    """The loss inputs of one call's datums laid end to end, fp32 [M, K] each, padded with 0."""
+    return {name: _stack([d.inputs[name] for d in data], 0.0) for name in data[0].inputs}
+
+
+def _stack(arrays: list[np.ndarray], fill: float) -> Tensor:
+    width = max(a.shape[1] for a in arrays)
+    padded = [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=fill) for a in arrays]
+    return torch.from_numpy(np.concatenate(padded))

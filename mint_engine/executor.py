@@ -2,6 +2,10 @@
 
 Work is event-driven (DESIGN.md 2.9): the thread sleeps only when nothing is ready. Policy: owners take turns, one
 operation each, and so do the models of an owner; between any two operations every sampler with work takes one step.
+
+An operation whose turn it is may take others along that are next in their lanes (`joint.py`): they run as one. Brief
+operations go first, and who was answered a moment ago has a moment to ask again, so that clients which are out of step
+by an optimiser step still meet. Nobody loses a turn by it: who was not taken along is where it was.
 """
 
 from __future__ import annotations
@@ -9,6 +13,8 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, InvalidStateError
@@ -17,11 +23,8 @@ from typing import Any, Protocol
 import torch
 
 from mint_engine.errors import EngineClosedError
+from mint_engine.joint import Joint, Operation, Queued
 from mint_engine.turns import Turns
-
-# An operation: a function, or a generator function that yields callables to be run off the device thread (disk, the
-# user's own loss) and receives their results. While it waits its model stands still, the device does not.
-Operation = Callable[[], Any]
 
 OFF_THREADS = 4  # calls run off the device thread at once
 
@@ -44,12 +47,17 @@ class Lane:
 
     def __init__(self, executor: Executor, owner: str = "") -> None:
         self._executor, self.owner = executor, owner
-        self.waiting: deque[tuple[Operation, Future]] = deque()
+        self.waiting: deque[Queued] = deque()
         self.busy = False
 
-    def submit(self, operation: Operation) -> Future:
+    def submit(self, operation: Operation, *, brief: bool = False) -> Future:
         """Queue an operation. Its result or its exception reaches exactly the future returned here."""
-        return self._executor.enqueue(self, operation)
+        return self._executor.enqueue(self, operation, brief)
+
+    def next_joint(self) -> Joint | None:
+        """The operation that is next, after brief ones, if it can run in company."""
+        queued = next((q for q in self.waiting if not q.brief), None)
+        return queued.operation if queued is not None and isinstance(queued.operation, Joint) else None
 
 
 class Executor:
@@ -61,6 +69,7 @@ class Executor:
         self._steppers: list[Stepper] = []
         self._resumed: deque[Callable[[], None]] = deque()
         self._queued = 0  # operations accepted and not begun
+        self._answered: weakref.WeakSet[Lane] = weakref.WeakSet()  # lanes that ran dry since the last joint operation
         self._off_thread = 0  # operations waiting for a call off the device thread
         self._signalled = False  # a stepper got work since the thread last looked
         self._closed = False
@@ -83,7 +92,7 @@ class Executor:
         with self._wake:
             self._steppers.append(stepper)
 
-    def enqueue(self, lane: Lane, operation: Operation) -> Future:
+    def enqueue(self, lane: Lane, operation: Operation, brief: bool) -> Future:
         future: Future = Future()
         if (error := self.inherited()) is not None:
             future.set_exception(error)
@@ -92,10 +101,11 @@ class Executor:
             if self._closed:
                 future.set_exception(EngineClosedError("the engine is closed"))
                 return future
-            lane.waiting.append((operation, future))
+            lane.waiting.append(Queued(operation, future, brief))
             self._queued += 1
             if not lane.busy:
                 lane.busy = True
+                self._answered.discard(lane)
                 self._ready.append(lane.owner, lane)
                 self._wake.notify()
         return future
@@ -163,7 +173,6 @@ class Executor:
         with self._wake:
             resumed = self._resumed.popleft() if self._resumed else None
             lane = self._ready.pop() if self._may_start() else None
-            self._queued -= lane is not None
             steppers = [] if self._closed else list(self._steppers)
         if resumed is not None:
             resumed()
@@ -181,12 +190,16 @@ class Executor:
             return True
 
     def _start_next(self, lane: Lane) -> None:
-        operation, future = lane.waiting.popleft()
+        queued = self._take(lane)
+        if isinstance(queued.operation, Joint):
+            self._start_together(lane, queued, queued.operation)
+            return
+        future = queued.future
         if not future.set_running_or_notify_cancel():
             self._finish(lane)
             return
         try:
-            result = operation()
+            result = queued.operation()
         except BaseException as error:
             self._settle(lane, future, error=error)
             return
@@ -194,6 +207,62 @@ class Executor:
             self._advance(lane, future, result, lambda: next(result))
         else:
             self._settle(lane, future, result)
+
+    def _take(self, lane: Lane) -> Queued:
+        with self._wake:
+            self._queued -= 1
+            return lane.waiting.popleft()
+
+    def _start_together(self, lane: Lane, queued: Queued, first: Joint) -> None:
+        """Run an operation and those it chooses of the others that are next in their lanes."""
+        self._run_brief_ones()
+        with self._wake:
+            self._await_others(lane, first.patience)
+            near = [(joint, other) for other in self._ready.in_turn() if (joint := other.next_joint()) is not None]
+            chosen = {id(joint) for joint in first.choose([joint for joint, _ in near])}
+            company = [(joint, other) for joint, other in near if id(joint) in chosen]
+            for _, other in company:
+                self._ready.discard(other.owner, other)
+        futures = [queued.future, *(self._take_joint(other).future for _, other in company)]
+        everyone = zip([(first, lane), *company], futures, strict=True)
+        running = [(joint, future) for (joint, _), future in everyone if future.set_running_or_notify_cancel()]
+        joints = [joint for joint, _ in running]
+        try:
+            outcomes = joints[0].run(joints[1:]) if joints else []
+        except BaseException as error:
+            outcomes = [error] * len(joints)
+        for (_, future), outcome in zip(running, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                settle(future, error=outcome)
+            else:
+                settle(future, outcome)
+        for one in (lane, *(other for _, other in company)):
+            self._finish(one)
+
+    def _run_brief_ones(self) -> None:
+        """Do what is brief at the heads of all lanes."""
+        with self._wake:
+            lanes = [other for other in self._ready.in_turn() if other.waiting[0].brief]
+            for other in lanes:
+                self._ready.discard(other.owner, other)
+        for other in lanes:
+            while other.waiting and other.waiting[0].brief:
+                _run_brief(self._take(other))
+            self._finish(other)
+
+    def _await_others(self, lane: Lane, patience: float) -> None:
+        """Give those who were answered since the last time a moment to ask again. The lock is held."""
+        self._answered.discard(lane)
+        until = time.monotonic() + patience
+        while self._answered and not self._closed and (left := until - time.monotonic()) > 0:
+            self._wake.wait(left)
+        self._answered.clear()
+
+    def _take_joint(self, lane: Lane) -> Queued:
+        """The operation that was chosen, after the brief ones in front of it."""
+        while (queued := self._take(lane)).brief:
+            _run_brief(queued)
+        return queued
 
     def _advance(self, lane: Lane, future: Future, steps: Generator, resume: Callable[[], Any]) -> None:
         """Run a generator operation up to its next off-thread call, or to its end."""
@@ -238,16 +307,25 @@ class Executor:
                 self._ready.append(lane.owner, lane)
             else:
                 lane.busy = False
+                self._answered.add(lane)
 
     def _refuse_waiting(self) -> None:
         closed = EngineClosedError("the engine was closed before this ran")
         with self._wake:
             lanes, steppers = list(self._ready), list(self._steppers)
         for lane in lanes:
-            for _, future in lane.waiting:
-                settle(future, error=closed)
+            for queued in lane.waiting:
+                settle(queued.future, error=closed)
         for stepper in steppers:
             stepper.close(closed)
+
+
+def _run_brief(queued: Queued) -> None:
+    if queued.future.set_running_or_notify_cancel():
+        try:
+            settle(queued.future, queued.operation())  # type: ignore[operator]
+        except BaseException as error:
+            settle(queued.future, error=error)
 
 
 def settle(future: Future, result: Any = None, error: BaseException | None = None) -> None:

@@ -49,7 +49,8 @@ def _global_norm(grads: Tensor) -> float:
 def _check_overflow(adapter: Adapter, p: AdamParams) -> None:
     """Refuse a step whose result might not fit fp32, by the bound on Adam's update (arXiv:1412.6980, section 2.1)."""
     largest_update = p.learning_rate * max(1.0, (1 - p.beta1) / math.sqrt(1 - p.beta2))
-    bound = float(adapter.params.abs().max()) * max(1.0, abs(1 - p.learning_rate * p.weight_decay)) + largest_update
+    low, high = torch.aminmax(adapter.params)  # no copy of their absolute values
+    bound = max(-float(low), float(high)) * max(1.0, abs(1 - p.learning_rate * p.weight_decay)) + largest_update
     if not bound < 1e35:  # a thousandth of fp32's range: the bound is loose when the betas change between steps
         raise NonFiniteError(
             f"optim_step: learning_rate {p.learning_rate} and weight_decay {p.weight_decay} could take weights to "

@@ -22,6 +22,7 @@ from mint_engine import trainer
 from mint_engine.adapters import Adapter, TrainState
 from mint_engine.batch import PackedBatch, micro_batches, pack
 from mint_engine.borders import Seating
+from mint_engine.calls import add_gradients
 from mint_engine.datums import Limits, check_ids, check_prompt
 from mint_engine.errors import NonFiniteError, UserError
 from mint_engine.models.decoder import Decoder
@@ -116,7 +117,7 @@ def run(
     for chosen in micro_batches([d.student.size + d.reference.size for d in data], max_tokens):
         pairs = [data[i] for i in chosen]
         per_row += _one_pass(decoder, adapter, scratch, reference, pairs, temperature, first_datum=chosen.start)
-    trainer.add_gradients(state, scratch)
+    add_gradients(state, scratch)
     losses = [float((d.weights.astype(np.float64) * kl).sum()) for d, kl in zip(data, per_row, strict=True)]
     weighted = np.concatenate([kl[d.weights != 0] for d, kl in zip(data, per_row, strict=True)])
     return ReverseKLOutput(

@@ -75,6 +75,21 @@ class Recorder:
             except Exception:
                 log.exception("a listener for operations failed on %s", kind)
 
+    def brief(self, kind: str, operation: Callable[[], Any]) -> Callable[[], Any]:
+        """A plain function for the executor, recorded when it ends."""
+
+        def run() -> Any:
+            begun = time.perf_counter()
+            try:
+                result = operation()
+            except BaseException:
+                self.record(kind, time.perf_counter() - begun, 0, False)
+                raise
+            self.record(kind, time.perf_counter() - begun, 0, True)
+            return result
+
+        return run
+
     def timed(
         self, kind: str, operation: Callable[[], Any], tokens: Callable[[Any], int]
     ) -> Callable[[], Generator[Callable[[], Any], Any, Any]]:

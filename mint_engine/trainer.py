@@ -1,34 +1,31 @@
-"""forward, forward_backward: one call's datums over the base model, with nothing applied unless all of it succeeded."""
+"""forward, forward_backward: the datums of calls in packed passes over the base model.
+
+Calls of different clients may share a pass (:func:`run_together`): their sequences lie side by side, each row goes
+through its own client's adapter, and each call has its own loss, its own sums and its own gradients (`calls.py`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from mint_engine.adapters import Adapter, TrainState
-from mint_engine.batch import micro_batches
-from mint_engine.datums import CheckedDatum, TrainingBatch, pack_training
+from mint_engine.batch import micro_batches, pack
+from mint_engine.calls import Call, Work
+from mint_engine.datums import CheckedDatum, stack_targets
 from mint_engine.errors import NonFiniteError
 from mint_engine.losses import Loss
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.layer import Saved
-from mint_engine.types import ForwardBackwardOutput, TensorData
+from mint_engine.types import ForwardBackwardOutput
 
 # Activations kept at once; a call that needs more is cut at datum boundaries into passes, with the same sums.
 ACTIVATION_BYTES = 4 << 30
 # Targets of a pass, padded to those of the widest datum: one wide datum must not multiply all the others.
 TARGET_CELLS = 1 << 25
-
-
-@dataclass(frozen=True)
-class _PassResult:
-    logprobs: Tensor  # fp32 [M, K]
-    loss: float
-    weight: float
 
 
 def run(
@@ -49,78 +46,95 @@ def run(
     Raises:
         NonFiniteError: the loss or a gradient is not finite. ``state`` is as it was.
     """
-    # Gradients of this call collect in a scratch buffer of their own: a call that fails half-way leaves no trace.
-    scratch = None if state is None else torch.zeros_like(state.grads)
+    (outcome,) = run_together(decoder, [Call(adapter, state, data, loss, config)], max_tokens=max_tokens)
+    if isinstance(outcome, NonFiniteError):
+        raise outcome
+    return outcome
+
+
+def run_together(
+    decoder: Decoder, calls: Sequence[Call], *, max_tokens: int | None = None
+) -> list[ForwardBackwardOutput | NonFiniteError]:
+    """Calls of different adapters in shared passes: of each what :func:`run` answers, or the error that it raises.
+
+    Nothing of a call, not even a refused one, reaches another's rows, sums or gradients. Company can change the order
+    of the sums inside a product (more rows and wider borders may be cut into other blocks), so a call's numbers are
+    those it gets alone up to roundings of the compute dtype (in float32, 1e-5 relative) and not to the bit. Of two
+    runs with the same calls in the same order, and of calls that are alone, every bit is the same.
+    """
+    # Calls without a backward go last: the backward is a pass over the rows before them.
+    works = sorted((Work(call) for call in calls), key=lambda work: work.scratch is None)
     if max_tokens is None:
         max_tokens = max(1, ACTIVATION_BYTES // decoder.activation_bytes_per_token)
-    results: list[_PassResult] = []
-    widths = [d.targets.shape[1] for d in data]
-    for chosen in micro_batches([d.tokens.size for d in data], max_tokens, widths, TARGET_CELLS):
-        batch = pack_training([data[i] for i in chosen])
-        results.append(_one_pass(decoder, adapter, scratch, batch, loss, config, first_datum=chosen.start))
-    if state is not None and scratch is not None:
-        add_gradients(state, scratch)
-    return ForwardBackwardOutput(
-        loss_fn_output_type=loss.name,
-        loss_fn_outputs=_per_datum(data, [r.logprobs.numpy() for r in results]),
-        metrics={"loss:sum": sum(r.loss for r in results), "tokens:sum": float(sum(d.tokens.size for d in data))},
-        weight_sum=sum(r.weight for r in results) if loss.name == "cross_entropy" else None,
-    )
+    datums = [(work, i) for work in works for i in range(len(work.call.data))]
+    lengths = [work.call.data[i].tokens.size for work, i in datums]
+    widths = [work.call.data[i].targets.shape[1] for work, i in datums]
+    try:
+        for chosen in micro_batches(lengths, max_tokens, widths, TARGET_CELLS):
+            # One that was refused in an earlier pass is over.
+            live = (datum for datum in datums[chosen.start : chosen.stop] if datum[0].error is None)
+            _one_pass(decoder, _spans(live))
+    except BaseException:
+        for work in works:
+            work.withdraw()
+        raise
+    outcomes = {id(work.call): work.finish() for work in works}
+    return [outcomes[id(call)] for call in calls]
 
 
-def add_gradients(state: TrainState, scratch: Tensor) -> None:
-    """Add a whole call's gradients to those since the last step. Raises NonFiniteError, and then adds nothing."""
-    if not bool(torch.isfinite(scratch.sum())) and not bool(torch.isfinite(scratch).all()):
-        raise NonFiniteError("gradient: not finite; the call was refused and the adapter is as it was")
-    state.grads.add_(scratch)
-    state.has_grads = True
+@dataclass(frozen=True)
+class _Span:
+    """Rows ``start:stop`` of a pass: some datums of one call, ``first`` and on."""
+
+    work: Work
+    data: Sequence[CheckedDatum]
+    first: int
+    start: int
+    stop: int
 
 
-def _one_pass(
-    decoder: Decoder, adapter: Adapter, scratch: Tensor | None, batch: TrainingBatch, loss: Loss,
-    config: Mapping[str, float], *, first_datum: int,
-) -> _PassResult:  # fmt: skip
-    packed = batch.packed
-    seating = decoder.borders.seat([(adapter, 0, packed.num_tokens)])
-    saved: list[Saved] | None = None if scratch is None else []
+def _spans(datums: Iterable[tuple[Work, int]]) -> list[_Span]:
+    """Datums, given as (call, index), laid end to end; those of a call lie together."""
+    spans, row = [], 0
+    for work, group in groupby(datums, key=lambda datum: datum[0]):
+        indices = [i for _, i in group]
+        data = work.call.data[indices[0] : indices[-1] + 1]
+        rows = sum(d.tokens.size for d in data)
+        spans.append(_Span(work, data, indices[0], row, row + rows))
+        row += rows
+    return spans
+
+
+def _one_pass(decoder: Decoder, spans: Sequence[_Span]) -> None:
+    """Forward over all rows, backward over those of the calls that want gradients, which come first."""
+    if not spans:
+        return
+    data = [d for span in spans for d in span.data]
+    packed, targets = pack([d.tokens for d in data]), stack_targets(data)
+    seating = decoder.borders.seat([(s.work.call.adapter, s.start, s.stop) for s in spans], grouped=True)
+    training = [s for s in spans if s.work.scratch is not None]
+    saved: list[Saved] | None = [] if training else None
     h, p = decoder.hidden(packed.tokens, packed.positions, seating, decoder.packed_attend(packed), saved)
-    x = decoder.head_input(h, seating)
-    logprobs, lse = decoder.target_logprob(x, batch.targets, seating)
-    values, gradient = loss.fn(logprobs, batch.inputs, config)
-    padded = batch.targets < 0
-    values, gradient = values.masked_fill(padded, 0.0), gradient.masked_fill(padded, 0.0)
-    total = float(values.double().sum())
-    broken = (~torch.isfinite(values)).any(1).nonzero()
-    if broken.numel():
-        row = int(broken[0])
-        datum = int(torch.searchsorted(packed.cu_seqlens, row, right=True)) - 1
-        raise NonFiniteError(
-            f"loss: {loss.name} is {float(values[row].sum())} (datum {first_datum + datum}, position "
-            f"{row - int(packed.cu_seqlens[datum])}); the call was refused and the adapter is as it was"
-        )
-    if scratch is not None and saved is not None:
-        # A row whose gradient is zero costs nothing in the unembedding's backward.
-        active = (gradient != 0).any(1).nonzero().squeeze(1)
-        if active.numel():
-            grads = {adapter.uid: adapter.views(scratch)}
-            dh = torch.zeros_like(h)
-            targets, own = batch.targets[active], seating.select(active)
-            dh[active] = decoder.head_backward(h[active], x[active], targets, gradient[active], lse[active], own, grads)
-            p.cu_seqlens = packed.cu_seqlens
-            decoder.hidden_backward(dh, saved, p, grads)
-    weights = batch.inputs.get("weights")
-    return _PassResult(logprobs, total, 0.0 if weights is None else float(weights.double().sum()))
-
-
-def _per_datum(data: Sequence[CheckedDatum], logprobs: Sequence[np.ndarray]) -> list[dict[str, TensorData]]:
-    """Cut the passes' log-probabilities back into one fp32 tensor per datum, shaped like its target_tokens."""
-    out: list[dict[str, TensorData]] = []
-    chunks = iter(logprobs)
-    chunk, at = next(chunks), 0
-    for d in data:
-        if at == len(chunk):
-            chunk, at = next(chunks), 0
-        n, k = d.targets.shape
-        out.append({"logprobs": TensorData.from_numpy(chunk[at : at + n, :k].reshape(d.shape))})
-        at += n
-    return out
+    at_head = seating.bordered
+    x = decoder.head_input(h, at_head)
+    logprobs, lse = decoder.target_logprob(x, targets, at_head)
+    gradients = torch.zeros_like(logprobs)
+    for s in spans:
+        rows = slice(s.start, s.stop)
+        gradient = s.work.evaluate(logprobs[rows], targets[rows], s.data, s.first)
+        if s.work.scratch is not None:
+            gradients[rows, : gradient.shape[1]] = gradient
+    # A row whose gradient is zero costs nothing in the unembedding's backward.
+    active = (gradients != 0).any(1).nonzero().squeeze(1)
+    if saved is None or not active.numel():
+        return
+    grads = {s.work.call.adapter.uid: s.work.gradients() for s in training}
+    end = training[-1].stop
+    dh = torch.zeros_like(h[:end])
+    own, xa = at_head.select(active), x[active]
+    dh[active] = decoder.head_backward(h[active], xa, targets[active], gradients[active], lse[active], own, grads)
+    sequences = sum(len(s.data) for s in training)
+    p.cu_seqlens = packed.cu_seqlens[: sequences + 1]
+    if end < packed.num_tokens:
+        p, saved[:] = p.first(end), [s.first(end) for s in saved]
+    decoder.hidden_backward(dh, saved, p, grads)

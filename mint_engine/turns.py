@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -65,6 +67,11 @@ class Turns(Generic[T]):
     def owners(self) -> int:
         """How many owners have something waiting."""
         return len(self._queues)
+
+    def in_turn(self) -> Iterator[T]:
+        """All items in the order in which they would be popped."""
+        for round_ in zip_longest(*self._queues.values(), fillvalue=None):
+            yield from (item for item in round_ if item is not None)
 
     def __iter__(self) -> Iterator[T]:
         for queue in self._queues.values():

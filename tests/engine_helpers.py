@@ -17,9 +17,9 @@ ADAM = AdamParams(learning_rate=1e-2)
 
 
 @contextmanager
-def open_engine(home: Path, dtype: str = "float32") -> Iterator[Engine]:
+def open_engine(home: Path, dtype: str = "float32", deterministic: bool | None = None) -> Iterator[Engine]:
     """An engine with a small KV cache. Several may be opened on one home, one after the other or at once."""
-    engine = Engine(dtype=dtype, home=home, kv_cache_bytes=1 << 22)
+    engine = Engine(dtype=dtype, home=home, kv_cache_bytes=1 << 22, deterministic=deterministic)
     try:
         yield engine
     finally:

@@ -39,6 +39,7 @@ def target_logprob_backward(
     dlogprob: torch.Tensor,
     lse: torch.Tensor,
     border: int,
+    spans: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (m, h), v, k = x.shape, weight.shape[0], targets.shape[1]
     code = NATIVE_DTYPES[x.dtype]
@@ -50,10 +51,11 @@ def target_logprob_backward(
     for start in range(0, m, chunk):
         n = min(chunk, m - start)
         rows = x[start : start + n]
+        columns = 0 if spans is None else spans[start:].data_ptr()
         native.target_dlogits(
             code, rows.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0),
             targets[start:].data_ptr(), k, dlogprob[start:].data_ptr(), lse[start:].data_ptr(),
-            dlogits.data_ptr(), v, dborder.data_ptr(), border, n, v, h,
+            dlogits.data_ptr(), v, dborder.data_ptr(), border, columns, n, v, h,
         )  # fmt: skip
         native.matmul(
             code, dlogits.data_ptr(), v, weight.data_ptr(), weight.stride(0),

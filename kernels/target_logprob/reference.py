@@ -38,6 +38,7 @@ def target_logprob_backward(
     dlogprob: torch.Tensor,
     lse: torch.Tensor,
     border: int,
+    spans: torch.Tensor | None = None,  # what they leave out is zero
 ) -> tuple[torch.Tensor, torch.Tensor]:
     wide = statistics_dtype(x.dtype)
     v, h = weight.shape

@@ -65,7 +65,7 @@ def _option(name: str) -> inspect.Parameter:
 def _flag_type(annotation: Any) -> Any:
     """What typer parses; Settings checks the value again."""
     text = str(annotation)
-    if annotation is bool:
+    if annotation in (bool, bool | None):
         return bool | None
     if "list" in text:
         return list[str] | None

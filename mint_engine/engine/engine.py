@@ -19,6 +19,7 @@ from mint_engine.engine.checkpoints import Checkpoints
 from mint_engine.engine.core import EngineCore, Steps
 from mint_engine.engine.models import Models
 from mint_engine.engine.parking import Parking
+from mint_engine.engine.together import Together
 from mint_engine.engine.training import Training
 from mint_engine.stats import EngineStats, OnOperation, rss_bytes
 from mint_engine.store import Store
@@ -38,12 +39,18 @@ class Engine(Models, Training, Checkpoints, Parking):
         home: where runs, checkpoints and converted models are kept.
         kv_cache_bytes: size of each base model's KV cache; default a quarter of the machine's memory.
         store: where metadata and checkpoints go; default a store under ``home``.
+        deterministic: whether a training call's numbers are to be the same bits in any company. If not, calls of
+            different clients share passes over the base model (`trainer.run_together`), which is several times faster
+            for many small ones and moves their numbers by roundings. Default: in float32, which is for exactness.
     """
 
     def __init__(
-        self, *, dtype: str = "bfloat16", home: Path, kv_cache_bytes: int | None = None, store: Store | None = None
-    ) -> None:
+        self, *, dtype: str = "bfloat16", home: Path, kv_cache_bytes: int | None = None, store: Store | None = None,
+        deterministic: bool | None = None,
+    ) -> None:  # fmt: skip
         EngineCore.__init__(self, dtype=dtype, home=home, kv_cache_bytes=kv_cache_bytes, store=store)
+        self.deterministic = dtype == "float32" if deterministic is None else deterministic
+        self._together = Together(self._residents, self._recorder, share=not self.deterministic)
         self._references = OrderedDict()
         self._sampler_lane = self._executor.lane()
         alive.add(self)

@@ -14,6 +14,7 @@ from mint_engine.adapters import Adapter, TrainState
 from mint_engine.datums import check_data
 from mint_engine.engine.core import EngineCore, Steps
 from mint_engine.engine.residents import Model
+from mint_engine.engine.together import Together, TrainingCall
 from mint_engine.losses import get_loss
 from mint_engine.optimizer import optim_step
 from mint_engine.state import load_adapter
@@ -31,6 +32,7 @@ _REFERENCES = 2  # reference adapters kept: a training loop names the same one a
 
 
 class Training(EngineCore):
+    _together: Together
     _references: OrderedDict[Path, Adapter]  # by directory: a version's never changes. The device thread's own
 
     def forward(
@@ -49,16 +51,8 @@ class Training(EngineCore):
         self, model_id: str, data: Sequence[Datum], loss_fn: str, config: Mapping[str, Any] | None, *, backward: bool
     ) -> Future[ForwardBackwardOutput]:
         data, config = list(data), copy.copy(config)  # the caller may change both once this returns
-
-        def run() -> ForwardBackwardOutput:
-            model, loss = self._residents.model(model_id), get_loss(loss_fn)
-            resolved = loss.resolve_config(config)
-            checked = check_data(data, loss, resolved, model.base.limits)
-            state = model.state if backward else None
-            return trainer.run(model.base.decoder, model.adapter, state, checked, loss, resolved)
-
-        kind = "forward_backward" if backward else "forward"
-        return self._submit(kind, self._residents.lane(model_id), run, lambda _: _tokens(data))
+        call = TrainingCall(self._together, model_id, data, loss_fn, config, backward=backward)
+        return self._residents.lane(model_id).submit(call)
 
     def forward_backward_custom(
         self, model_id: str, data: Sequence[Datum], fn: custom_loss.CustomLoss
@@ -131,7 +125,7 @@ class Training(EngineCore):
             model: Model = self._residents.model(model_id)
             return optim_step(model.adapter, model.state, adam_params)
 
-        return self._submit("optim_step", self._residents.lane(model_id), run)
+        return self._residents.lane(model_id).submit(self._recorder.brief("optim_step", run), brief=True)
 
 
 def _tokens(data: Sequence[Datum]) -> int:

@@ -128,8 +128,11 @@ class Decoder:
     ) -> Tensor:  # fmt: skip
         """Gradient with respect to ``h`` [M, H], given ``dlogprob`` [M, K]; the head adapters' go to ``grads``."""
         ranks = seating.ranks_of(self.head.group)
-        dx_ext, d_border = kernels.target_logprob_backward(x, self.head.forward_weight(ranks), targets, dlogprob, lse,
-                                                           border=self.head.m * ranks)  # fmt: skip
+        x = x[:, : self.head.k + self.head.m * ranks]  # the rows with a gradient may all be of untrained heads
+        dx_ext, d_border = kernels.target_logprob_backward(
+            x, self.head.forward_weight(ranks), targets, dlogprob, lse, border=self.head.m * ranks,
+            spans=seating.columns(self.head.group, len(x)),
+        )  # fmt: skip
         return self._head_gradients(h, x, dx_ext, d_border, seating, grads)
 
     def head_backward_logits(

@@ -9,7 +9,7 @@ Every W is bordered with the adapters of the pass. The residual additions happen
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -57,6 +57,11 @@ class Pass:
     attend: Attend
     cu_seqlens: Tensor | None = None  # needed by the backward
 
+    def first(self, rows: int) -> Pass:
+        """The same for a backward over the first ``rows`` rows; ``cu_seqlens`` is theirs already."""
+        seating = self.seating.select(torch.arange(rows))
+        return replace(self, seating=seating, cos=self.cos[:rows], sin=self.sin[:rows])
+
 
 @dataclass
 class Saved:
@@ -71,6 +76,11 @@ class Saved:
     s_gate_up: Tensor
     gate_up: Tensor
     s_down: Tensor
+
+    def first(self, rows: int) -> Saved:
+        """What the backward of the first ``rows`` rows needs: views."""
+        by_row = {f.name: getattr(self, f.name)[:rows] for f in fields(self) if f.name != "lse"}
+        return Saved(**by_row, lse=self.lse[:, :rows])
 
 
 def forward(

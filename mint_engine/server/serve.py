@@ -56,7 +56,11 @@ def run(settings: Settings) -> int:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         engine = Engine(
-            dtype=settings.dtype, home=settings.home_directory, kv_cache_bytes=settings.kv_cache_bytes, store=store
+            dtype=settings.dtype,
+            home=settings.home_directory,
+            kv_cache_bytes=settings.kv_cache_bytes,
+            store=store,
+            deterministic=settings.deterministic,
         )
         stack.callback(engine.close)
         for name in settings.models:

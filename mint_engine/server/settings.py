@@ -35,6 +35,10 @@ class Settings(BaseSettings):
         "once; clients can name no other.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Compute dtype: bfloat16 or float32.")
+    deterministic: bool | None = Field(
+        default=None,
+        description="Give a training call the same bits in any company, one client per pass; default only in float32.",
+    )
     home: Path | None = Field(
         default=None,
         description="Where runs, checkpoints, database and keys are kept; default MINT_HOME, else ~/.mint-engine.",

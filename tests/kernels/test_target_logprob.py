@@ -88,6 +88,25 @@ def test_one_row_alone_equals_the_row_in_a_batch(face: str, dtype: torch.dtype) 
     within_budget("logprob", alone, plain_logprob(x.double(), weight.double(), targets), batch)
 
 
+def test_columns_of_the_border_that_are_zero_may_be_left_out(face: str, dtype: torch.dtype) -> None:
+    """As several adapters share it: some rows use none, neighbours the same or others, and one all."""
+    x, weight, targets = inputs((150, 60, 300, 2), dtype)
+    dlogprob, border = normal(150, 2, seed=4), 24
+    spans = torch.tensor([[0, 16]] * 70 + [[16, 19]] * 50 + [[24, 24]] * 29 + [[0, 24]])
+    for row, (start, stop) in zip(x, spans.tolist(), strict=True):
+        tail = row[60 - border :]
+        tail[:start], tail[stop:] = 0, 0
+    _, lse = target_logprob(x, weight, targets, face=face)
+    whole = target_logprob_backward(x, weight, targets, dlogprob, lse, border=border, face=face)
+    parts = target_logprob_backward(x, weight, targets, dlogprob, lse, border=border, spans=spans, face=face)
+    assert torch.equal(parts[0], whole[0])
+    exact = (x.double(), weight.double(), targets, dlogprob.double(), lse.double())
+    within_budget("dborder", parts[1], target_logprob_backward(*exact, border=border)[1], whole[1])
+    spans[3] = torch.tensor([5, 25])
+    with pytest.raises(ValueError, match=r"spans: expected from <= to in \[0, 24\]"):
+        target_logprob_backward(x, weight, targets, dlogprob, lse, border=border, spans=spans, face=face)
+
+
 def test_threads_do_not_change_a_bit(face: str, dtype: torch.dtype) -> None:
     x, weight, targets = inputs((33, 200, 1500, 2), dtype)
     dlogprob = normal(33, 2, seed=4)

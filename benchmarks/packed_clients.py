@@ -1,0 +1,127 @@
+"""Training clients that call at the same time, against the same ones one after the other; and what company costs.
+
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.packed_clients [--rounds 7] [--rank 16] [--save]
+
+At the same time: the device thread is held until every client's forward_backward and optim_step wait. One after the
+other: each client's two calls are made when the one before has its results. The same models, data and work, interleaved
+in one run. Last, one forward_backward of 8 adapters that share a batch against one adapter with the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import torch
+
+from benchmarks.timing import interleaved, medians, report
+from mint_engine import trainer
+from mint_engine.adapters import Adapter, TrainState
+from mint_engine.calls import Call
+from mint_engine.datums import check_data
+from mint_engine.engine import Engine
+from mint_engine.losses import get_loss
+from mint_engine.types import AdamParams, Datum, LoraConfig, ModelInput
+
+CASES = {"8 x 16": (8, 16, 0.5), "4 x 128": (4, 128, 0.9)}  # clients, tokens of each, most of the time apart
+SHARED = (8, 128, 0.9)  # adapters, tokens of each, least of the speed of one
+ADAM = AdamParams(learning_rate=1e-5)
+MODEL = "smollm2-135m"
+
+
+def datum(tokens: int, seed: int) -> Datum:
+    """Random tokens, the last half of them in the loss."""
+    rng = np.random.default_rng(seed)
+    weights = (np.arange(tokens) >= tokens // 2).astype(np.float32)
+    inputs = {"target_tokens": rng.integers(0, 49000, tokens), "weights": weights}
+    return Datum(ModelInput.from_ints(rng.integers(0, 49000, tokens).tolist()), inputs)
+
+
+def apart(engine: Engine, models: Sequence[str], data: Sequence[Datum]) -> None:
+    for model, one in zip(models, data, strict=True):
+        engine.forward_backward(model, [one], "cross_entropy").result()
+        engine.optim_step(model, ADAM).result()
+
+
+def at_once(engine: Engine, models: Sequence[str], data: Sequence[Datum]) -> None:
+    go = Event()
+    engine._executor.lane().submit(go.wait)
+    futures = []
+    for model, one in zip(models, data, strict=True):
+        engine.forward_backward(model, [one], "cross_entropy")
+        futures.append(engine.optim_step(model, ADAM))
+    go.set()
+    for future in futures:
+        future.result()
+
+
+def clients(engine: Engine, count: int, tokens: int, rank: int) -> dict[str, Callable[[], None]]:
+    session = engine.create_session()
+    models = [engine.create_model(session, MODEL, LoraConfig(rank=rank, seed=i)).result() for i in range(count)]
+    data = [datum(tokens, i) for i in range(count)]
+    return {"at once": lambda: at_once(engine, models, data), "apart": lambda: apart(engine, models, data)}
+
+
+def shared_batch(engine: Engine, count: int, tokens: int, rank: int) -> dict[str, Callable[[], None]]:
+    """forward_backward only: eight optimisers have eight times the work of one, whoever shares what."""
+    base = engine._bases.get(MODEL)
+    loss = get_loss("cross_entropy")
+    data = [datum(tokens, i) for i in range(count)]
+
+    def step(shares: Sequence[Sequence[Datum]]) -> Callable[[], None]:
+        calls = []
+        for i, share in enumerate(shares):
+            adapter = Adapter(base.decoder.groups, LoraConfig(rank=rank, seed=i))
+            calls.append(Call(adapter, TrainState(adapter), check_data(share, loss, {}, base.limits), loss, {}))
+
+        @torch.no_grad()
+        def run() -> None:
+            for call in calls:
+                assert call.state is not None
+                call.state.has_grads = False  # as after an optimiser step; the numbers do not matter here
+            trainer.run_together(base.decoder, calls)
+
+        return run
+
+    return {"8 adapters": step([[one] for one in data]), "1 adapter": step([data])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/")
+    args = parser.parse_args()
+
+    home = Path(os.environ.get("MINT_HOME") or Path.home() / ".mint-engine")
+    engine = Engine(dtype=args.dtype, home=home, kv_cache_bytes=1 << 22, deterministic=False)
+    document: dict[str, object] = {"model": MODEL, "rank": args.rank, "dtype": args.dtype, "rounds": args.rounds}
+    try:
+        for name, (count, tokens, most) in CASES.items():
+            ms = _ms(clients(engine, count, tokens, args.rank), args.rounds)
+            ratio = ms["at once"] / ms["apart"]
+            print(f"{name:8s} tokens: at once {ms['at once']:6.0f} ms, one after the other {ms['apart']:6.0f} ms: "
+                  f"{ratio:.2f} of the time (target at most {most})")  # fmt: skip
+            document[name] = {"median_ms": ms, "ratio": round(ratio, 3), "at_most": most}
+        count, tokens, least = SHARED
+        ms = _ms(shared_batch(engine, count, tokens, args.rank), args.rounds)
+        speed = ms["1 adapter"] / ms["8 adapters"]
+        print(f"{count} x {tokens} tokens in one pass: 8 adapters {ms['8 adapters']:.0f} ms, 1 adapter "
+              f"{ms['1 adapter']:.0f} ms: {speed:.2f} of the speed (target at least {least})")  # fmt: skip
+        document["8 adapters share a batch"] = {"median_ms": ms, "speed": round(speed, 3), "at_least": least}
+    finally:
+        engine.close()
+    report("packed_clients", document, args.save)
+
+
+def _ms(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    return {name: round(s * 1e3, 1) for name, s in medians(interleaved(contenders, rounds=rounds)).items()}
+
+
+if __name__ == "__main__":
+    main()

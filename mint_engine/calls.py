@@ -1,0 +1,116 @@
+"""One client's forward or forward_backward on its way through the passes: its loss, its sums, its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mint_engine.adapters import Adapter, GroupFactors, TrainState
+from mint_engine.datums import CheckedDatum, stack_inputs
+from mint_engine.errors import NonFiniteError
+from mint_engine.losses import Loss
+from mint_engine.types import ForwardBackwardOutput, TensorData
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call, checked. ``state``: where its gradients go; None for a forward."""
+
+    adapter: Adapter
+    state: TrainState | None
+    data: Sequence[CheckedDatum]
+    loss: Loss
+    config: Mapping[str, float]
+
+
+class Work:
+    """A call while its passes run. Nothing is applied before :meth:`finish`, and nothing at all after an ``error``."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        # A call that fails half-way leaves no trace: its gradients collect in a buffer of its own, or in the state's if
+        # that holds none yet and so can be emptied again.
+        self.scratch: Tensor | None = None
+        if call.state is not None:
+            self.scratch = torch.zeros_like(call.state.grads) if call.state.has_grads else call.state.grads
+        self.error: NonFiniteError | None = None
+        self._logprobs: list[np.ndarray] = []  # of each datum so far, fp32 [N, at least K]
+        self._loss, self._weight = 0.0, 0.0
+
+    def gradients(self) -> dict[str, GroupFactors]:
+        """Where a backward adds this call's gradients. Only for a call that wants some."""
+        assert self.scratch is not None
+        return self.call.adapter.views(self.scratch)
+
+    def evaluate(self, logprobs: Tensor, targets: Tensor, data: Sequence[CheckedDatum], first: int) -> Tensor:
+        """Take the log-probabilities of the datums from ``first`` on, and answer d loss / d logprob.
+
+        ``logprobs`` fp32 and ``targets`` int64 [M, K], K at least that of the widest of ``data``; the answer is that
+        wide. A loss that is not finite sets ``error``, and the answer is zero.
+        """
+        loss, inputs = self.call.loss, stack_inputs(data)
+        width = max(d.targets.shape[1] for d in data)
+        logprobs, padded = logprobs[:, :width], targets[:, :width] < 0
+        values, gradient = loss.fn(logprobs, inputs, self.call.config)
+        values, gradient = values.masked_fill(padded, 0.0), gradient.masked_fill(padded, 0.0)
+        ends = np.cumsum([d.tokens.size for d in data])
+        broken = (~torch.isfinite(values)).any(1).nonzero()
+        if broken.numel():
+            row = int(broken[0])
+            datum = int(np.searchsorted(ends, row, side="right"))
+            position = row - int(ends[datum]) + data[datum].tokens.size
+            self.error = NonFiniteError(
+                f"loss: {loss.name} is {float(values[row].sum())} (datum {first + datum}, position {position}); the "
+                "call was refused and the adapter is as it was"
+            )
+            return torch.zeros_like(gradient)
+        self._loss += float(values.double().sum())
+        if "weights" in inputs:
+            self._weight += float(inputs["weights"].double().sum())
+        self._logprobs += np.split(logprobs.numpy(), ends[:-1])
+        return gradient
+
+    def finish(self) -> ForwardBackwardOutput | NonFiniteError:
+        """The call's result, or why it was refused. Only now its gradients count."""
+        if self.error is None:
+            try:
+                output = self._output()
+                if self.call.state is not None and self.scratch is not None:
+                    add_gradients(self.call.state, self.scratch)
+                return output
+            except NonFiniteError as error:
+                self.error = error
+        self.withdraw()
+        return self.error
+
+    def withdraw(self) -> None:
+        """The call came to nothing: leave its state as it was."""
+        if self.call.state is not None and self.scratch is self.call.state.grads:
+            self.call.state.zero_grads()
+
+    def _output(self) -> ForwardBackwardOutput:
+        data, loss = self.call.data, self.call.loss
+        per_datum = zip(self._logprobs, data, strict=True)
+        logprobs = [lp[:, : d.targets.shape[1]].reshape(d.shape) for lp, d in per_datum]
+        return ForwardBackwardOutput(
+            loss_fn_output_type=loss.name,
+            loss_fn_outputs=[{"logprobs": TensorData.from_numpy(lp)} for lp in logprobs],
+            metrics={"loss:sum": self._loss, "tokens:sum": float(sum(d.tokens.size for d in data))},
+            weight_sum=self._weight if loss.name == "cross_entropy" else None,
+        )
+
+
+def add_gradients(state: TrainState, scratch: Tensor) -> None:
+    """Add a whole call's gradients to those since the last step. Raises NonFiniteError, and then adds nothing.
+
+    ``scratch`` may be ``state.grads`` itself, if they are the first.
+    """
+    if not bool(torch.isfinite(scratch.sum())) and not bool(torch.isfinite(scratch).all()):
+        raise NonFiniteError("gradient: not finite; the call was refused and the adapter is as it was")
+    if scratch is not state.grads:
+        state.grads.add_(scratch)
+    state.has_grads = True

@@ -1,0 +1,137 @@
+"""The adapters' part of a linear in a pass that several share: each adapter meets its own rows only.
+
+``y[rows] += S[rows] Bᵀ`` after the base's GEMM, instead of border columns inside it, which every row would multiply.
+S and dS of every adapter begin at the first column of the tail. The products of one kind of linear are the same in
+all layers: their tables are made once per pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from mint_engine.borders import BorderedWeight, Seating, Segment
+from mint_engine.kernels import grouped_linear, grouped_outer
+from mint_engine.kernels.grouped_linear import LinearTable, Outer, OuterTable, Product
+
+T = TypeVar("T")
+
+
+def tail(w: BorderedWeight, seating: Seating) -> int:
+    """Columns of S or dS: as many as the widest adapter needs."""
+    return w.m * max((s.adapter.rank for s in seating.of(w.group)), default=0)
+
+
+def shrink(w: BorderedWeight, x: Tensor, seating: Seating) -> None:
+    """Fill the tail of ``x [rows, K + tail]`` with S = scale X Aᵀ; rows without an adapter stay as they are."""
+
+    def table(segments: Sequence[Segment]) -> LinearTable:
+        stride = w.buf.stride(0)
+        return LinearTable.of(
+            [
+                Product(s.start, s.stop - s.start, 0, w.k, (w.n + w.m * s.offset) * stride, stride, 1,
+                        w.k, w.m * s.adapter.rank, s.adapter.scale)
+                for s in segments
+            ],
+            len(x), x.shape[1], x.shape[1], w.buf.numel(),
+        )  # fmt: skip
+
+    grouped_linear(x, w.buf, x, _table("shrink", w, seating, table))
+
+
+def expand(w: BorderedWeight, x: Tensor, y: Tensor, seating: Seating) -> Tensor:
+    """Add S Bᵀ to ``y [rows, N]``."""
+
+    def table(segments: Sequence[Segment]) -> LinearTable:
+        return LinearTable.of(
+            [
+                Product(s.start, s.stop - s.start, w.k + j * r, r, offset, w.buf.stride(0), 1, row, n)
+                for s in segments
+                for j, row, n, r, offset in _factors_b(w, s)
+            ],
+            len(x), x.shape[1], y.shape[1], w.buf.numel(),
+        )  # fmt: skip
+
+    return grouped_linear(x, w.buf, y, _table("expand", w, seating, table), add=True)
+
+
+def shrink_gradient(w: BorderedWeight, dy: Tensor, seating: Seating) -> None:
+    """Fill the tail of ``dy [rows, N + tail]`` with dS = scale dY B."""
+
+    def table(segments: Sequence[Segment]) -> LinearTable:
+        return LinearTable.of(
+            [
+                Product(s.start, s.stop - s.start, row, n, offset, 1, w.buf.stride(0), w.n + j * r, r, s.adapter.scale)
+                for s in segments
+                for j, row, n, r, offset in _factors_b(w, s)
+            ],
+            len(dy), dy.shape[1], dy.shape[1], w.buf.numel(),
+        )  # fmt: skip
+
+    grouped_linear(dy, w.buf, dy, _table("shrink_gradient", w, seating, table))
+
+
+def expand_gradient(w: BorderedWeight, dy: Tensor, dx: Tensor, seating: Seating) -> Tensor:
+    """Add dS A to ``dx [rows, K]``."""
+
+    def table(segments: Sequence[Segment]) -> LinearTable:
+        stride = w.buf.stride(0)
+        return LinearTable.of(
+            [
+                Product(s.start, s.stop - s.start, w.n, w.m * s.adapter.rank,
+                        (w.n + w.m * s.offset) * stride, 1, stride, 0, w.k)
+                for s in segments
+            ],
+            len(dy), dy.shape[1], dx.shape[1], w.buf.numel(),
+        )  # fmt: skip
+
+    return grouped_linear(dy, w.buf, dx, _table("expand_gradient", w, seating, table), add=True)
+
+
+def accumulate(
+    w: BorderedWeight, dy: Tensor, x: Tensor, s_tail: Tensor, seating: Seating, outs: Sequence[Tensor]
+) -> None:
+    """Add dA = dSᵀ X and dB_j = dY_jᵀ S_j; ``outs`` are where each segment's dA begins, with its dB_j behind it."""
+
+    def table_a(segments: Sequence[Segment]) -> OuterTable:
+        return OuterTable.of(
+            [
+                Outer(i, s.start, s.stop - s.start, w.n, w.m * s.adapter.rank, 0, w.k, 0, w.k)
+                for i, s in enumerate(segments)
+            ],
+            len(dy), dy.shape[1], x.shape[1], len(segments),
+        )  # fmt: skip
+
+    def table_b(segments: Sequence[Segment]) -> OuterTable:
+        return OuterTable.of(
+            [
+                Outer(i, s.start, s.stop - s.start, row, n, j * r, r, w.m * r * w.k + row * r, r)
+                for i, s in enumerate(segments)
+                for j, row, n, r, _ in _factors_b(w, s)
+            ],
+            len(dy), dy.shape[1], s_tail.shape[1], len(segments),
+        )  # fmt: skip
+
+    grouped_outer(dy, x, outs, _table("dA", w, seating, table_a))
+    grouped_outer(dy, s_tail, outs, _table("dB", w, seating, table_b))
+
+
+def _factors_b(w: BorderedWeight, s: Segment) -> list[tuple[int, int, int, int, int]]:
+    """(j, first row, rows, rank, offset in the buffer) of each B_j of the adapter."""
+    out, row, rank = [], 0, s.adapter.rank
+    for j, (_, n) in enumerate(w.group.modules):
+        out.append((j, row, n, rank, row * w.buf.stride(0) + w.k + w.m * s.offset + j * rank))
+        row += n
+    return out
+
+
+def _table(op: str, w: BorderedWeight, seating: Seating, make: Callable[[Sequence[Segment]], T]) -> T:
+    """The op's table for linears of this kind, made on first use."""
+    group = w.group
+    key = (op, group.trained_by, group.in_features, tuple(n for _, n in group.modules))
+    if key not in seating.tables:
+        seating.tables[key] = make(seating.of(group))
+    table: T = seating.tables[key]
+    return table

@@ -1,0 +1,190 @@
+"""Who runs with whom: turns are kept, brief operations let others catch up, and nobody's fault is another's."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mint_engine.executor import Executor
+from mint_engine.joint import Joint
+from mint_engine.turns import Turns
+
+
+class Work(Joint):
+    """Takes along at most ``most`` others of its kind; writes who ran together into ``log``."""
+
+    def __init__(self, name: str, log: list[Any], kind: str = "", most: int = 10, fails: bool = False) -> None:
+        self.name, self.log, self.kind, self.most, self.fails = name, log, kind, most, fails
+
+    def choose(self, others: Sequence[Joint]) -> Sequence[Joint]:
+        return [other for other in others if isinstance(other, Work) and other.kind == self.kind][: self.most]
+
+    def run(self, company: Sequence[Joint]) -> Sequence[Any]:
+        everyone = [self, *(other for other in company if isinstance(other, Work))]
+        self.log.append([work.name for work in everyone])
+        return [ValueError(work.name) if work.fails else work.name.upper() for work in everyone]
+
+
+@pytest.fixture
+def executor() -> Iterator[Executor]:
+    made = Executor("test")
+    yield made
+    made.close()
+
+
+@contextmanager
+def held(executor: Executor) -> Iterator[None]:
+    """All that is submitted inside is ready at once."""
+    begun, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        assert go.wait(30)
+
+    executor.lane("holder").submit(hold)
+    assert begun.wait(30)
+    yield
+    go.set()
+
+
+def note(log: list[Any], name: str) -> Callable[[], str]:
+    def operation() -> str:
+        log.append(name)
+        return name
+
+    return operation
+
+
+def test_those_that_suit_each_other_run_together_and_each_gets_its_own_answer(executor: Executor) -> None:
+    log: list[Any] = []
+    with held(executor):
+        futures = [
+            executor.lane(owner).submit(Work(owner, log, kind, fails=owner == "c"))
+            for owner, kind in (("a", "x"), ("b", "y"), ("c", "x"), ("d", "x"))
+        ]
+    assert [futures[i].result() for i in (0, 1, 3)] == ["A", "B", "D"]
+    with pytest.raises(ValueError, match="c"):
+        futures[2].result()
+    assert log == [["a", "c", "d"], ["b"]]
+
+
+def test_company_is_offered_in_the_order_of_the_turns(executor: Executor) -> None:
+    """An owner with many models does not keep one with few from being taken along; who is left keeps its turn."""
+    log: list[Any] = []
+    with held(executor):
+        futures = [executor.lane("many").submit(Work(f"many{i}", log, most=2)) for i in range(4)]
+        futures.append(executor.lane("few").submit(Work("few", log, most=2)))
+        futures.append(executor.lane("other").submit(note(log, "other")))
+    for future in futures:
+        future.result()
+    assert log == [["many0", "few", "many1"], "other", ["many2", "many3"]]
+
+
+def test_a_lane_keeps_its_order_and_only_brief_operations_are_run_ahead(executor: Executor) -> None:
+    log: list[Any] = []
+    with held(executor):
+        first, brief, long = (executor.lane(name) for name in ("first", "brief", "long"))
+        futures: list[Future] = [first.submit(Work("a", log))]
+        futures += [brief.submit(note(log, "step"), brief=True), brief.submit(note(log, "step2"), brief=True),
+                    brief.submit(Work("b", log)), brief.submit(Work("b2", log))]  # fmt: skip
+        futures += [long.submit(note(log, "save")), long.submit(Work("c", log))]
+    for future in futures:
+        future.result()
+    assert log == ["step", "step2", ["a", "b"], "save", ["b2", "c"]]
+    assert executor.queued == 0
+
+
+def test_who_was_just_answered_has_a_moment_to_ask_again(executor: Executor) -> None:
+    """The second lane's optimiser step is brief; its client asks again as soon as it is done."""
+    log: list[Any] = []
+    again: list[Future] = []
+    first, second = Work("a", log), executor.lane("second")
+    first.patience = 30.0
+
+    def ask_again() -> str:
+        threading.Timer(0.05, lambda: again.append(second.submit(Work("b", log)))).start()
+        return "step"
+
+    with held(executor):
+        futures = [executor.lane("first").submit(first), second.submit(ask_again, brief=True)]
+    assert [future.result(timeout=60) for future in futures] == ["A", "step"]
+    assert again[0].result() == "B"
+    assert log == [["a", "b"]]
+
+
+def test_nobody_is_waited_for_who_was_not_there(executor: Executor) -> None:
+    log: list[Any] = []
+    lane = executor.lane("alone")
+    for name in "abc":
+        work = Work(name, log)
+        work.patience = 30.0
+        begun = time.monotonic()
+        lane.submit(work).result()
+        lane.submit(note(log, "step"), brief=True).result()
+        assert time.monotonic() - begun < 20
+    assert log == [["a"], "step", ["b"], "step", ["c"], "step"]
+
+
+def test_one_that_is_cancelled_is_left_out_first_or_not(executor: Executor) -> None:
+    log: list[Any] = []
+    with held(executor):
+        futures = [executor.lane(name).submit(Work(name, log)) for name in "abcd"]
+        step = executor.lane("e")
+        skipped = step.submit(note(log, "step"), brief=True)
+        last = step.submit(Work("e", log))
+        assert futures[0].cancel()
+        assert futures[2].cancel()
+        assert skipped.cancel()
+    assert (futures[1].result(), futures[3].result(), last.result()) == ("B", "D", "E")
+    assert log == [["b", "d", "e"]]
+    with held(executor):
+        assert (alone := executor.lane("a").submit(Work("a", log))).cancel()
+    assert alone.cancelled()
+
+
+def test_a_run_that_breaks_fails_those_that_were_in_it(executor: Executor) -> None:
+    class Broken(Work):
+        def run(self, company: Sequence[Joint]) -> Sequence[Any]:
+            raise MemoryError("no room")
+
+    log: list[Any] = []
+    with held(executor):
+        futures = [executor.lane(name).submit(Broken(name, log)) for name in "ab"]
+        failing = executor.lane("c")
+        step = failing.submit(lambda: 1 // 0, brief=True)
+        futures.append(failing.submit(Broken("c", log)))
+        after = executor.lane("d").submit(note(log, "d"))
+    assert all(isinstance(future.exception(), MemoryError) for future in futures)
+    assert isinstance(step.exception(), ZeroDivisionError)
+    assert after.result() == "d"
+
+
+def test_what_was_accepted_is_drained_together_or_refused(executor: Executor) -> None:
+    log: list[Any] = []
+    with held(executor):
+        futures = [executor.lane(name).submit(Work(name, log)) for name in "abc"]
+        closing = threading.Thread(target=lambda: executor.close(drain=True))
+        closing.start()
+    closing.join(30)
+    assert [future.result(timeout=0) for future in futures] == ["A", "B", "C"]
+    assert log == [["a", "b", "c"]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 99)), max_size=20), st.integers(0, 5))
+def test_in_turn_is_the_order_of_popping(items: list[tuple[str, int]], popped: int) -> None:
+    turns: Turns[tuple[str, int]] = Turns()
+    for owner, item in items:
+        turns.append(owner, (owner, item))
+    for _ in range(min(popped, len(items))):
+        turns.pop()
+    expected = list(turns.in_turn())
+    assert [turns.pop() for _ in range(len(turns))] == expected
