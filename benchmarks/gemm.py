@@ -4,7 +4,7 @@
 
 Weights are cycled through more memory than the caches hold, as in a step, and have a row stride of their own, as in
 a border. With one thread the clock is the thread's CPU time, which a busy machine disturbs least. kernels/plans/ is
-chosen from this table.
+chosen from this table. For an older CPU, --isa; ONEDNN_MAX_CPU_ISA=AVX2 (or AVX512_CORE) does the same to torch's side.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.timing import fma_peak, medians, report
 from mint_engine.kernels.gemm import mm
+from mint_engine.kernels.op import native
 
 SHAPES = {  # K x N of the stacked linears: qkv, o, gate and up, down
     "SmolLM2-135M": [(576, 960), (576, 576), (576, 3072), (1536, 576)],
@@ -55,14 +56,17 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=0.5, help="for each shape")
+    parser.add_argument("--isa", default=native.isa(), choices=native.isas(), help="our kernels as on an older CPU")
     parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    native.set_isa(args.isa)
     clock = time.thread_time if args.threads == 1 else time.perf_counter
     table = []
     for dtype in (torch.float32, torch.bfloat16):
         peak = fma_peak(dtype, clock)
-        print(f"{dtype}, {args.threads} threads, FMA peak {peak / 1e9:.0f} GFLOP/s; fractions of it, ours / torch")
+        machine = f"{dtype}, {args.isa}, {args.threads} threads, FMA peak {peak / 1e9:.0f} GFLOP/s"
+        print(f"{machine}; fractions of it, ours / torch")
         for model, layout, m in product(args.models, ("forward", "backward"), args.rows):
             cells = []
             for k, n in SHAPES[model]:
@@ -76,7 +80,7 @@ def main() -> None:
                     **{who: round(r, 3) for who, r in rate.items()},
                 })  # fmt: skip
             print(f"  {model:13s} {layout:8s} M {m:4d}  " + "   ".join(cells), flush=True)
-    report("gemm", {"threads": args.threads, "fraction_of_peak": table}, args.save)
+    report("gemm", {"threads": args.threads, "isa": args.isa, "fraction_of_peak": table}, args.save)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One training step (forward_backward + optim_step) on the demo's batch: ours against PEFT + transformers.
 
-    OPENBLAS_NUM_THREADS=1 python -m benchmarks.train_step [--rounds 10] [--save]
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.train_step [--rounds 10] [--threads 1] [--save]
 
 All contenders train the same modules (all linears and the unembedding, rank 16) of the same model on the same
 examples, interleaved in one run. PEFT runs as people use it: a padded batch, ``model(labels=...)``, torch's AdamW.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,8 +78,12 @@ def step_flops(config: ModelConfig, tokens: int, weighted: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
+                        help="with 1, CPU time is measured: what to use on a busy machine")  # fmt: skip
     parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    clock = time.process_time if args.threads == 1 else time.perf_counter
 
     directory = smollm2_directory(Path(os.environ.get("MINT_HOME") or Path.home() / ".mint-engine"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
@@ -92,8 +97,8 @@ def main() -> None:
         "PEFT bf16": theirs(directory, data, torch.bfloat16),
     }
     flops = step_flops(load_config(directory), tokens, weighted)
-    floors = {"bf16": flops / fma_peak(torch.bfloat16), "float32": flops / fma_peak(torch.float32)}
-    median = medians(interleaved(steps, rounds=args.rounds, warmup=2))
+    floors = {"bf16": flops / fma_peak(torch.bfloat16, clock), "float32": flops / fma_peak(torch.float32, clock)}
+    median = medians(interleaved(steps, rounds=args.rounds, warmup=2, clock=clock))
     print(f"{tokens} tokens, {weighted} in the loss, {torch.get_num_threads()} threads; "
           + ", ".join(f"floor in {dtype} {floor * 1e3:.0f} ms" for dtype, floor in floors.items()))  # fmt: skip
     for name, seconds in median.items():
