@@ -70,7 +70,7 @@ packages |= {f"mint_engine.kernels.{name}" for name in find_packages("kernels")}
 setup(
     packages=sorted(packages),
     package_dir={"mint_engine.kernels": "kernels"},
-    package_data={"mint_engine.wire": ["messages.proto", "messages.bin"]},
+    package_data={"mint_engine.kernels": ["plans/*.json"], "mint_engine.wire": ["messages.proto", "messages.bin"]},
     ext_modules=[native],
     cmdclass={"build_ext": BuildNative},
 )

@@ -14,18 +14,26 @@ from typing import Any
 
 import torch
 
+from mint_engine.kernels.op import NATIVE_DTYPES, native
+
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(contenders: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    contenders: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each round of each contender, run A B C A B C ... so that a noisy minute hits all of them."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(warmup + rounds):
         for name, run in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if i >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 
@@ -33,11 +41,16 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def matmul_peak(dtype: torch.dtype, n: int = 2048, rounds: int = 20) -> float:
-    """FLOP/s of a large square torch.mm: the practical peak the floors are set against."""
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    times = interleaved({"mm": lambda: torch.mm(a, b)}, rounds=rounds)["mm"]
-    return 2 * n**3 / min(times)
+def fma_peak(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter, rounds: int = 10) -> float:
+    """FLOP/s of independent multiply-adds on every thread (bf16 dots where the CPU has them): the roofline."""
+    best, per_round = 0.0, 200_000
+    flop, sink = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=dtype)
+    for _ in range(rounds):
+        flop.zero_()
+        start = clock()
+        native.peak(NATIVE_DTYPES[dtype], sink.data_ptr(), per_round, flop.data_ptr())
+        best = max(best, float(flop) / (clock() - start))
+    return best
 
 
 def copy_bandwidth(mebibytes: int = 256, rounds: int = 10) -> float:

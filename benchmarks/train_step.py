@@ -1,6 +1,6 @@
 """One training step (forward_backward + optim_step) on the demo's batch: ours against PEFT + transformers.
 
-    OPENBLAS_NUM_THREADS=1 python -m benchmarks.train_step [--rounds 10] [--save]
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.train_step [--rounds 10] [--threads 1] [--save]
 
 All contenders train the same modules (all linears and the unembedding, rank 16) of the same model on the same
 examples, interleaved in one run. PEFT runs as people use it: a padded batch, ``model(labels=...)``, torch's AdamW.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 import transformers
 
 import mint
-from benchmarks.timing import interleaved, matmul_peak, medians, report
+from benchmarks.timing import fma_peak, interleaved, medians, report
 from mint import types
 from mint_engine.demo import process_sft_example, questions
 from mint_engine.models.config import ModelConfig, load_config
@@ -28,8 +29,8 @@ MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 RANK = 16
 
 
-def ours(data: list[types.Datum]) -> Callable[[], object]:
-    client = mint.ServiceClient(dtype="bfloat16").create_lora_training_client("smollm2-135m", RANK, seed=0)
+def ours(data: list[types.Datum], dtype: str) -> Callable[[], object]:
+    client = mint.ServiceClient(dtype=dtype).create_lora_training_client("smollm2-135m", RANK, seed=0)
     adam = types.AdamParams(learning_rate=5e-5)
 
     def step() -> object:
@@ -77,8 +78,12 @@ def step_flops(config: ModelConfig, tokens: int, weighted: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
+                        help="with 1, CPU time is measured: what to use on a busy machine")  # fmt: skip
     parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    clock = time.process_time if args.threads == 1 else time.perf_counter
 
     directory = smollm2_directory(Path(os.environ.get("MINT_HOME") or Path.home() / ".mint-engine"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
@@ -86,23 +91,27 @@ def main() -> None:
     tokens = sum(d.model_input.length for d in data)
     weighted = int(sum(sum(d.loss_fn_inputs["weights"].tolist()) for d in data))
     steps = {
-        "mint-engine bf16": ours(data),
+        "mint-engine bf16": ours(data, "bfloat16"),
+        "mint-engine float32": ours(data, "float32"),
         "PEFT float32 (default)": theirs(directory, data, torch.float32),
         "PEFT bf16": theirs(directory, data, torch.bfloat16),
     }
     flops = step_flops(load_config(directory), tokens, weighted)
-    floor = flops / matmul_peak(torch.bfloat16)
-    median = medians(interleaved(steps, rounds=args.rounds, warmup=2))
-    mine = median["mint-engine bf16"]
-    print(f"{tokens} tokens, {weighted} in the loss, {torch.get_num_threads()} threads; floor {floor * 1e3:.0f} ms")
+    floors = {"bf16": flops / fma_peak(torch.bfloat16, clock), "float32": flops / fma_peak(torch.float32, clock)}
+    median = medians(interleaved(steps, rounds=args.rounds, warmup=2, clock=clock))
+    print(f"{tokens} tokens, {weighted} in the loss, {torch.get_num_threads()} threads; "
+          + ", ".join(f"floor in {dtype} {floor * 1e3:.0f} ms" for dtype, floor in floors.items()))  # fmt: skip
     for name, seconds in median.items():
-        print(
-            f"{name:24s} {seconds * 1e3:7.0f} ms  {seconds / mine:5.2f} x ours  floor is {floor / seconds:4.0%} of it"
-        )
-    ms = {name: round(seconds * 1e3, 1) for name, seconds in median.items()}
-    speedup = {name: round(seconds / mine, 2) for name, seconds in median.items() if name != "mint-engine bf16"}
+        floor = floors["float32" if "float32" in name else "bf16"]
+        print(f"{name:24s} {seconds * 1e3:7.0f} ms  {seconds / median['mint-engine bf16']:5.2f} x ours in bf16  "
+              f"{seconds / median['mint-engine float32']:5.2f} x ours in float32  "
+              f"floor is {floor / seconds:4.0%} of it")  # fmt: skip
     report("train_step", {
-        "tokens": tokens, "weighted": weighted, "floor_ms": round(floor * 1e3, 1), "median_ms": ms, "speedup": speedup,
+        "tokens": tokens, "weighted": weighted,
+        "floor_ms": {dtype: round(floor * 1e3, 1) for dtype, floor in floors.items()},
+        "median_ms": {name: round(seconds * 1e3, 1) for name, seconds in median.items()},
+        "speedup": {mine: {name: round(seconds / median[mine], 2) for name, seconds in median.items() if name != mine}
+                    for mine in median if mine.startswith("mint-engine")},
         "rounds": args.rounds,
     }, args.save)  # fmt: skip
 

@@ -1,199 +1,158 @@
-// Matrix products with fp32 accumulation: packed panels, a register tile, and one blocked driver.
+// Matrix products with fp32 accumulation: a register tile over packed panels (panels.h), and one blocked driver.
 //
-// A panel holds R rows of an operand k-major: element (kk, r) at kk * R + r, so that the register tile reads both
-// operands in order. With a bf16 dot (S::kBf16Dot) an element is the pair (k, k+1) of bf16; elsewhere it is one fp32,
-// and bf16 is widened while it is packed. Rows and k beyond the edge are zeros.
 // A result element is always the same sum in the same order (k in chunks of kDepth, each summed in registers from 0,
-// which also keeps rounding errors from growing with k): it does not depend on the tiling or the number of threads.
+// which also keeps rounding errors from growing with k): it does not depend on the tiling, the number of threads, or
+// the other rows and columns of the product.
 #pragma once
-#include <type_traits>
-
-#include "parallel.h"
-#include "scratch.h"
+#include "panels.h"
+#include "prefetch.h"
 
 namespace mint {
 
-template <class S, class T>
-struct Panel {
-    static constexpr bool kPairs = S::kBf16Dot && std::is_same_v<T, bf16>;
-    using P = std::conditional_t<kPairs, uint32_t, float>;
-    static constexpr int kStep = kPairs ? 2 : 1;  // k per element
-    static constexpr int kRows = 2 * S::kMr;      // rows of an A panel: two register tiles, and a multiple of W
-    static constexpr int kCols = S::kNv * S::W;   // columns of a B panel
-    static constexpr int64_t kDepth = 256;        // elements of a panel summed in registers at a time
-    static int64_t depth(int64_t k) { return (k + kStep - 1) / kStep; }
-};
+constexpr int64_t kDepth = 256;  // elements summed in registers at a time
 
-template <class S, class T>
-MINT_INLINE typename Panel<S, T>::P panel_element(const T* p, int64_t stride_k, bool second) {
-    if constexpr (Panel<S, T>::kPairs) {
-        return uint32_t(p[0].bits) | (second ? uint32_t(p[stride_k].bits) << 16 : 0u);
-    } else {
-        (void)stride_k, (void)second;
-        return to_float(*p);
-    }
-}
-
-// One panel of R rows (n of them real) of an operand whose element (r, k) is src[r * stride_r + k * stride_k].
-template <class S, class T, int R>
-void pack_panel(const T* src, int64_t stride_r, int64_t stride_k, int64_t n, int64_t k, typename Panel<S, T>::P* dst) {
+// c[M][ldc] (+)= M rows * Nv vectors of columns of a panel, over `depth` elements.
+template <class S, class T, int M, int Nv>
+void register_tile(Rows a, const typename Panel<S, T>::P* b, int64_t depth, float* c, int64_t ldc, bool accumulate) {
     using Q = Panel<S, T>;
-    static_assert(R % S::W == 0);
-    constexpr int kAhead = 16;
-    const int64_t depth = Q::depth(k), whole = k / Q::kStep;  // whole: elements without a k edge
-    if (stride_r == 1 && n == R) {                            // rows contiguous: interleave or copy
-        for (int64_t kk = 0; kk < whole; ++kk) {
-            const T* p = src + kk * Q::kStep * stride_k;
-            typename Q::P* d = dst + kk * R;
-            // The next rows are a stride away, where the hardware does not look.
-            for (int r = 0; r < R; r += 64 / int(sizeof(T))) __builtin_prefetch(p + r + kAhead * stride_k);
-            for (int r = 0; r < R; r += S::W) {
-                if constexpr (Q::kPairs) {
-                    S::interleave(p + r, p + stride_k + r, d + r);
-                    __builtin_prefetch(p + r + (kAhead + 1) * stride_k);
-                } else {
-                    S::store(d + r, S::load(p + r));
-                }
-            }
-        }
-        for (int64_t kk = whole; kk < depth; ++kk)
-            for (int r = 0; r < R; ++r)
-                dst[kk * R + r] = panel_element<S, T>(src + r + kk * Q::kStep * stride_k, 0, false);
-        return;
-    }
-    int64_t r0 = 0;
-    if (stride_k == 1) {  // k contiguous: transpose W x W words
-        for (; r0 + S::W <= n; r0 += S::W) {
-            const T* rows = src + r0 * stride_r;
-            int64_t kk = 0;
-            for (; kk + S::W <= whole; kk += S::W) {
-                if constexpr (Q::kPairs || std::is_same_v<T, float>) {
-                    S::transpose(rows + kk * Q::kStep, stride_r * int64_t(sizeof(T)), dst + kk * R + r0, R);
-                } else {
-                    alignas(64) float wide[S::W * S::W];
-                    for (int r = 0; r < S::W; ++r) S::store(wide + r * S::W, S::load(rows + r * stride_r + kk));
-                    S::transpose(wide, S::W * 4, dst + kk * R + r0, R);
-                }
-            }
-            for (; kk < depth; ++kk)
-                for (int r = 0; r < S::W; ++r)
-                    dst[kk * R + r0 + r] = panel_element<S, T>(rows + r * stride_r + kk * Q::kStep, 1, kk < whole);
-        }
-    }
-    for (int64_t r = r0; r < R; ++r) {
-        if (r >= n) {
-            for (int64_t kk = 0; kk < depth; ++kk) dst[kk * R + r] = 0;
-            continue;
-        }
-        const T* p = src + r * stride_r;
-        for (int64_t kk = 0; kk < depth; ++kk)
-            dst[kk * R + r] = panel_element<S, T>(p + kk * Q::kStep * stride_k, stride_k, kk < whole);
-    }
-}
-
-// All panels of an operand of n rows, one after the other, each depth(k) * R elements.
-template <class S, class T, int R>
-void pack(const T* src, int64_t stride_r, int64_t stride_k, int64_t n, int64_t k, typename Panel<S, T>::P* dst) {
-    const int64_t size = Panel<S, T>::depth(k) * R;
-    for (int64_t r = 0; r < n; r += R, dst += size)
-        pack_panel<S, T, R>(src + r * stride_r, stride_r, stride_k, min64(R, n - r), k, dst);
-}
-
-// c[M rows][kCols] (+)= M rows of an A panel * B panel over `depth` elements.
-template <class S, class T, int M>
-MINT_INLINE void register_tile(const typename Panel<S, T>::P* a, const typename Panel<S, T>::P* b, int64_t depth,
-                               float* c, int64_t ldc, bool accumulate) {
-    using Q = Panel<S, T>;
-    typename S::F acc[M][S::kNv];
+    typename S::F acc[M][Nv];
     for (int i = 0; i < M; ++i)
-        for (int j = 0; j < S::kNv; ++j) acc[i][j] = S::zero();
-    for (int64_t kk = 0; kk < depth; ++kk, a += Q::kRows, b += Q::kCols) {
+        for (int j = 0; j < Nv; ++j) acc[i][j] = S::zero();
+    const char* rows[M];
+    for (int i = 0; i < M; ++i) rows[i] = a.data + i * a.stride;
+    const int64_t whole = depth - (a.half ? 1 : 0);
+    for (int64_t kk = 0; kk < whole; ++kk, b += Q::kCols) {
         if constexpr (Q::kPairs) {
-            typename S::B bv[S::kNv];
-            for (int j = 0; j < S::kNv; ++j) bv[j] = S::load_pairs(b + j * S::W);
+            typename S::B bv[Nv];
+            for (int j = 0; j < Nv; ++j) bv[j] = S::load_pairs(b + j * S::W);
             for (int i = 0; i < M; ++i) {
-                const auto av = S::set1_pair(a[i]);
-                for (int j = 0; j < S::kNv; ++j) acc[i][j] = S::dot(acc[i][j], av, bv[j]);
+                uint32_t pair;
+                std::memcpy(&pair, rows[i] + 4 * kk, 4);
+                const auto av = S::set1_pair(pair);
+                for (int j = 0; j < Nv; ++j) acc[i][j] = S::dot(acc[i][j], av, bv[j]);
             }
         } else {
-            typename S::F bv[S::kNv];
-            for (int j = 0; j < S::kNv; ++j) bv[j] = S::load(b + j * S::W);
+            typename S::F bv[Nv];
+            for (int j = 0; j < Nv; ++j) bv[j] = S::load(b + j * S::W);
             for (int i = 0; i < M; ++i) {
-                const auto av = S::set1(a[i]);
-                for (int j = 0; j < S::kNv; ++j) acc[i][j] = S::fma(av, bv[j], acc[i][j]);
+                float value;
+                std::memcpy(&value, rows[i] + 4 * kk, 4);
+                const auto av = S::set1(value);
+                for (int j = 0; j < Nv; ++j) acc[i][j] = S::fma(av, bv[j], acc[i][j]);
             }
         }
     }
+    if constexpr (Q::kPairs) {
+        if (a.half)
+            for (int i = 0; i < M; ++i) {
+                uint16_t last;
+                std::memcpy(&last, rows[i] + 4 * whole, 2);
+                for (int j = 0; j < Nv; ++j)
+                    acc[i][j] = S::dot(acc[i][j], S::set1_pair(last), S::load_pairs(b + j * S::W));
+            }
+    }
     for (int i = 0; i < M; ++i)
-        for (int j = 0; j < S::kNv; ++j) {
+        for (int j = 0; j < Nv; ++j) {
             float* p = c + i * ldc + j * S::W;
             S::store(p, accumulate ? S::add(S::load(p), acc[i][j]) : acc[i][j]);
         }
 }
 
-template <class S, class T, int M>
-MINT_INLINE void register_tile_of(int64_t m, const typename Panel<S, T>::P* a, const typename Panel<S, T>::P* b,
-                                  int64_t depth, float* c, int64_t ldc, bool accumulate) {
+// The tile of m <= M rows and nv <= Nv vectors.
+template <class S, class T, int M = S::kMr, int Nv = S::kNv>
+MINT_INLINE void tile_of(int64_t m, int64_t nv, Rows a, const typename Panel<S, T>::P* b, int64_t depth, float* c,
+                         int64_t ldc, bool accumulate) {
     if constexpr (M > 1) {
-        if (m < M) return register_tile_of<S, T, M - 1>(m, a, b, depth, c, ldc, accumulate);
+        if (m < M) return tile_of<S, T, M - 1, Nv>(m, nv, a, b, depth, c, ldc, accumulate);
     }
-    register_tile<S, T, M>(a, b, depth, c, ldc, accumulate);
+    if constexpr (Nv > 1) {
+        if (nv < Nv) return tile_of<S, T, M, Nv - 1>(m, nv, a, b, depth, c, ldc, accumulate);
+    }
+    register_tile<S, T, M, Nv>(a, b, depth, c, ldc, accumulate);
 }
 
-// c[rows][ldc] (+)= A * B for packed panels of `depth` elements each; columns come out padded to kCols.
+// c[rows][ldc] (+)= rows * panels of `depth` elements for at most kMr rows; columns come out padded to whole vectors.
 template <class S, class T>
-void multiply_panels(const typename Panel<S, T>::P* a, int64_t rows, const typename Panel<S, T>::P* b, int64_t cols,
-                     int64_t depth, float* c, int64_t ldc, bool accumulate) {
-    using Q = Panel<S, T>;
-    for (int64_t k0 = 0; k0 < depth; k0 += Q::kDepth) {
-        const int64_t step = min64(Q::kDepth, depth - k0);
-        const bool add = accumulate || k0 > 0;
-        for (int64_t i = 0; i < rows; i += S::kMr) {
-            const auto* ap = a + i / Q::kRows * Q::kRows * depth + k0 * Q::kRows + i % Q::kRows;
-            for (int64_t j = 0; j < cols; j += Q::kCols)
-                register_tile_of<S, T, S::kMr>(min64(S::kMr, rows - i), ap, b + j * depth + k0 * Q::kCols, step,
-                                               c + i * ldc + j, ldc, add);
+void multiply_rows(Rows a, int64_t rows, const typename Panel<S, T>::P* b, int64_t cols, int64_t depth, float* c,
+                   int64_t ldc, bool accumulate, Prefetch* next) {
+    constexpr int kCols = Panel<S, T>::kCols;
+    for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
+        const int64_t step = min64(kDepth, depth - k0);
+        const Rows part = {a.data + 4 * k0, a.stride, a.half && k0 + step == depth};
+        for (int64_t j = 0; j < cols; j += kCols) {
+            next->some();
+            tile_of<S, T>(rows, ceil_div(min64(kCols, cols - j), S::W), part, b + j * depth + k0 * kCols, step, c + j,
+                          ldc, accumulate || k0 > 0);
         }
     }
 }
 
+// How a product is cut: tiles of `rows` x `cols`, each with its own panels, and `depth` elements of k at a time.
+struct Tiling {
+    int64_t rows, cols;
+};
+
+constexpr int64_t kBlockDepth = 4 * kDepth;  // elements of a panel packed at a time
+
 template <class S, class T>
-typename Panel<S, T>::P* panel_scratch(Slot slot, int64_t elements) {
-    return static_cast<typename Panel<S, T>::P*>(scratch(slot, size_t(elements) * 4));
+Tiling tiling(int64_t m, int64_t n, bool in_place) {
+    constexpr int64_t kTileRows = 512, kFewRows = 64;
+    const int64_t threads = omp_get_max_threads(), panels = ceil_div(n, Panel<S, T>::kCols);
+    int64_t row_tiles = ceil_div(m, kTileRows);
+    if (panels * row_tiles < 2 * threads)
+        row_tiles = max64(row_tiles, min64(ceil_div(2 * threads, panels), ceil_div(m, kFewRows)));
+    // Two panels a tile, so that rows are fetched half as often, four where each tile packs its rows too; fewer where
+    // that would leave threads idle at the end.
+    const auto busiest = [=](int64_t p) { return ceil_div(ceil_div(panels, p) * row_tiles, threads) * p; };
+    int64_t wide = in_place ? 2 : 4;
+    while (wide > 1 && busiest(wide) * 25 > busiest(1) * 26) --wide;
+    return {ceil_div(ceil_div(m, row_tiles), S::kMr) * S::kMr, wide * Panel<S, T>::kCols};
 }
 
 // C = A * B: A is [m, k] with element (i, kk) at a[i * a_row + kk * a_k], B is [k, n] with element (kk, j) at
-// b[j * b_col + kk * b_k]. Each finished piece of a row goes to out(i, j, count, values), values padded to kCols.
-// Threads share the tiles; a tile's panels and its fp32 result (about 600 KB) stay in a core's L2.
+// b[j * b_col + kk * b_k]. Each finished piece of a row goes to out(i, j, count, values), values padded to a vector.
 template <class S, class T, class Out>
 void gemm(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
           int64_t k, Out out) {
     using Q = Panel<S, T>;
-    constexpr int64_t kTileRows = 256, kTileCols = 192 / Q::kCols * Q::kCols;
     if (m == 0 || n == 0) return;
-    const int64_t row_tiles = ceil_div(m, kTileRows);
-    const int64_t tile_rows = ceil_div(ceil_div(m, row_tiles), Q::kRows) * Q::kRows;  // equal tiles
-    const int64_t wanted = 3 * int64_t(omp_get_max_threads());                        // tiles, for balance
-    const int64_t split = ceil_div(ceil_div(n * row_tiles, wanted), Q::kCols) * Q::kCols;
-    const int64_t tile_cols = min64(kTileCols, max64(Q::kCols, split));
-    const int64_t tiles = row_tiles * ceil_div(n, tile_cols);
-    constexpr int64_t kChunk = Q::kDepth * Q::kStep;
-#pragma omp parallel for schedule(dynamic, 1) if (tiles > 1 && m * n * k > kSerialWork * 16)
-    for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t i0 = t % row_tiles * tile_rows, j0 = t / row_tiles * tile_cols;
-        const int64_t rows = min64(tile_rows, m - i0), cols = min64(tile_cols, n - j0);
-        auto* pa = panel_scratch<S, T>(Slot::kPanelsA, tile_rows * Q::kDepth);
-        auto* pb = panel_scratch<S, T>(Slot::kPanelsB, tile_cols * Q::kDepth);
-        float* c = static_cast<float*>(scratch(Slot::kTile, size_t(tile_rows * tile_cols) * 4));
-        if (k == 0) std::memset(c, 0, size_t(tile_rows * tile_cols) * 4);  // an empty sum; scratch is undefined
-        for (int64_t k0 = 0; k0 < k; k0 += kChunk) {
-            const int64_t step = min64(kChunk, k - k0);
-            pack<S, T, Q::kRows>(a + i0 * a_row + k0 * a_k, a_row, a_k, rows, step, pa);
-            pack<S, T, Q::kCols>(b + j0 * b_col + k0 * b_k, b_col, b_k, cols, step, pb);
-            multiply_panels<S, T>(pa, rows, pb, cols, Q::depth(step), c, tile_cols, k0 > 0);
+    constexpr int64_t kBlock = kBlockDepth * Q::kStep;
+    const Tiling tile = tiling<S, T>(m, n, Q::kInPlace && a_k == 1);
+    const int64_t col_tiles = ceil_div(n, tile.cols), tiles = ceil_div(m, tile.rows) * col_tiles;
+    const bool one_block = k <= kBlock;  // then the sums of kMr rows at a time are all that is kept
+    const size_t kept = size_t(one_block ? S::kMr : tile.rows) * size_t(tile.cols) * 4;
+    std::atomic<int64_t> claimed{0};
+#pragma omp parallel if (tiles > 1 && m * n * k > kSerialWork * 16)
+    for_claimed(tiles, claimed, [&](int64_t t, int64_t following) {
+        const int64_t i0 = t / col_tiles * tile.rows, j0 = t % col_tiles * tile.cols;
+        const int64_t rows = min64(tile.rows, m - i0), cols = min64(tile.cols, n - j0);
+        auto* pb = panel_scratch<S, T>(Slot::kPanelsB, tile.cols * min64(Q::depth(k), kBlockDepth));
+        float* c = static_cast<float*>(scratch(Slot::kTile, kept));
+        if (k == 0) std::memset(c, 0, kept);  // an empty sum; scratch is undefined
+        for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += kBlock) {
+            const int64_t step = min64(kBlock, k - k0), depth = Q::depth(step);
+            const bool last = k0 + step == k;
+            const Rows left = left_rows<S, T>(a + i0 * a_row + k0 * a_k, a_row, a_k, rows, step, Slot::kPanelsA);
+            pack_panels<S, T>(b + j0 * b_col + k0 * b_k, b_col, b_k, cols, step, pb);
+            // Fetching ahead pays where there are few rows to hide behind; large fp32 panels would only push each other
+            // out of L2.
+            Prefetch next;
+            if ((!last || following < tiles) && (Q::kPairs || rows < 256)) {
+                const int64_t j1 = last ? following % col_tiles * tile.cols : j0, k1 = last ? 0 : k0 + step;
+                const int64_t calls = ceil_div(rows, S::kMr) * ceil_div(cols, Q::kCols) * ceil_div(depth, kDepth);
+                next = panels_ahead(b + j1 * b_col + k1 * b_k, b_col, b_k, min64(tile.cols, n - j1),
+                                    min64(kBlock, k - k1), calls);
+            }
+            for (int64_t i = 0; i < rows; i += S::kMr) {
+                const int64_t count = min64(S::kMr, rows - i);
+                float* ci = one_block ? c : c + i * tile.cols;
+                multiply_rows<S, T>({left.data + i * left.stride, left.stride, left.half}, count, pb, cols, depth, ci,
+                                    tile.cols, k0 > 0, &next);
+                if (last)
+                    for (int64_t r = 0; r < count; ++r) out(i0 + i + r, j0, cols, ci + r * tile.cols);
+            }
         }
-        for (int64_t i = 0; i < rows; ++i) out(i0 + i, j0, cols, c + i * tile_cols);
-    }
+    });
 }
 
 }  // namespace mint

@@ -11,8 +11,10 @@
 #include "decode_layer.h"
 #include "grouped_linear.h"
 #include "logits.h"
+#include "matmul.h"
 #include "outer_accumulate.h"
 #include "paged_attention.h"
+#include "peak.h"
 #include "qk_norm_rope.h"
 #include "rms_norm.h"
 #include "swiglu.h"
@@ -29,6 +31,7 @@
     X(matmul)                \
     X(outer_accumulate)      \
     X(paged_attention)       \
+    X(peak)                  \
     X(qk_norm_rope)          \
     X(qk_norm_rope_backward) \
     X(rms_norm)              \

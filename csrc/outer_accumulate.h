@@ -29,20 +29,4 @@ void outer_accumulate(const T* a, int64_t a_stride, const T* b, int64_t b_stride
     }
 }
 
-// out[M, N] = a[M, K] @ b[K, N], rounded once to T.
-template <class S, class T>
-void matmul(const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* out, int64_t out_stride, int64_t m,
-            int64_t n, int64_t k) {
-    const char* op = "matmul";
-    check::row_stride(op, "a", a_stride, m, k);
-    check::row_stride(op, "b", b_stride, k, n);
-    check::row_stride(op, "out", out_stride, m, n);
-    gemm<S, T>(a, a_stride, 1, b, 1, b_stride, m, n, k, [=](int64_t i, int64_t j, int64_t count, const float* c) {
-        T* row = out + i * out_stride + j;
-        for_vectors<S>(count, [&](int64_t v, int lanes) __attribute__((always_inline)) {
-            S::store_n(row + v, S::load_n(c + v, lanes), lanes);
-        });
-    });
-}
-
 }  // namespace mint

@@ -2,6 +2,7 @@
 #pragma once
 #include <omp.h>
 
+#include <atomic>
 #include <cstdint>
 
 #include "simd/bf16.h"
@@ -23,6 +24,16 @@ struct Range {
 MINT_INLINE Range my_rows(int64_t n) {
     const int64_t t = omp_get_thread_num(), count = omp_get_num_threads();
     return {n * t / count, n * (t + 1) / count};
+}
+
+// Calls body(t, next) for every t < n that this thread gets, one at a time as threads come free; next (n or more: none)
+// is the one it has already claimed, so that it can fetch what that will read. `claimed` starts at 0 and is the team's.
+template <class Body>
+MINT_INLINE void for_claimed(int64_t n, std::atomic<int64_t>& claimed, Body body) {
+    for (int64_t t = claimed++, next; t < n; t = next) {
+        next = claimed++;
+        body(t, next);
+    }
 }
 
 }  // namespace mint

@@ -1,29 +1,36 @@
-"""oneDNN GEMMs on strided views of the bordered buffer, and C++ dot products (csrc/logits.h) where rows are few.
+"""Our own GEMM on strided views of the bordered buffer, or torch's library where kernels/plan.py says so.
 
-torch.mm hands the row strides to oneDNN as they are, so no view is copied (README.md).
+Up to ``FEW_ROWS`` rows a forward is C++ dot products straight from memory everywhere: reading the weight is all of the
+time there, and they read it faster. No view is copied (README.md).
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from mint_engine.kernels.bordered_linear.reference import bordered_linear_backward, expand_backward, shrink
-from mint_engine.kernels.op import NATIVE_DTYPES, native
+from mint_engine.kernels import plan
+from mint_engine.kernels.bordered_linear import reference
+from mint_engine.kernels.gemm import mm
 from mint_engine.kernels.op import native_reason as supports
 
 __all__ = ["bordered_linear", "bordered_linear_backward", "expand_backward", "shrink", "supports"]
 
-FEW_ROWS = 8  # up to here reading the weight is all of the time, and the dot products read it faster (README.md)
+FEW_ROWS = 8  # kDotRows of csrc/logits.h
+
+
+def shrink(x: Tensor, a: Tensor, scale: float, out: Tensor) -> Tensor:
+    return mm(x, a.T, scale=scale, out=out) if plan.ours(x.dtype) else reference.shrink(x, a, scale, out)
 
 
 def bordered_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    m, n = x.shape[0], weight.shape[0]
-    if m > FEW_ROWS:
-        return torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
-    y = torch.empty((m, n), dtype=torch.float32)
-    native.logits(
-        NATIVE_DTYPES[x.dtype], x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), y.data_ptr(), n,
-        m, n, x.shape[1],
-    )  # fmt: skip
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
+    if x.shape[0] <= FEW_ROWS or plan.ours(x.dtype):
+        return mm(x, weight.T, bias=bias)
+    return reference.bordered_linear(x, weight, bias)
+
+
+def bordered_linear_backward(dy: Tensor, weight: Tensor) -> Tensor:
+    return mm(dy, weight) if plan.ours(dy.dtype) else reference.bordered_linear_backward(dy, weight)
+
+
+def expand_backward(dy: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
+    return mm(dy, b, scale=scale, out=out) if plan.ours(dy.dtype) else reference.expand_backward(dy, b, scale, out)

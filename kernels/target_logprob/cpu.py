@@ -58,7 +58,7 @@ def target_logprob_backward(
             dlogits.data_ptr(), v, dborder.data_ptr(), border, columns, n, v, h,
         )  # fmt: skip
         native.matmul(
-            code, dlogits.data_ptr(), v, weight.data_ptr(), weight.stride(0),
-            dx[start:].data_ptr(), h, n, h, v,
+            code, dlogits.data_ptr(), v, weight.data_ptr(), 1, weight.stride(0), 0,
+            dx[start:].data_ptr(), h, n, h, v, 1.0,
         )  # fmt: skip
     return dx, dborder

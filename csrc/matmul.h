@@ -1,0 +1,49 @@
+// out = scale * (a @ b) (+ bias), b row-major or column-major, rounded once to T.
+//
+// Up to kDotRows rows and a column-major b (a weight, used transposed) are dot products straight from memory, as in
+// logits.h; everything else is the packed gemm.
+#pragma once
+#include "check.h"
+#include "gemm.h"
+#include "logits.h"    // dot_block
+#include "rms_norm.h"  // for_vectors
+
+namespace mint {
+
+// out[M, N] = scale * (a[M, K] @ b[K, N]) + bias[N]; b's element (kk, j) is b[j * b_col + kk * b_k], one of the two
+// strides 1; bias may be null.
+template <class S, class T>
+void matmul(const T* a, int64_t a_stride, const T* b, int64_t b_col, int64_t b_k, const T* bias, T* out,
+            int64_t out_stride, int64_t m, int64_t n, int64_t k, float scale) {
+    const char* op = "matmul";
+    check::row_stride(op, "a", a_stride, m, k);
+    check::row_stride(op, "out", out_stride, m, n);
+    if (b_k == 1) {
+        check::row_stride(op, "b", b_col, n, k);
+    } else {
+        check::at_least(op, "b_col", b_col, 1);
+        check::row_stride(op, "b", b_k, k, n);
+    }
+    if (m == 0) return;
+    const auto factor = S::set1(scale);
+    const auto finish = [=](int64_t i, int64_t j, int64_t count, const float* c) {
+        T* row = out + i * out_stride + j;
+        for_vectors<S>(count, [&](int64_t v, int lanes) __attribute__((always_inline)) {
+            auto x = S::mul(factor, S::load_n(c + v, lanes));
+            if (bias != nullptr) x = S::add(x, S::load_n(bias + j + v, lanes));
+            S::store_n(row + v, x, lanes);
+        });
+    };
+    if (m > kDotRows || b_k != 1) return gemm<S, T>(a, a_stride, 1, b, b_col, b_k, m, n, k, finish);
+    constexpr int64_t kBlock = 64;
+    const int64_t blocks = ceil_div(n, kBlock);
+#pragma omp parallel for schedule(static) if (n * k > kSerialWork * 2)
+    for (int64_t t = 0; t < blocks; ++t) {
+        const int64_t j = t * kBlock, cols = min64(kBlock, n - j);
+        float c[kDotRows * kBlock];
+        dot_block<S, T, kDotRows>(m, a, a_stride, b + j * b_col, b_col, cols, k, c, kBlock);
+        for (int64_t i = 0; i < m; ++i) finish(i, j, cols, c + i * kBlock);
+    }
+}
+
+}  // namespace mint
