@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Generic, TypeVar
 
