@@ -9,7 +9,8 @@
 
 namespace mint {
 
-constexpr int64_t kDepth = 256;  // elements summed in registers at a time
+constexpr int64_t kDepth =
+    128;  // elements summed in registers at a time: with 256, fp32 errors were 1.2 to 1.4 times MKL's
 
 // c[M][ldc] (+)= M rows * Nv vectors of columns of a panel, over `depth` elements.
 template <class S, class T, int M, int Nv>
@@ -92,7 +93,7 @@ struct Tiling {
     int64_t rows, cols;
 };
 
-constexpr int64_t kBlockDepth = 4 * kDepth;  // elements of a panel packed at a time
+constexpr int64_t kBlockDepth = 8 * kDepth;  // elements of a panel packed at a time
 
 template <class S, class T>
 Tiling tiling(int64_t m, int64_t n, bool in_place) {
