@@ -6,14 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from check import FACES
+from check import FACES, TRITON
 
 from mint_engine.kernels import op
+
+if TRITON and not torch.cuda.is_available():
+    from interpreter import repair
+
+    repair()
 
 
 @pytest.fixture(params=FACES)
 def face(request: pytest.FixtureRequest) -> Iterator[str]:
-    """ "reference", or "cpu" with one of the ISAs in use."""
+    """ "reference", "triton", or "cpu" with one of the ISAs in use."""
     name, _, isa = request.param.partition("-")
     if not isa:
         yield name
