@@ -50,7 +50,7 @@ def power_of_2(n: int, least: int = 1) -> int:
 
 
 def row_warps(block: int) -> int:
-    """Warps for a program that holds ``block`` elements: eight (16 bytes of bfloat16) a thread, one to sixteen warps."""
+    """Warps for a program of ``block`` elements: eight (16 bytes of bfloat16) a thread, one to sixteen warps."""
     return min(max(block // 256, 1), 16)
 
 

@@ -17,7 +17,9 @@ def supports(param: torch.Tensor, *rest: torch.Tensor) -> str | None:
 
 
 @triton.jit
-def _step(param, grad, exp_avg, exp_avg_sq, n, grad_scale, keep, new1, beta2, new2, root, eps, rate, BLOCK: tl.constexpr):
+def _step(
+    param, grad, exp_avg, exp_avg_sq, n, grad_scale, keep, new1, beta2, new2, root, eps, rate, BLOCK: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     g = tl.load(grad + at, mask=inside, other=0.0) * grad_scale

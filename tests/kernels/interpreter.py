@@ -1,7 +1,6 @@
 """Triton's interpreter, made fit for bfloat16 (triton 3.7.1).
 
-- It cuts fp32 to bfloat16 instead of rounding; a GPU rounds to nearest even, and so does this. Values that a carry moves
-  into the next exponent are right too.
+- It cuts fp32 to bfloat16 instead of rounding; a GPU rounds to nearest even, and so does this.
 - It multiplies bfloat16 bit patterns in ``tl.dot``. That is refused here: kernels must widen the operands (``UPCAST``).
 """
 
