@@ -16,6 +16,8 @@ import triton.language as tl
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 UPCAST = INTERPRETED
 
+GROUP = 8  # rows of tiles of a GEMM that are worked on together
+
 DEVICES = {"cuda", "cpu"} if INTERPRETED else {"cuda"}  # the offline compiler adds "meta"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -61,3 +63,32 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def tile_of(tiles_m, tiles_n, GROUP: tl.constexpr):
+    """This program's tile (row, column): GROUP rows of tiles pass over the same columns of w while they are in L2."""
+    group, inner = tl.program_id(0) // (GROUP * tiles_n), tl.program_id(0) % (GROUP * tiles_n)
+    height = min(tiles_m - group * GROUP, GROUP)
+    return group * GROUP + inner % height, inner // height
+
+
+@triton.jit
+def product(
+    x, x_row, w, w_row, row, column, m, n, k, tiles,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """``x[row] @ w[column].T`` over the first ``tiles`` tiles of k, fp32 ``[BM, BN]``.
+
+    Rows and columns past the end (m, n) read valid ones again: their results must not be used.
+    """
+    step = tl.arange(0, BK)
+    x_tile = x + (row % m).to(tl.int64)[:, None] * x_row
+    w_tile = w + (column % n).to(tl.int64)[None, :] * w_row
+    acc = tl.zeros((BM, BN), tl.float32)
+    for i in range(tiles):
+        at = i * BK + step
+        a = tl.load(x_tile + at[None, :], mask=(at < k)[None, :], other=0.0)
+        b = tl.load(w_tile + at[:, None], mask=(at < k)[:, None], other=0.0)
+        acc = dot(a, b, acc, UPCAST)
+    return acc

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mint_engine.kernels.bordered_linear.reference import bordered_linear, bordered_linear_backward
-from mint_engine.kernels.triton_common import UPCAST, dot, power_of_2, triton_reason
+from mint_engine.kernels.triton_common import GROUP, UPCAST, dot, power_of_2, tile_of, triton_reason
 
 __all__ = [
     "bordered_linear",
@@ -25,8 +25,6 @@ __all__ = [
     "shrink",
     "supports",
 ]
-
-GROUP = 8  # tiles of rows that pass over the same columns of w while they are in L2
 
 
 def supports(x: Tensor, *rest: Tensor | None) -> str | None:
@@ -43,10 +41,7 @@ def _matmul(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(m, BM), tl.cdiv(n, BN)
-    group, inner = tl.program_id(0) // (GROUP * tiles_n), tl.program_id(0) % (GROUP * tiles_n)
-    height = min(tiles_m - group * GROUP, GROUP)
-    tile_m, tile_n = group * GROUP + inner % height, inner // height
-
+    tile_m, tile_n = tile_of(tiles_m, tiles_n, GROUP)
     row, column, step = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
     # Rows and columns past the end read valid ones again; their results are not stored.
     x_tile = x + (row % m).to(tl.int64)[:, None] * x_row
@@ -97,7 +92,7 @@ def matmul(
     bn = min(128, power_of_2(n, 16))
     # A narrow product is a pass over x: fewer rows a program, so that there are programs for every multiprocessor.
     bm = tile_rows or min(128 if bn > 64 else 64, power_of_2(m, 16))
-    bk = 64 if bn > 64 else 128
+    bk = 64 if min(bm, bn) > 32 else 128
     if m and n:
         _matmul[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
             x, x.stride(0), w, w.stride(1), w.stride(0), out, out.stride(0), bias, spans, m, n, k, float(scale),

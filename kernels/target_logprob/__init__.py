@@ -20,7 +20,7 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[int, int]:
 def _check_targets(op: str, targets: torch.Tensor, m: int, v: int) -> int:
     k = args.matrix(op, "targets", targets)[1]
     args.tensor(op, "targets", targets, (m, k), torch.int64)
-    if targets.numel():
+    if targets.is_cpu and targets.numel():
         low, high = (int(t) for t in targets.aminmax())
         if low < -1 or high >= v:
             raise ValueError(f"targets: expected -1 (skip) to {v - 1}, got {low} to {high} ({op})")
@@ -38,7 +38,8 @@ def target_logprob(
     Args:
         x: ``[M, H]`` float32 or bfloat16, any row stride (the head adapter's border columns are part of H).
         weight: ``[V, H]`` of the same dtype, any row stride.
-        targets: ``[M, K]`` int64; -1 skips (its logprob is 0).
+        targets: ``[M, K]`` int64; -1 skips (its logprob is 0). Others outside the vocabulary are refused on the CPU;
+            on a GPU, which would have to be waited for, their logprob is NaN.
         face: run this face ("cpu", "reference") or raise.
 
     Returns:

@@ -34,6 +34,7 @@ from mint_engine.kernels import triton_common
 RESOURCES = Path(__file__).with_name("resources.json")
 ARCHES = (80, 90, 100)
 # Tensor-core instructions of each architecture in its machine code.
+# Tiles of fewer than 64 rows and columns have HMMA everywhere.
 MATRIX = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -85,14 +86,14 @@ def resources(kernel: Any, arch: int) -> dict[str, int]:
         usage = tool("cuobjdump", "-res-usage", file.name)
         code = tool("nvdisasm", "-c", file.name)
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    matrix = len(re.findall(MATRIX[arch], code))
     return {
         "registers": found["REG"],
         "stack": found["STACK"] + found["LOCAL"],
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         "dots": kernel.asm["ttir"].count("tt.dot "),
-        "matrix": matrix,
+        "matrix": len(re.findall(MATRIX[arch], code)),
+        "hmma": len(re.findall(MATRIX[80], code)),
     }
 
 
@@ -105,11 +106,13 @@ def measure(arch: int, only: str = "") -> dict[str, dict[str, int]]:
         with compiling_for(arch) as compiled:
             run()
         assert compiled, f"{name} launches no kernel"
-        seen: dict[str, int] = {}
+        seen: dict[str, list[str]] = {}
         for function, kernel in compiled:
             label = f"{name}: {function.__name__.lstrip('_')}"
-            seen[label] = seen.get(label, 0) + 1
-            out[label if seen[label] == 1 else f"{label} {seen[label]}"] = resources(kernel, arch)
+            variants = seen.setdefault(label, [])
+            if kernel.hash not in variants:
+                variants.append(kernel.hash)
+                out[label if len(variants) == 1 else f"{label} {len(variants)}"] = resources(kernel, arch)
     return out
 
 

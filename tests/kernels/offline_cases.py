@@ -73,6 +73,17 @@ def grouped() -> None:
     kernels.grouped_linear_backward(dy, w[:, :HIDDEN], spans, n=2 * FFN, tile_rows=128, face="triton")
 
 
+def head() -> None:
+    x, w = bf16(ROWS, HIDDEN + BORDER), bf16(151936, HIDDEN + BORDER)
+    targets = torch.empty(ROWS, 1, dtype=torch.int64, device="meta")
+    _, lse = kernels.target_logprob(x, w, targets, face="triton")
+    kernels.target_logprob_backward(x, w, targets, fp32(ROWS, 1), lse, border=BORDER, face="triton")
+
+
+def head_logits() -> None:
+    kernels.logits(bf16(16, HIDDEN + BORDER), bf16(151936, HIDDEN + BORDER), face="triton")
+
+
 CASES: dict[str, Callable[[], None]] = {
     "rms_norm 1024": lambda: norm(1024),
     "rms_norm 4096": lambda: norm(4096),
@@ -83,4 +94,6 @@ CASES: dict[str, Callable[[], None]] = {
     "outer_accumulate dA": outer,
     "outer_accumulate dB": outer_tall,
     "grouped_linear": grouped,
+    "target_logprob": head,
+    "logits 16 rows": head_logits,
 }
