@@ -46,6 +46,11 @@ def triton_reason(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
+def architecture() -> int:
+    """The compute capability kernels are compiled for, 90 for a Hopper."""
+    return 90 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)
+
+
 def power_of_2(n: int, least: int = 1) -> int:
     """The next power of two, at least ``least``."""
     return max(least, triton.next_power_of_2(n))

@@ -2,6 +2,7 @@
 
 - It cuts fp32 to bfloat16 instead of rounding; a GPU rounds to nearest even, and so does this.
 - It multiplies bfloat16 bit patterns in ``tl.dot``. That is refused here: kernels must widen the operands (``UPCAST``).
+- It remaps the language at every call of a device function, which is most of its time; once a launch is enough.
 """
 
 from __future__ import annotations
@@ -23,8 +24,27 @@ def _widen(data: np.ndarray) -> np.ndarray:
     return (data.astype(np.uint32) << 16).view(np.float32)
 
 
+def _remap_once_a_launch() -> None:
+    executor, function = interpreter.GridExecutor, interpreter.InterpretedFunction
+    launch, remapped = executor.__call__, set()
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        remapped.clear()
+        return launch(self, *args, **kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names = {id(v) for v in self.fn.__globals__.values() if v is tl or v is tl.core}
+        if not names <= remapped:
+            interpreter._patch_lang(self.fn)
+            remapped.update(names)
+        return self.rewrite()(*args, **kwargs)
+
+    executor.__call__, function.__call__ = launched, call
+
+
 def repair() -> None:
-    """Apply both, once per process."""
+    """Apply all of them, once per process."""
+    _remap_once_a_launch()
     builder = interpreter.InterpreterBuilder
     cast, dot = builder.cast_impl, builder.create_dot
 

@@ -84,6 +84,13 @@ def head_logits() -> None:
     kernels.logits(bf16(16, HIDDEN + BORDER), bf16(151936, HIDDEN + BORDER), face="triton")
 
 
+def attention(d: int) -> None:
+    q, kv, lse = bf16(ROWS, N_Q * d), bf16(ROWS, N_KV * d), fp32(N_Q, ROWS)
+    cu = torch.tensor([0, 100, ROWS], dtype=torch.int32)
+    kernels.attention(q, kv, kv, cu, N_Q, N_KV, d**-0.5, face="triton")
+    kernels.attention_backward(q, q, kv, kv, q, lse, cu, N_Q, N_KV, d**-0.5, face="triton")
+
+
 CASES: dict[str, Callable[[], None]] = {
     "rms_norm 1024": lambda: norm(1024),
     "rms_norm 4096": lambda: norm(4096),
@@ -94,6 +101,9 @@ CASES: dict[str, Callable[[], None]] = {
     "outer_accumulate dA": outer,
     "outer_accumulate dB": outer_tall,
     "grouped_linear": grouped,
+    "attention 64": lambda: attention(64),
+    "attention 128": lambda: attention(128),
+    "attention 256": lambda: attention(256),
     "target_logprob": head,
     "logits 16 rows": head_logits,
 }
