@@ -18,17 +18,18 @@ from mint_engine.kernels.attention.triton_kernels import backward_kv, backward_q
 from mint_engine.kernels.triton_common import UPCAST, architecture, power_of_2, triton_reason
 
 # Padded head dimension -> queries and keys of a tile, warps, stages. The larger of queries and keys, whose tile is the
-# program's own, must be a multiple of the other. Chosen so that nothing spills (README.md); not tuned on a GPU yet.
+# program's own, must be a multiple of the other. Chosen so that nothing spills (README.md), with either
+# version of Triton; not tuned on a GPU yet.
 Plan = dict[int, tuple[int, int, int, int]]
 HOPPER: dict[str, Plan] = {
     "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
     "backward_q": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-    "backward_kv": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+    "backward_kv": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (16, 64, 8, 2)},
 }
 AMPERE: dict[str, Plan] = {
-    "forward": HOPPER["forward"],
+    "forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 3)},
     "backward_q": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
-    "backward_kv": {64: (64, 64, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 2)},
+    "backward_kv": {64: (32, 128, 8, 2), 128: (64, 64, 8, 2), 256: (16, 64, 8, 2)},
 }
 
 

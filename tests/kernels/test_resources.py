@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from check import TRITON
 
 HERE = Path(__file__).parent
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes a program may have
+OLD = "3.6.0"
 FEW_ROWS = {"logits 16 rows: matmul"}  # too small a tile for the instructions of a whole warp group
 Resources = dict[str, dict[str, int]]  # case and kernel -> resources
 
@@ -49,18 +51,32 @@ def test_the_gate_sees_each_fault() -> None:
     assert gate("sm_80", {"k": good}) == []
 
 
+def compile_anew(arch: str, tmp_path: Path, **environment: str) -> Resources:
+    """What offline.py measures for ``arch``, in a process without the interpreter and with an empty cache."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(HERE / "offline.py"), "--arch", arch.removeprefix("sm_")]
+    environment = {**inherited, "TRITON_CACHE_DIR": str(tmp_path / "cache"), **environment}
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)[arch]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not TRITON, reason="triton is not installed")
 @pytest.mark.parametrize("arch", SHARED)
 def test_every_kernel_compiles_to_what_is_recorded(arch: str, tmp_path: Path) -> None:
     """After a change that is meant: python tests/kernels/offline.py --write, and look at the diff."""
-    import triton
-
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(HERE / "offline.py"), "--arch", arch.removeprefix("sm_")]
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    kernels = json.loads(done.stdout)[arch]
+    kernels = compile_anew(arch, tmp_path)
     assert gate(arch, kernels) == []
-    assert kernels == recorded()[triton.__version__][arch]
+    assert kernels == recorded()[importlib.metadata.version("triton")][arch]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+def test_the_triton_beside_torch_2_11_compiles_every_kernel_too(tmp_path: Path) -> None:
+    """Some kernels crash that version's compiler only. It is installed into a folder of this test's own."""
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "old")]
+    subprocess.run([*install, f"triton=={OLD}"], check=True)
+    kernels = compile_anew("sm_90", tmp_path, PYTHONPATH=str(tmp_path / "old"))
+    assert gate("sm_90", kernels) == []
+    assert kernels == recorded()[OLD]["sm_90"]
