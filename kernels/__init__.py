@@ -2,14 +2,8 @@
 
 from mint_engine.kernels.adamw import adamw_
 from mint_engine.kernels.attention import attention, attention_backward
-from mint_engine.kernels.bordered_linear import (
-    bordered_linear,
-    bordered_linear_backward,
-    expand_backward,
-    grouped_linear,
-    grouped_linear_backward,
-    shrink,
-)
+from mint_engine.kernels.bordered_by_tile import bordered_by_tile, bordered_by_tile_backward
+from mint_engine.kernels.bordered_linear import bordered_linear, bordered_linear_backward, expand_backward, shrink
 from mint_engine.kernels.op import faces, force_face, isa
 from mint_engine.kernels.outer_accumulate import outer_accumulate
 from mint_engine.kernels.paged_attention import paged_attention
@@ -22,13 +16,13 @@ __all__ = [
     "adamw_",
     "attention",
     "attention_backward",
+    "bordered_by_tile",
+    "bordered_by_tile_backward",
     "bordered_linear",
     "bordered_linear_backward",
     "expand_backward",
     "faces",
     "force_face",
-    "grouped_linear",
-    "grouped_linear_backward",
     "isa",
     "logits",
     "outer_accumulate",

@@ -39,26 +39,25 @@ def supports(*tensors: Tensor | None) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _tiles(bounds: bytes, rows: int, device: torch.device, keys: bool) -> Tensor:
-    """``[tiles, 3]`` int32 on ``device``: first row and end of the sequence, first row of the tile; most work first.
+def _tiles(queries: bytes, keys: bytes, rows: int, device: torch.device, by_keys: bool) -> Tensor:
+    """``[tiles, 4]`` int32 on ``device``, most work first: first key, end of the queries, first row, keys - queries.
 
-    A tile of queries works on the rows before it, one of ``keys`` on those after.
+    A tile of queries works on the keys before it; one of keys (``by_keys``) on the queries after it.
     """
-    cu = np.frombuffer(bytes(bounds), dtype=np.int32)
+    cu, cu_keys = (np.frombuffer(b, dtype=np.int32) for b in (queries, keys))
     spans = [np.arange(a, b, rows, dtype=np.int32) for a, b in pairwise(cu)]
     counts = [len(s) for s in spans]
     start = np.concatenate(spans) if spans else np.empty(0, np.int32)
-    first, end = np.repeat(cu[:-1], counts), np.repeat(cu[1:], counts)
-    work = end - start if keys else start - first
-    order = np.argsort(-work, kind="stable")
-    return torch.from_numpy(np.stack([first, end, start], axis=1)[order].astype(np.int32)).to(device)
+    first, end, shift = (np.repeat(x, counts) for x in (cu_keys[:-1], cu[1:], cu_keys[1:] - cu[1:]))
+    order = np.argsort(start - end if by_keys else first - shift - start, kind="stable")
+    return torch.from_numpy(np.stack([first, end, start, shift], axis=1)[order]).to(device)
 
 
-def _table(op: str, cu_seqlens: Tensor, m: int, rows: int, like: Tensor, keys: bool = False) -> Tensor:
-    cu = cu_seqlens.numpy()
-    if cu[0] != 0 or cu[-1] != m or (np.diff(cu) < 0).any():
-        raise ValueError(f"cu_seqlens: expected bounds that rise from 0 to {m} ({op})")
-    return _tiles(cu.tobytes(), rows, like.device, keys)
+def _bounds(op: str, name: str, cumulative: Tensor, rows: int) -> bytes:
+    cu = cumulative.numpy()
+    if cu[0] != 0 or cu[-1] != rows or (np.diff(cu) < 0).any():
+        raise ValueError(f"{name}: expected bounds that rise from 0 to {rows} ({op})")
+    return cu.tobytes()
 
 
 def _meta(kernel: str, d: int) -> dict[str, int | bool]:
@@ -73,9 +72,30 @@ def _meta(kernel: str, d: int) -> dict[str, int | bool]:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, n_q: int, n_kv: int, scale: float, out: Tensor, lse: Tensor
 ) -> None:
+    attention_with_earlier_keys(q, k, v, cu_seqlens, cu_seqlens, n_q, n_kv, scale, out, lse)
+
+
+def attention_with_earlier_keys(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_keys: Tensor,
+    n_q: int,
+    n_kv: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Sequence i's keys are rows ``cu_keys[i]:cu_keys[i+1]`` of k and v; its queries are those of its last tokens."""
     m, d = q.shape[0], q.shape[1] // n_q
+    queries = _bounds("attention", "cu_seqlens", cu_seqlens, m)
+    keys = _bounds("attention", "cu_keys", cu_keys, k.shape[0])
+    lacking = np.diff(cu_keys.numpy()) < np.diff(cu_seqlens.numpy())
+    if lacking.any():
+        raise ValueError(f"cu_keys: expected a key for each query (attention, sequence {int(lacking.argmax())})")
     meta = _meta("forward", d)
-    tiles = _table("attention", cu_seqlens, m, meta["BM"], q)
+    tiles = _tiles(queries, keys, meta["BM"], q.device, False)
     if len(tiles):
         forward[(len(tiles), n_q)](
             q, q.stride(0), k, k.stride(0), v, v.stride(0), out, out.stride(0), lse, tiles, m, d, n_q // n_kv,
@@ -99,8 +119,8 @@ def attention_backward(
     dv: Tensor,
 ) -> None:
     m, d = q.shape[0], q.shape[1] // n_q
-    meta = _meta("backward_q", d)
-    tiles = _table("attention_backward", cu_seqlens, m, meta["BM"], q)
+    meta, bounds = _meta("backward_q", d), _bounds("attention_backward", "cu_seqlens", cu_seqlens, m)
+    tiles = _tiles(bounds, bounds, meta["BM"], q.device, False)
     if not len(tiles):
         return
     delta = torch.empty_like(lse)  # do . o of each row, left by the first kernel for the second
@@ -109,7 +129,7 @@ def attention_backward(
         *shared, o, o.stride(0), lse, delta, dq, dq.stride(0), tiles, m, d, n_q // n_kv, float(scale), **meta,
     )  # fmt: skip
     meta = _meta("backward_kv", d)
-    tiles = _table("attention_backward", cu_seqlens, m, meta["BN"], q, keys=True)
+    tiles = _tiles(bounds, bounds, meta["BN"], q.device, True)
     backward_kv[(len(tiles), n_kv)](
         *shared, lse, delta, dk, dk.stride(0), dv, dv.stride(0), tiles, m, d, n_q // n_kv, float(scale), **meta,
     )  # fmt: skip

@@ -51,22 +51,26 @@ def forward(
     q, q_row, k, k_row, v, v_row, o, o_row, lse, tiles, m, d, group, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """Key number ``row + shift`` is the query's own: with a shift, the first tokens have keys but no queries."""
     tile, head = tl.program_id(0), tl.program_id(1)
-    first, end, start = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    first, end, start = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
+    shift = tl.load(tiles + tile * 4 + 3)
     row, column, step = start + tl.arange(0, BM), tl.arange(0, D), tl.arange(0, BN)
     q_tile = _rows(q, q_row, row, end, head, column, d)
     high = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, D), tl.float32)
     slope, shared = scale * LOG2E, head // group
-    for at in range(first, start, BN):
+    own, keys_end = row + shift, end + shift
+    diagonal = first + (start + shift + 1 - first) // BN * BN  # from here on some query must not see all keys of a tile
+    for at in range(first, diagonal, BN):
         acc, high, total = _attend(
-            acc, high, total, q_tile, k, k_row, v, v_row, row, at + step, end, shared, column, d, slope,
+            acc, high, total, q_tile, k, k_row, v, v_row, own, at + step, keys_end, shared, column, d, slope,
             False, BM, BN, UPCAST,
         )  # fmt: skip
-    for at in range(start, min(start + BM, end), BN):
+    for at in range(diagonal, min(start + BM, end) + shift, BN):
         acc, high, total = _attend(
-            acc, high, total, q_tile, k, k_row, v, v_row, row, at + step, end, shared, column, d, slope,
+            acc, high, total, q_tile, k, k_row, v, v_row, own, at + step, keys_end, shared, column, d, slope,
             True, BM, BN, UPCAST,
         )  # fmt: skip
     _put(o, o_row, row, end, head, column, d, acc / total[:, None])
@@ -94,7 +98,7 @@ def backward_q(
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1)
-    first, end, start = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    first, end, start = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
     row, column, step = start + tl.arange(0, BM), tl.arange(0, D), tl.arange(0, BN)
     q_tile = _rows(q, q_row, row, end, head, column, d)
     do_tile = _rows(do, do_row, row, end, head, column, d)
@@ -126,7 +130,7 @@ def backward_kv(
     """All products transposed, ``[keys, queries]``. One loop over the group's heads and their tiles of queries, masked
     throughout: two loops, as in the other kernels, need more registers than there are."""
     tile, shared = tl.program_id(0), tl.program_id(1)
-    end, start = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    end, start = tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
     key, column = start + tl.arange(0, BN), tl.arange(0, D)
     k_tile = _rows(k, k_row, key, end, shared, column, d)
     v_tile = _rows(v, v_row, key, end, shared, column, d)

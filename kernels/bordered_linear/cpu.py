@@ -8,31 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mint_engine.kernels.bordered_linear.reference import (
-    bordered_linear_backward,
-    expand_backward,
-    grouped_linear,
-    grouped_linear_backward,
-    shrink,
-)
-from mint_engine.kernels.op import NATIVE_DTYPES, native, native_reason
+from mint_engine.kernels.bordered_linear.reference import bordered_linear_backward, expand_backward, shrink
+from mint_engine.kernels.op import NATIVE_DTYPES, native
+from mint_engine.kernels.op import native_reason as supports
 
-__all__ = [
-    "bordered_linear",
-    "bordered_linear_backward",
-    "expand_backward",
-    "grouped_linear",
-    "grouped_linear_backward",
-    "shrink",
-    "supports",
-]
+__all__ = ["bordered_linear", "bordered_linear_backward", "expand_backward", "shrink", "supports"]
 
 FEW_ROWS = 8  # up to here reading the weight is all of the time, and the dot products read it faster (README.md)
-
-
-def supports(*tensors: Tensor | None) -> str | None:
-    """Why this face cannot run on these tensors, or None. An int32 tensor is a table of spans."""
-    return native_reason(*(t for t in tensors if t is None or t.dtype is not torch.int32))
 
 
 def bordered_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,38 +1,28 @@
-"""Bordered linears on a GPU: one adapter through the library, many through a Triton GEMM.
+"""Bordered linears on a GPU: the large products through the library, the narrow ones (S, dS) through a Triton GEMM.
 
-The Triton GEMM is tiled as usual (a program owns a tile of y, sums in fp32 registers, tiles of K pipelined through
-shared memory). Its last tiles of K are the border: where they lie is looked up for each tile of rows, so a pass with
-many adapters does the work of a pass with one.
+The Triton GEMM is tiled as usual: a program owns a tile of y, sums in fp32 registers, tiles of K pipelined through
+shared memory. For `bordered_by_tile` its last tiles of K are the border, looked up for each tile of rows; `logits` uses
+it for its fp32 output.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mint_engine.kernels.bordered_linear.reference import bordered_linear, bordered_linear_backward
-from mint_engine.kernels.triton_common import GROUP, UPCAST, dot, power_of_2, tile_of, triton_reason
+from mint_engine.kernels.triton_common import GROUP, UPCAST, dot, power_of_2, tile_of
+from mint_engine.kernels.triton_common import triton_reason as supports
 
 __all__ = [
     "bordered_linear",
     "bordered_linear_backward",
     "expand_backward",
-    "grouped_linear",
-    "grouped_linear_backward",
     "matmul",
     "shrink",
     "supports",
 ]
-
-
-def supports(x: Tensor, *rest: Tensor | None) -> str | None:
-    """Why this face cannot run on these tensors, or None. An int32 tensor is a table of spans."""
-    for t in rest:
-        if t is not None and t.dtype is torch.int32 and t.device != x.device:
-            return f"mixed devices {x.device} and {t.device}"
-    return triton_reason(x, *(t for t in rest if t is None or t.dtype is not torch.int32))
 
 
 @triton.jit
@@ -108,13 +98,3 @@ def shrink(x: Tensor, a: Tensor, scale: float, out: Tensor) -> Tensor:
 
 def expand_backward(dy: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
     return matmul(dy, b, out, scale=scale)
-
-
-def grouped_linear(x: Tensor, weight: Tensor, spans: Tensor, k: int, tile_rows: int, bias: Tensor | None) -> Tensor:
-    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    return matmul(x, weight.T, y, k=k, bias=bias, spans=spans, tile_rows=tile_rows)
-
-
-def grouped_linear_backward(dy: Tensor, weight: Tensor, spans: Tensor, n: int, tile_rows: int) -> Tensor:
-    dx = torch.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype, device=dy.device)
-    return matmul(dy, weight, dx, k=n, spans=spans, tile_rows=tile_rows)

@@ -65,12 +65,12 @@ def outer_tall() -> None:
     kernels.outer_accumulate(bf16(ROWS, HIDDEN), bf16(ROWS, RANK), fp32(HIDDEN, RANK), face="triton")
 
 
-def grouped() -> None:
+def by_tile() -> None:
     spans = torch.empty(ROWS // 128, 3, dtype=torch.int32, device="meta")
     x, w = bf16(ROWS, HIDDEN + BORDER), bf16(2 * FFN + BORDER, HIDDEN + BORDER)
-    kernels.grouped_linear(x, w[: 2 * FFN], spans, k=HIDDEN, tile_rows=128, face="triton")
+    kernels.bordered_by_tile(x, w[: 2 * FFN], spans, k=HIDDEN, tile_rows=128, face="triton")
     dy = bf16(ROWS, 2 * FFN + BORDER)
-    kernels.grouped_linear_backward(dy, w[:, :HIDDEN], spans, n=2 * FFN, tile_rows=128, face="triton")
+    kernels.bordered_by_tile_backward(dy, w[:, :HIDDEN], spans, n=2 * FFN, tile_rows=128, face="triton")
 
 
 def head() -> None:
@@ -100,7 +100,7 @@ CASES: dict[str, Callable[[], None]] = {
     "shrink, expand": narrow,
     "outer_accumulate dA": outer,
     "outer_accumulate dB": outer_tall,
-    "grouped_linear": grouped,
+    "bordered_by_tile": by_tile,
     "attention 64": lambda: attention(64),
     "attention 128": lambda: attention(128),
     "attention 256": lambda: attention(256),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from check import normal, strided, within_budget
 
-from mint_engine.kernels import grouped_linear, grouped_linear_backward
+from mint_engine.kernels import bordered_by_tile, bordered_by_tile_backward
 from mint_engine.kernels.bordered_linear.reference import lora_linear
 
 TILE = 16
@@ -78,7 +78,7 @@ def test_forward_is_each_adapter_on_its_rows(face: str, dtype: torch.dtype, grou
     bias = normal(N, seed=3, dtype=dtype) if with_bias else None
     factors, spans = adapters(groups, dtype), layout(groups, K)
     tails = [SCALE * part @ a.T for part, (a, _) in zip(by_adapter(x, groups), factors, strict=True)]
-    y = grouped_linear(
+    y = bordered_by_tile(
         with_tail(x, tails, groups), border(w, factors)[:N], spans, k=K, tile_rows=TILE, bias=bias, face=face
     )
 
@@ -96,7 +96,7 @@ def test_backward_is_each_adapters_gradient(face: str, dtype: torch.dtype, group
     dy, w = normal(rows, N, seed=1, dtype=dtype), normal(N, K, seed=2, dtype=dtype, scale=K**-0.5)
     factors, spans = adapters(groups, dtype), layout(groups, N)
     tails = [SCALE * part @ b for part, (_, b) in zip(by_adapter(dy, groups), factors, strict=True)]
-    dx = grouped_linear_backward(
+    dx = bordered_by_tile_backward(
         with_tail(dy, tails, groups), border(w, factors)[:, :K], spans, n=N, tile_rows=TILE, face=face
     )
 
@@ -117,7 +117,7 @@ def test_a_tile_of_two_adapters_reads_both_spans(face: str, dtype: torch.dtype) 
     wide[:10, pad(K) : pad(K) + 3] = x[:10] @ factors[0][0].T
     wide[10:, pad(K) + 16 : pad(K) + 21] = x[10:] @ factors[1][0].T
     spans = torch.tensor([[pad(K), pad(K), 32], [pad(K) + 16, pad(K) + 16, 16]], dtype=torch.int32)
-    y = grouped_linear(strided(wide), border(w, factors)[:N], spans, k=K, tile_rows=TILE, face=face)
+    y = bordered_by_tile(strided(wide), border(w, factors)[:N], spans, k=K, tile_rows=TILE, face=face)
 
     def plain(to: torch.dtype) -> torch.Tensor:
         parts = zip(by_adapter(x.to(to), groups), factors, strict=True)
@@ -128,21 +128,21 @@ def test_a_tile_of_two_adapters_reads_both_spans(face: str, dtype: torch.dtype) 
 
 def test_no_rows_is_no_work(face: str, dtype: torch.dtype) -> None:
     x, spans = torch.empty(0, 8, dtype=dtype), torch.empty(0, 3, dtype=torch.int32)
-    assert grouped_linear(x, torch.ones(4, 8, dtype=dtype), spans, k=8, tile_rows=16, face=face).shape == (0, 4)
+    assert bordered_by_tile(x, torch.ones(4, 8, dtype=dtype), spans, k=8, tile_rows=16, face=face).shape == (0, 4)
 
 
 def test_spans_that_do_not_fit_are_named() -> None:
     x, w = torch.zeros(20, 32), torch.zeros(4, 48)
     good = torch.tensor([[16, 16, 16], [16, 32, 16]], dtype=torch.int32)
-    grouped_linear(x, w, good, k=10, tile_rows=16)
+    bordered_by_tile(x, w, good, k=10, tile_rows=16)
     with pytest.raises(ValueError, match=r"spans: expected torch.int32 \[2, 3\], got torch.int32 \[1, 3\]"):
-        grouped_linear(x, w, good[:1], k=10, tile_rows=16)
+        bordered_by_tile(x, w, good[:1], k=10, tile_rows=16)
     for bad in ([16, 48, 16], [32, 32, 16], [16, 24, 16], [16, 32, 8], [-16, 16, 16]):
         good[1] = torch.tensor(bad)
-        message = f"within 32 and 48 columns, got {bad[0]}, {bad[1]} and a width of {bad[2]} in row 1 .grouped_linear"
+        message = f"within 32 and 48 columns, got {bad[0]}, {bad[1]} and a width of {bad[2]} in row 1 .bordered_by_tile"
         with pytest.raises(ValueError, match=f"spans: expected multiples of 16 {message}"):
-            grouped_linear(x, w, good, k=10, tile_rows=16)
+            bordered_by_tile(x, w, good, k=10, tile_rows=16)
     with pytest.raises(ValueError, match="tile_rows: expected a power of two of at least 16, got 24"):
-        grouped_linear(x, w, good, k=10, tile_rows=24)
+        bordered_by_tile(x, w, good, k=10, tile_rows=24)
     with pytest.raises(ValueError, match=r"inner columns: expected 0 to 32, got 33"):
-        grouped_linear(x, w, good, k=33, tile_rows=16)
+        bordered_by_tile(x, w, good, k=33, tile_rows=16)
