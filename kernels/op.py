@@ -121,11 +121,15 @@ def force_face(name: str) -> Iterator[None]:
 
 
 def faces() -> dict[str, list[str]]:
-    """Op name -> the faces that can run on this machine, the fastest first (Triton's interpreter does not count)."""
-    found: dict[str, list[str]] = {}
-    for name, ready in sorted(_ops.items()):
-        gpu = ["triton"] if torch.cuda.is_available() and not isinstance(ready.triton(), str) else []
-        found[name] = [*gpu, *(["reference"] if native is None else ["cpu", "reference"])]
+    """Op name -> the faces that can run on this machine, first the one that tensors on the CPU get.
+
+    Triton counts where there is a GPU, its interpreter does not.
+    """
+    found = {name: ["reference"] if native is None else ["cpu", "reference"] for name in sorted(_ops)}
+    if torch.cuda.is_available():
+        for name, available in found.items():
+            if not isinstance(_ops[name].triton(), str):
+                available.append("triton")
     return found
 
 

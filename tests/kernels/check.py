@@ -66,5 +66,6 @@ def within_budget(name: str, got: torch.Tensor, exact: torch.Tensor, plain: torc
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
-    """Reproducible normal values, rounded to ``dtype``."""
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+    """Reproducible normal values, rounded to ``dtype``, on the default device (conftest.py)."""
+    values = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu") * scale
+    return values.to(torch.get_default_device(), dtype)

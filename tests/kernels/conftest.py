@@ -30,7 +30,10 @@ def face(request: pytest.FixtureRequest) -> Iterator[str]:
     """ "reference", "triton", or "cpu" with one of the ISAs in use."""
     name, _, isa = request.param.partition("-")
     if not isa:
+        # What a test makes goes to the GPU with it (not yet run on one).
+        torch.set_default_device("cuda" if name == "triton" and torch.cuda.is_available() else None)
         yield name
+        torch.set_default_device(None)
         return
     before = op.native.isa()
     op.native.set_isa(isa)

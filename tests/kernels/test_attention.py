@@ -30,7 +30,7 @@ LAYOUTS = [
 
 
 def bounds(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
 
 
 def inputs(
@@ -242,7 +242,7 @@ def test_a_batch_without_tokens_is_harmless(face: str, dtype: torch.dtype, lengt
 def test_bounds_that_do_not_cover_the_batch_are_refused(face: str, cu: list[int]) -> None:
     x = torch.zeros(5, 8)
     with pytest.raises(ValueError, match=r"cu_seqlens: expected bounds that rise from 0 to 5 \(attention\)"):
-        attention(x, x, x, torch.tensor(cu, dtype=torch.int32), 1, 1, 1.0, face=face)
+        attention(x, x, x, torch.tensor(cu, dtype=torch.int32, device="cpu"), 1, 1, 1.0, face=face)
 
 
 def test_arguments_that_do_not_fit_are_named() -> None:

@@ -24,7 +24,7 @@ CASES = [  # M, H, V, K: dot-product rows (M <= 8), packed rows, several vocabul
 def inputs(case: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     m, h, v, k = case
     x, weight = normal(m, h, seed=1, dtype=dtype), normal(v, h, seed=2, dtype=dtype, scale=3 / h**0.5)
-    targets = torch.randint(-1, v, (m, k), generator=torch.Generator().manual_seed(3))
+    targets = torch.randint(-1, v, (m, k), generator=torch.Generator("cpu").manual_seed(3), device="cpu").to(x.device)
     targets[0, 0], targets[-1, -1] = v - 1, 0
     return x, weight, targets
 
