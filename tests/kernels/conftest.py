@@ -26,14 +26,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
+def for_triton() -> Iterator[None]:
+    """What a test makes goes to the GPU (not yet run on one); interpreted, memory that no kernel wrote is NaN."""
+    if torch.cuda.is_available():
+        torch.set_default_device("cuda")
+    else:
+        torch.use_deterministic_algorithms(True)  # torch.empty gives NaN then
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_default_device(None)
+
+
+@pytest.fixture
 def face(request: pytest.FixtureRequest) -> Iterator[str]:
     """ "reference", "triton", or "cpu" with one of the ISAs in use."""
     name, _, isa = request.param.partition("-")
     if not isa:
-        # What a test makes goes to the GPU with it (not yet run on one).
-        torch.set_default_device("cuda" if name == "triton" and torch.cuda.is_available() else None)
+        if name == "triton":
+            request.getfixturevalue("for_triton")
         yield name
-        torch.set_default_device(None)
         return
     before = op.native.isa()
     op.native.set_isa(isa)

@@ -7,7 +7,10 @@ import torch
 from check import TRITON, normal, within_budget
 from test_attention import bounds, plain
 
-pytestmark = pytest.mark.skipif(not TRITON, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(not TRITON, reason="triton is not installed"),
+    pytest.mark.usefixtures("for_triton"),
+]
 
 # (keys, queries, n_q, n_kv, d): whole sequences beside tails, single queries, none, tails longer than a tile.
 LAYOUTS = [([30, 24, 7], [6, 24, 1], 2, 1, 16), ([0, 130, 5, 99], [0, 3, 0, 98], 1, 1, 34), ([300], [170], 2, 2, 16)]
