@@ -51,6 +51,11 @@ def architecture() -> int:
     return 90 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)
 
 
+def stages(dtype: torch.dtype) -> int:
+    """Steps of a GEMM held in shared memory: float32, for tests, is twice as wide."""
+    return 2 if dtype is torch.float32 else 3
+
+
 def power_of_2(n: int, least: int = 1) -> int:
     """The next power of two, at least ``least``."""
     return max(least, triton.next_power_of_2(n))

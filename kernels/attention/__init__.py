@@ -46,7 +46,7 @@ def attention(
         n_q, n_kv: heads; n_q is a multiple of n_kv.
         scale: what the scores are multiplied with, above 0.
         out: ``[M, n_q*d]`` to write into, any row stride, or None.
-        face: run this face ("cpu", "reference") or raise.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
         ``(o [M, n_q*d] in the dtype of q, lse [n_q, M] natural logarithm, float32)``.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mint_engine.kernels.attention.triton_kernels import backward_kv, backward_q, forward
-from mint_engine.kernels.triton_common import UPCAST, architecture, power_of_2, triton_reason
+from mint_engine.kernels.triton_common import INTERPRETED, UPCAST, architecture, power_of_2, triton_reason
 
 # Padded head dimension -> queries and keys of a tile, warps, stages. The larger of queries and keys, whose tile is the
 # program's own, must be a multiple of the other. Chosen so that nothing spills (README.md), with either
@@ -60,12 +60,14 @@ def _bounds(op: str, name: str, cumulative: Tensor, rows: int) -> bytes:
     return cu.tobytes()
 
 
-def _meta(kernel: str, d: int) -> dict[str, int | bool]:
+def _meta(kernel: str, d: int, dtype: torch.dtype) -> dict[str, int | bool]:
     plan = (HOPPER if architecture() >= 90 else AMPERE)[kernel]
     width = power_of_2(d, 16)
     if width > max(plan):
         raise ValueError(f"q: expected heads of at most {max(plan)}, got {d} (attention in Triton)")
     queries, keys, warps, stages = plan[max(width, min(plan))]
+    if dtype is torch.float32 and not INTERPRETED:  # for tests: twice as wide, and not on the tensor cores
+        queries, keys, warps, stages = 32, 32, 8, 1
     return {"BM": queries, "BN": keys, "D": width, "UPCAST": UPCAST, "num_warps": warps, "num_stages": stages}
 
 
@@ -94,7 +96,7 @@ def attention_with_earlier_keys(
     lacking = np.diff(cu_keys.numpy()) < np.diff(cu_seqlens.numpy())
     if lacking.any():
         raise ValueError(f"cu_keys: expected a key for each query (attention, sequence {int(lacking.argmax())})")
-    meta = _meta("forward", d)
+    meta = _meta("forward", d, q.dtype)
     tiles = _tiles(queries, keys, meta["BM"], q.device, False)
     if len(tiles):
         forward[(len(tiles), n_q)](
@@ -119,7 +121,7 @@ def attention_backward(
     dv: Tensor,
 ) -> None:
     m, d = q.shape[0], q.shape[1] // n_q
-    meta, bounds = _meta("backward_q", d), _bounds("attention_backward", "cu_seqlens", cu_seqlens, m)
+    meta, bounds = _meta("backward_q", d, q.dtype), _bounds("attention_backward", "cu_seqlens", cu_seqlens, m)
     tiles = _tiles(bounds, bounds, meta["BM"], q.device, False)
     if not len(tiles):
         return
@@ -128,7 +130,7 @@ def attention_backward(
     backward_q[(len(tiles), n_q)](
         *shared, o, o.stride(0), lse, delta, dq, dq.stride(0), tiles, m, d, n_q // n_kv, float(scale), **meta,
     )  # fmt: skip
-    meta = _meta("backward_kv", d)
+    meta = _meta("backward_kv", d, q.dtype)
     tiles = _tiles(bounds, bounds, meta["BN"], q.device, True)
     backward_kv[(len(tiles), n_kv)](
         *shared, lse, delta, dk, dk.stride(0), dv, dv.stride(0), tiles, m, d, n_q // n_kv, float(scale), **meta,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mint_engine.kernels.bordered_linear.reference import bordered_linear, bordered_linear_backward
-from mint_engine.kernels.triton_common import GROUP, UPCAST, dot, power_of_2, tile_of
+from mint_engine.kernels.triton_common import GROUP, UPCAST, dot, power_of_2, stages, tile_of
 from mint_engine.kernels.triton_common import triton_reason as supports
 
 __all__ = [
@@ -87,7 +87,7 @@ def matmul(
         _matmul[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
             x, x.stride(0), w, w.stride(1), w.stride(0), out, out.stride(0), bias, spans, m, n, k, float(scale),
             BM=bm, BN=bn, BK=bk, GROUP=GROUP, UPCAST=UPCAST,
-            num_warps=8 if bm * bn >= 128 * 128 else 4, num_stages=3,
+            num_warps=8 if bm * bn >= 128 * 128 else 4, num_stages=stages(x.dtype),
         )  # fmt: skip
     return out
 

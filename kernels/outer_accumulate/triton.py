@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mint_engine.kernels.triton_common import UPCAST, dot, power_of_2, triton_reason
+from mint_engine.kernels.triton_common import UPCAST, dot, power_of_2, stages, triton_reason
 
 CHUNK = 512  # rows summed in registers: enough programs for a GPU, and short chains of fp32 additions
 MOST_CHUNKS = 32  # beyond, chunks grow
@@ -77,7 +77,7 @@ def outer_accumulate(a: Tensor, b: Tensor, out: Tensor, alpha: float) -> None:
     _sum_rows[(triton.cdiv(wide.shape[1], bw), triton.cdiv(narrow.shape[1], bn), chunks)](
         wide, wide.stride(0), narrow, narrow.stride(0), target, 0 if chunks == 1 else target.stride(0), out_w, out_n,
         m, wide.shape[1], narrow.shape[1], chunk, float(alpha),
-        ADD=chunks == 1, BM=ROWS, BW=bw, BN=bn, UPCAST=UPCAST, num_warps=4, num_stages=3,
+        ADD=chunks == 1, BM=ROWS, BW=bw, BN=bn, UPCAST=UPCAST, num_warps=4, num_stages=stages(a.dtype),
     )  # fmt: skip
     if chunks > 1:
         block = min(1024, power_of_2(p * q))

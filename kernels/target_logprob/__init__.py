@@ -40,7 +40,7 @@ def target_logprob(
         weight: ``[V, H]`` of the same dtype, any row stride.
         targets: ``[M, K]`` int64; -1 skips (its logprob is 0). Others outside the vocabulary are refused on the CPU;
             on a GPU, which would have to be waited for, their logprob is NaN.
-        face: run this face ("cpu", "reference") or raise.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
         ``(logprob [M, K], lse [M])``, float32 (float64 for float64 inputs).
@@ -77,7 +77,7 @@ def target_logprob_backward(
         dlogprob: ``[M, K]`` float32.
         lse: ``[M]`` float32, from the forward.
         border: trailing columns of ``weight`` that train (the head adapter's B), 0 for none.
-        face: run this face ("cpu", "reference") or raise.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
         ``(dx [M, H] in the dtype of x, dborder [V, border] float32)``.
@@ -106,7 +106,7 @@ def logits(x: torch.Tensor, weight: torch.Tensor, *, face: str | None = None) ->
     Args:
         x: ``[M, H]`` float32 or bfloat16, any row stride.
         weight: ``[V, H]`` of the same dtype, any row stride.
-        face: run this face ("cpu", "reference") or raise.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
         ``[M, V]`` float32 (float64 for float64 inputs): fp32 sums, not rounded to bfloat16.

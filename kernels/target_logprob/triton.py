@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mint_engine.kernels.bordered_linear.triton import matmul
 from mint_engine.kernels.outer_accumulate.triton import outer_accumulate
-from mint_engine.kernels.triton_common import GROUP, UPCAST, power_of_2, product, tile_of
+from mint_engine.kernels.triton_common import GROUP, UPCAST, power_of_2, product, stages, tile_of
 from mint_engine.kernels.triton_common import triton_reason as supports  # noqa: F401
 
 SCRATCH_BYTES = 512 << 20  # dlogits held at once in the backward
@@ -98,11 +98,11 @@ def _dlogits(
     tl.store(out + at[:, None] * out_row + column[None, :], d.to(out.dtype.element_ty), mask=mask)
 
 
-def _geometry(m: int, v: int) -> tuple[tuple[int], dict[str, int | bool]]:
+def _geometry(m: int, v: int, dtype: torch.dtype) -> tuple[tuple[int], dict[str, int | bool]]:
     bm = min(128, power_of_2(m, 16))
     tile = {"BM": bm, "BN": BN, "BK": BK, "GROUP": GROUP, "UPCAST": UPCAST}
     grid = (triton.cdiv(m, bm) * triton.cdiv(v, BN),)
-    return grid, {**tile, "num_warps": 8 if bm == 128 else 4, "num_stages": 3}
+    return grid, {**tile, "num_warps": 8 if bm == 128 else 4, "num_stages": stages(dtype)}
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def target_logprob(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, 
     # No tile holds a target outside the vocabulary: its logprob stays NaN.
     picked = torch.full((m, k), float("nan"), dtype=torch.float32, device=x.device)
     if m and v:
-        grid, meta = _geometry(m, v)
+        grid, meta = _geometry(m, v, x.dtype)
         _tile[grid](
             x, x.stride(0), weight, weight.stride(0), targets, k, top, total, picked, m, v, h, **meta
         )  # fmt: skip
@@ -141,7 +141,7 @@ def target_logprob_backward(
     for start in range(0, m, max(chunk, 1)):
         rows = slice(start, min(start + chunk, m))
         part, dlogits = x[rows], scratch[: rows.stop - start]
-        grid, meta = _geometry(len(part), v)
+        grid, meta = _geometry(len(part), v, x.dtype)
         _dlogits[grid](
             part, x.stride(0), weight, weight.stride(0), targets[rows], k, dlogprob[rows], lse[rows],
             dlogits, dlogits.stride(0), len(part), v, h, **meta,
