@@ -2,6 +2,7 @@
 
 from mint_engine.kernels.adamw import adamw_
 from mint_engine.kernels.attention import attention, attention_backward
+from mint_engine.kernels.bordered_by_tile import bordered_by_tile, bordered_by_tile_backward
 from mint_engine.kernels.bordered_linear import bordered_linear, bordered_linear_backward, expand_backward, shrink
 from mint_engine.kernels.decode_layer import LayerAdapters, decode_layer, decode_layer_supported
 from mint_engine.kernels.grouped_linear import grouped_linear, grouped_outer
@@ -18,6 +19,8 @@ __all__ = [
     "adamw_",
     "attention",
     "attention_backward",
+    "bordered_by_tile",
+    "bordered_by_tile_backward",
     "bordered_linear",
     "bordered_linear_backward",
     "decode_layer",

@@ -1,11 +1,12 @@
 """The dispatcher: the only place that chooses which face of an op runs.
 
 An op is a folder with a public function and up to three faces, each a module with functions of the same names:
-``reference`` (plain torch, the specification), ``cpu`` (C++ through ``mint_engine._native``) and, later, ``triton``.
+``reference`` (plain torch, the specification), ``cpu`` (C++ through ``mint_engine._native``) and ``triton`` (GPU).
 Every face but the reference has ``supports(*tensors) -> None | str``: ``None``, or the reason why it cannot run.
 
-A face asked for by name runs or raises; it is never replaced. Without a name the first face that supports the
-tensors runs, in the order ``cpu``, ``reference``.
+A face asked for by name runs or raises; it is never replaced. Without a name the tensors' device decides: ``triton``
+on a GPU, ``cpu`` elsewhere, and the reference where that face does not support them. Triton's interpreter runs on CPU
+tensors only if ``triton`` is asked for.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import torch  # before _native: both must share torch's OpenMP runtime
 
-FACES = ("cpu", "reference")
+FACES = ("triton", "cpu", "reference")
 
 try:
     native: Any = import_module("mint_engine._native")
@@ -40,7 +42,20 @@ class Op:
         self.name = name
         self.reference: ModuleType = import_module(f"mint_engine.kernels.{name}.reference")
         self.cpu: ModuleType = import_module(f"mint_engine.kernels.{name}.cpu")
+        self._triton: ModuleType | str | None = None
         _ops[name] = self
+
+    def triton(self) -> ModuleType | str:
+        """The Triton face, imported when first asked for (Triton takes a second to import), or why there is none."""
+        if self._triton is None:
+            module = f"mint_engine.kernels.{self.name}.triton"
+            if find_spec("triton") is None:
+                self._triton = "triton is not installed"
+            elif find_spec(module) is None:
+                self._triton = "it has no Triton kernel yet"
+            else:
+                self._triton = import_module(module)
+        return self._triton
 
     def pick(self, face: str | None, *tensors: torch.Tensor | None) -> Any:
         """The module of the face that runs.
@@ -50,15 +65,18 @@ class Op:
         """
         face = face or _forced
         if face is None:
-            return self.cpu if self.cpu.supports(*tensors) is None else self.reference
+            on_cpu = all(t is None or t.is_cpu for t in tensors)
+            fast: Any = self.cpu if on_cpu else self.triton()
+            return fast if not isinstance(fast, str) and fast.supports(*tensors) is None else self.reference
         if face == "reference":
             return self.reference
-        if face == "cpu":
-            reason = self.cpu.supports(*tensors)
-            if reason is None:
-                return self.cpu
-            raise ValueError(f"face: {self.name} cannot run on 'cpu': {reason}")
-        raise ValueError(f"face: expected one of {list(FACES)} for {self.name}, got {face!r}")
+        if face not in FACES:
+            raise ValueError(f"face: expected one of {list(FACES)} for {self.name}, got {face!r}")
+        chosen = self.cpu if face == "cpu" else self.triton()
+        reason = chosen if isinstance(chosen, str) else chosen.supports(*tensors)
+        if reason is not None:
+            raise ValueError(f"face: {self.name} cannot run on {face!r}: {reason}")
+        return chosen
 
 
 def native_reason(*tensors: torch.Tensor | None) -> str | None:
@@ -103,9 +121,16 @@ def force_face(name: str) -> Iterator[None]:
 
 
 def faces() -> dict[str, list[str]]:
-    """Op name -> the faces that can run on this machine."""
-    available = ["reference"] if native is None else ["cpu", "reference"]
-    return {name: list(available) for name in sorted(_ops)}
+    """Op name -> the faces that can run on this machine, first the one that tensors on the CPU get.
+
+    Triton counts where there is a GPU, its interpreter does not.
+    """
+    found = {name: ["reference"] if native is None else ["cpu", "reference"] for name in sorted(_ops)}
+    if torch.cuda.is_available():
+        for name, available in found.items():
+            if not isinstance(_ops[name].triton(), str):
+                available.append("triton")
+    return found
 
 
 def isa() -> str:

@@ -94,7 +94,7 @@ def _gpu() -> Line:
         reason = "this torch is a CPU build" if torch.version.cuda is None else "torch finds no usable GPU"
         return Line("none", f"{reason}; everything runs on the CPU")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return Line("found", f"{', '.join(names)}; not used: the engine has no Triton kernels yet, it runs on the CPU")
+    return Line("found", f"{', '.join(names)}; not used: the kernels are there, the engine runs on the CPU yet")
 
 
 def _packages() -> list[Line]:
@@ -111,7 +111,9 @@ def _kernels() -> list[Line]:
     lines = []
     for name, faces in kernels.faces().items():
         if "cpu" in faces:
-            value = f"cpu (C++, {op.isa()}) in float32 and bfloat16; triton: not written yet"
+            written = importlib.util.find_spec(f"mint_engine.kernels.{name}.triton") is not None
+            gpu = "written, not yet run on a GPU" if written else "not written yet"
+            value = f"cpu (C++, {op.isa()}) in float32 and bfloat16; triton: {gpu}"
         else:
             value = "reference (plain torch): mint_engine._native is not built, reinstall with a C++17 compiler"
         lines.append(Line(name, value, ok="cpu" in faces))

@@ -36,7 +36,7 @@ def adamw_(
         lr, beta1, beta2, eps, weight_decay: as in torch.optim.AdamW.
         step: t, 1 for the first step.
         grad_scale: multiplies the gradient first (clipping).
-        face: run this face ("cpu", "reference") or raise.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Bytes moved: 7 n elements.
 

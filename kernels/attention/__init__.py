@@ -51,7 +51,7 @@ def attention(
             are rows ``cu_keys[i]:cu_keys[i+1]`` of k and v, and its queries are those of its last tokens. The bits of
             a row do not depend on how many queries come with it.
         out: ``[M, n_q*d]`` to write into, any row stride, or None.
-        face: run this face ("cpu", "reference") or raise.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
         ``(o [M, n_q*d] in the dtype of q, lse [n_q, M] natural logarithm, float32)``.

@@ -22,7 +22,7 @@ def outer_accumulate(
         b: ``[M, Q]`` of the same dtype, any row stride.
         out: ``[P, Q]`` float32 (float64 for float64 inputs), any row stride; added to.
         alpha: scale of the product.
-        face: run this face ("cpu", "reference") or raise.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
         ``out``.

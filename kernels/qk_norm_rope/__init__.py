@@ -58,7 +58,7 @@ def qk_norm_rope(
         n_q, n_kv: heads.
         q_weight, k_weight: ``[d]`` in the dtype of ``qkv``, both or neither.
         eps: of the norm.
-        face: run this face ("cpu", "reference") or raise.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
         ``qk [M, (n_q + n_kv) * d]``, a new tensor; v is not touched.

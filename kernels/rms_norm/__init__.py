@@ -29,7 +29,7 @@ def rms_norm(
         eps: added to the mean square.
         residual: ``[M, H]`` or None (then ``h`` is ``x`` itself, not a copy).
         y: ``[M, H]`` to write into, or None.
-        face: run this face ("cpu", "reference") or raise.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
         ``(y, h)``, both ``[M, H]`` in the dtype of ``x``.

@@ -23,7 +23,7 @@ def swiglu(gate_up: torch.Tensor, *, out: torch.Tensor | None = None, face: str 
     Args:
         gate_up: ``[M, 2F]`` float32 or bfloat16, any row stride.
         out: ``[M, F]`` to write into, or None.
-        face: run this face ("cpu", "reference") or raise.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
         ``a [M, F]``, computed in fp32 and rounded once.

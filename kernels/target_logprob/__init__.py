@@ -20,7 +20,7 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[int, int]:
 def _check_targets(op: str, targets: torch.Tensor, m: int, v: int) -> int:
     k = args.matrix(op, "targets", targets)[1]
     args.tensor(op, "targets", targets, (m, k), torch.int64)
-    if targets.numel():
+    if targets.is_cpu and targets.numel():
         low, high = (int(t) for t in targets.aminmax())
         if low < -1 or high >= v:
             raise ValueError(f"targets: expected -1 (skip) to {v - 1}, got {low} to {high} ({op})")
@@ -38,8 +38,9 @@ def target_logprob(
     Args:
         x: ``[M, H]`` float32 or bfloat16, any row stride (the head adapter's border columns are part of H).
         weight: ``[V, H]`` of the same dtype, any row stride.
-        targets: ``[M, K]`` int64; -1 skips (its logprob is 0).
-        face: run this face ("cpu", "reference") or raise.
+        targets: ``[M, K]`` int64; -1 skips (its logprob is 0). Others outside the vocabulary are refused on the CPU;
+            on a GPU, which would have to be waited for, their logprob is NaN.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
         ``(logprob [M, K], lse [M])``, float32 (float64 for float64 inputs).
@@ -79,7 +80,7 @@ def target_logprob_backward(
         border: trailing columns of ``weight`` that train (the head adapter's B), 0 for none.
         spans: ``[M, 2]`` int64, which columns of the border each row uses, from and to: it must be 0 in the others.
             Saves time where many adapters share the border.
-        face: run this face ("cpu", "reference") or raise.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
         ``(dx [M, H] in the dtype of x, dborder [V, border] float32)``.
@@ -98,7 +99,7 @@ def target_logprob_backward(
     if spans is not None:
         args.tensor(op, "spans", spans, (m, 2), torch.int64)
         start, stop = spans[:, 0], spans[:, 1]
-        if bool(((start < 0) | (stop < start) | (stop > border)).any()):
+        if spans.is_cpu and bool(((start < 0) | (stop < start) | (stop > border)).any()):
             raise ValueError(f"spans: expected from <= to in [0, {border}], got {spans.tolist()[:4]} ... ({op})")
         spans = spans.contiguous()
     dlogprob = dlogprob.masked_fill(targets < 0, 0.0)
@@ -114,7 +115,7 @@ def logits(x: torch.Tensor, weight: torch.Tensor, *, face: str | None = None) ->
     Args:
         x: ``[M, H]`` float32 or bfloat16, any row stride.
         weight: ``[V, H]`` of the same dtype, any row stride.
-        face: run this face ("cpu", "reference") or raise.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
         ``[M, V]`` float32 (float64 for float64 inputs): fp32 sums, not rounded to bfloat16.

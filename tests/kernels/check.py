@@ -6,12 +6,16 @@ are views filled with NaN (an element never written shows), and what surrounds a
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
 from mint_engine.kernels import op
 
 ISAS = [] if op.native is None else list(op.native.isas())
-FACES = ["reference", *(f"cpu-{isa}" for isa in ISAS)]
+# Where there is no GPU, tests/conftest.py has Triton's interpreter run the triton faces.
+TRITON = [] if find_spec("triton") is None else ["triton"]
+FACES = ["reference", *(f"cpu-{isa}" for isa in ISAS), *TRITON]
 
 # Two computations that round at the same places differ by about the error of one of them; three times covers
 # another order of summation.
@@ -62,5 +66,6 @@ def within_budget(name: str, got: torch.Tensor, exact: torch.Tensor, plain: torc
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
-    """Reproducible normal values, rounded to ``dtype``."""
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+    """Reproducible normal values, rounded to ``dtype``, on the default device (conftest.py)."""
+    values = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu") * scale
+    return values.to(torch.get_default_device(), dtype)

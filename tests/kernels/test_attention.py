@@ -30,7 +30,7 @@ LAYOUTS = [
 
 
 def bounds(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
 
 
 def inputs(
@@ -130,13 +130,8 @@ def test_a_lone_token_has_no_gradient_through_its_only_weight(face: str, dtype: 
     within_budget("dv", dv, *(do.to(t).unflatten(1, (2, 2, 64)).sum(2).flatten(1) for t in (torch.float64, dtype)))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6), data=st.data())
-def test_a_sequence_gives_the_same_bits_alone_and_packed(
-    face: str, dtype: torch.dtype, lengths: list[int], data: st.DataObject
-) -> None:
-    n_kv, group, d = data.draw(st.sampled_from([1, 2])), data.draw(st.sampled_from([1, 2, 3])), 16
-    n_q = n_kv * group
+def same_bits_alone_and_packed(face: str, dtype: torch.dtype, lengths: list[int], n_kv: int, n_q: int) -> None:
+    d = 16
     q, k, v, do = inputs(lengths, n_q, n_kv, d, dtype)
 
     def run(rows: slice, cu: Tensor) -> tuple[Tensor, ...]:
@@ -150,6 +145,23 @@ def test_a_sequence_gives_the_same_bits_alone_and_packed(
             assert torch.equal(whole[a:b], alone)
 
 
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    n_kv=st.sampled_from([1, 2]),
+    group=st.sampled_from([1, 2, 3]),
+)
+def test_a_sequence_gives_the_same_bits_alone_and_packed(
+    face: str, dtype: torch.dtype, lengths: list[int], n_kv: int, group: int
+) -> None:
+    if face != "triton":  # the interpreter is slow: it has one batch, below
+        same_bits_alone_and_packed(face, dtype, lengths, n_kv, n_kv * group)
+
+
+def test_several_sequences_give_the_same_bits_alone_and_packed(face: str, dtype: torch.dtype) -> None:
+    same_bits_alone_and_packed(face, dtype, [5, 0, 130, 1], 1, 2)
+
+
 def test_later_tokens_change_nothing_before_them(face: str, dtype: torch.dtype) -> None:
     q, k, v, _ = inputs([120], 3, 1, 64, dtype)
     before, _ = attention(q, k, v, bounds([120]), 3, 1, 0.125, face=face)
@@ -160,7 +172,7 @@ def test_later_tokens_change_nothing_before_them(face: str, dtype: torch.dtype) 
 
 
 def test_results_do_not_depend_on_the_number_of_threads(face: str, dtype: torch.dtype) -> None:
-    lengths = [400, 7, 60]
+    lengths = [400, 7, 60] if face != "triton" else [70, 7]  # the interpreter is slow
     q, k, v, do = inputs(lengths, 6, 2, 16, dtype)
     threads = torch.get_num_threads()
     results = []
@@ -196,12 +208,12 @@ def test_scores_far_beyond_exp_range_are_a_hard_choice(face: str, dtype: torch.d
 
 def test_a_long_sum_of_small_weights_keeps_its_digits(face: str) -> None:
     """Key 0 scores 0, every other ln 0.3: the sum of 1 + 0.3 i must not be one chain of fp32 additions."""
-    n = 8192
+    n = 8192 if face != "triton" else 1024  # the interpreter is slow
     q, k = torch.zeros(n, 2), torch.zeros(n, 2)
     q[:, 0], k[1:, 0] = 1.0, math.log(0.3)
     _, lse = attention(q, k, torch.zeros(n, 2), bounds([n]), 1, 1, 1.0, face=face)
     exact = torch.log1p(0.3 * torch.arange(n, dtype=torch.float64))
-    ulp = 2.0**-21  # of values in [4, 8)
+    ulp = 2.0**-21  # of values in [4, 8), where most are
     assert float((lse[0].double() - exact).abs().max()) < 8 * ulp
 
 
@@ -230,7 +242,7 @@ def test_a_batch_without_tokens_is_harmless(face: str, dtype: torch.dtype, lengt
 def test_bounds_that_do_not_cover_the_batch_are_refused(face: str, cu: list[int]) -> None:
     x = torch.zeros(5, 8)
     with pytest.raises(ValueError, match=r"cu_seqlens: expected bounds that rise from 0 to 5 \(attention\)"):
-        attention(x, x, x, torch.tensor(cu, dtype=torch.int32), 1, 1, 1.0, face=face)
+        attention(x, x, x, torch.tensor(cu, dtype=torch.int32, device="cpu"), 1, 1, 1.0, face=face)
 
 
 def test_arguments_that_do_not_fit_are_named() -> None:
@@ -250,12 +262,12 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         attention_backward(x, x, x, x, o, lse.T, cu, 1, 1, 1.0)
 
 
-def test_the_cpu_face_refuses_what_it_cannot_read(face: str) -> None:
+def test_a_face_refuses_what_it_cannot_read(face: str) -> None:
     x = torch.zeros(5, 16, dtype=torch.float64)[:, ::2]
     if face == "reference":
         assert attention(x, x, x, bounds([5]), 1, 1, 1.0, face=face)[0].dtype is torch.float64
         return
-    with pytest.raises(ValueError, match="attention cannot run on 'cpu'"):
+    with pytest.raises(ValueError, match=f"attention cannot run on '{face}'"):
         attention(x, x, x, bounds([5]), 1, 1, 1.0, face=face)
     y = x.float().repeat(1, 2)[:, ::2]
     with pytest.raises(ValueError, match="last dimension has stride 2"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from check import TRITON
 
 from mint_engine import kernels
 from mint_engine.kernels import op
@@ -19,6 +20,28 @@ def test_a_face_asked_for_is_never_replaced() -> None:
     with pytest.raises(ValueError, match=r"face: swiglu cannot run on 'cpu': .*float64"):
         kernels.swiglu(x, face="cpu")
     kernels.swiglu(x)  # the dispatcher's own choice is free
+
+
+def test_triton_is_interpreted_only_for_those_who_ask() -> None:
+    x = torch.randn(3, 8)
+    assert op._ops["swiglu"].pick(None, x) is op._ops["swiglu"].cpu
+    if TRITON and not torch.cuda.is_available():
+        torch.testing.assert_close(kernels.swiglu(x, face="triton"), kernels.swiglu(x, face="cpu"))
+        with pytest.raises(ValueError, match=r"face: swiglu cannot run on 'triton': dtype torch.float64"):
+            kernels.swiglu(x.double(), face="triton")
+
+
+def test_an_op_without_a_face_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(2, 8)
+    swiglu = op._ops["swiglu"]
+    monkeypatch.setattr(swiglu, "_triton", None)
+    monkeypatch.setattr(op, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="face: swiglu cannot run on 'triton': triton is not installed"):
+        kernels.swiglu(x, face="triton")
+    monkeypatch.setattr(swiglu, "_triton", None)
+    monkeypatch.setattr(op, "find_spec", lambda name: None if name.startswith("mint_engine") else name)
+    with pytest.raises(ValueError, match="face: swiglu cannot run on 'triton': it has no Triton kernel yet"):
+        kernels.swiglu(x, face="triton")
 
 
 def test_an_unknown_face_is_refused() -> None:

@@ -24,7 +24,7 @@ CASES = [  # M, H, V, K: dot-product rows (M <= 8), packed rows, several vocabul
 def inputs(case: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     m, h, v, k = case
     x, weight = normal(m, h, seed=1, dtype=dtype), normal(v, h, seed=2, dtype=dtype, scale=3 / h**0.5)
-    targets = torch.randint(-1, v, (m, k), generator=torch.Generator().manual_seed(3))
+    targets = torch.randint(-1, v, (m, k), generator=torch.Generator("cpu").manual_seed(3), device="cpu").to(x.device)
     targets[0, 0], targets[-1, -1] = v - 1, 0
     return x, weight, targets
 
@@ -84,8 +84,9 @@ def test_one_row_alone_equals_the_row_in_a_batch(face: str, dtype: torch.dtype) 
     # Sampling scores one row, training many: the two must agree to fp32 rounding.
     x, weight, targets = inputs((40, 100, 2000, 1), dtype)
     batch, _ = target_logprob(x, weight, targets, face=face)
-    alone = torch.cat([target_logprob(x[i : i + 1], weight, targets[i : i + 1], face=face)[0] for i in range(40)])
-    within_budget("logprob", alone, plain_logprob(x.double(), weight.double(), targets), batch)
+    rows = [0, 17, 39] if face == "triton" else list(range(40))  # the interpreter is slow
+    alone = torch.cat([target_logprob(x[i : i + 1], weight, targets[i : i + 1], face=face)[0] for i in rows])
+    within_budget("logprob", alone, plain_logprob(x.double(), weight.double(), targets)[rows], batch[rows])
 
 
 def test_columns_of_the_border_that_are_zero_may_be_left_out(face: str, dtype: torch.dtype) -> None:
@@ -113,14 +114,14 @@ def test_threads_do_not_change_a_bit(face: str, dtype: torch.dtype) -> None:
     results = []
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2) if face == "triton" else (1, 2, 3):
             torch.set_num_threads(threads)
             logprob, lse = target_logprob(x, weight, targets, face=face)
             gradients = target_logprob_backward(x, weight, targets, dlogprob, lse, border=8, face=face)
             results.append((logprob, lse, *gradients))
     finally:
         torch.set_num_threads(before)
-    if face == "cpu":  # plain torch makes no such promise
+    if face != "reference":  # plain torch makes no such promise
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -155,6 +156,22 @@ def test_a_block_of_impossible_tokens_leaves_the_others_alone(face: str) -> None
     torch.testing.assert_close(lse, torch.full((2,), math.log(1000.0)))
     assert logprob[0, 0] == pytest.approx(-math.log(1000.0), rel=1e-6)
     assert logprob[1, 0] == -torch.inf
+
+
+def test_rows_without_a_gradient_get_none(face: str, dtype: torch.dtype) -> None:
+    """Whole tiles of such rows are skipped; their lse, however small, must not make 0 * inf."""
+    x, weight, targets = inputs((150, 40, 200, 2), dtype)
+    dlogprob = normal(150, 2, seed=4)
+    dlogprob[:140] = 0
+    x[:100], weight[:, 0] = 0, -200
+    x[:100, 0] = 1
+    _, lse = target_logprob(x, weight, targets, face=face)
+    assert (lse[:100] < -100).all()
+    dx, dborder = target_logprob_backward(x, weight, targets, dlogprob, lse, border=8, face=face)
+    assert (dx[:140] == 0).all()
+    assert dx[140:].isfinite().all()
+    assert (dx[140:] != 0).any(-1).all()
+    assert dborder.isfinite().all()
 
 
 def test_a_target_outside_the_vocabulary_is_refused() -> None:

@@ -1,0 +1,131 @@
+"""Causal attention over packed sequences in Triton (FlashAttention-2, arXiv:2307.08691): the launches.
+
+A table made on the host gives every tile of rows its sequence, the longest work first; nothing is padded but the last
+tile of a sequence, and tiles begin where sequences do, so a sequence has the same bits alone and packed. No atomics.
+The kernels are in `triton_kernels.py`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mint_engine.kernels.attention.triton_kernels import backward_kv, backward_q, forward
+from mint_engine.kernels.triton_common import INTERPRETED, UPCAST, architecture, power_of_2, triton_reason
+
+# Padded head dimension -> queries and keys of a tile, warps, stages. The larger of queries and keys, whose tile is the
+# program's own, must be a multiple of the other. Chosen so that nothing spills (README.md), with either
+# version of Triton; not tuned on a GPU yet.
+Plan = dict[int, tuple[int, int, int, int]]
+HOPPER: dict[str, Plan] = {
+    "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
+    "backward_q": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "backward_kv": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (16, 64, 8, 2)},
+}
+AMPERE: dict[str, Plan] = {
+    "forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 3)},
+    "backward_q": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+    "backward_kv": {64: (32, 128, 8, 2), 128: (64, 64, 8, 2), 256: (16, 64, 8, 2)},
+}
+
+
+def supports(*tensors: Tensor | None) -> str | None:
+    """Why this face cannot run on these tensors, or None."""
+    return triton_reason(*tensors)
+
+
+@lru_cache(maxsize=64)
+def _tiles(queries: bytes, keys: bytes, rows: int, device: torch.device, by_keys: bool) -> Tensor:
+    """``[tiles, 4]`` int32 on ``device``, most work first: first key, end of the queries, first row, keys - queries.
+
+    A tile of queries works on the keys before it; one of keys (``by_keys``) on the queries after it.
+    """
+    cu, cu_keys = (np.frombuffer(b, dtype=np.int32) for b in (queries, keys))
+    spans = [np.arange(a, b, rows, dtype=np.int32) for a, b in pairwise(cu)]
+    counts = [len(s) for s in spans]
+    start = np.concatenate(spans) if spans else np.empty(0, np.int32)
+    first, end, shift = (np.repeat(x, counts) for x in (cu_keys[:-1], cu[1:], cu_keys[1:] - cu[1:]))
+    order = np.argsort(start - end if by_keys else first - shift - start, kind="stable")
+    return torch.from_numpy(np.stack([first, end, start, shift], axis=1)[order]).to(device)
+
+
+def _bounds(op: str, name: str, cumulative: Tensor, rows: int) -> bytes:
+    cu = cumulative.numpy()
+    if cu[0] != 0 or cu[-1] != rows or (np.diff(cu) < 0).any():
+        raise ValueError(f"{name}: expected bounds that rise from 0 to {rows} ({op})")
+    return cu.tobytes()
+
+
+def _meta(kernel: str, d: int, dtype: torch.dtype) -> dict[str, int | bool]:
+    plan = (HOPPER if architecture() >= 90 else AMPERE)[kernel]
+    width = power_of_2(d, 16)
+    if width > max(plan):
+        raise ValueError(f"q: expected heads of at most {max(plan)}, got {d} (attention in Triton)")
+    queries, keys, warps, stages = plan[max(width, min(plan))]
+    if dtype is torch.float32 and not INTERPRETED:  # for tests: twice as wide, and not on the tensor cores
+        queries, keys, warps, stages = 32, 32, 8, 1
+    return {"BM": queries, "BN": keys, "D": width, "UPCAST": UPCAST, "num_warps": warps, "num_stages": stages}
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_keys: Tensor,
+    n_q: int,
+    n_kv: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Sequence i's keys are rows ``cu_keys[i]:cu_keys[i+1]`` of k and v; its queries are those of its last tokens."""
+    m, d = q.shape[0], q.shape[1] // n_q
+    queries = _bounds("attention", "cu_seqlens", cu_seqlens, m)
+    keys = _bounds("attention", "cu_keys", cu_keys, k.shape[0])
+    for i, (n, own) in enumerate(zip(np.diff(cu_seqlens.numpy()), np.diff(cu_keys.numpy()), strict=True)):
+        if own < n:
+            raise ValueError(f"cu_keys: expected at least {n} keys, got {own} (attention, sequence {i})")
+    meta = _meta("forward", d, q.dtype)
+    tiles = _tiles(queries, keys, meta["BM"], q.device, False)
+    if len(tiles):
+        forward[(len(tiles), n_q)](
+            q, q.stride(0), k, k.stride(0), v, v.stride(0), out, out.stride(0), lse, tiles, m, d, n_q // n_kv,
+            float(scale), **meta,
+        )  # fmt: skip
+
+
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    n_q: int,
+    n_kv: int,
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    m, d = q.shape[0], q.shape[1] // n_q
+    meta, bounds = _meta("backward_q", d, q.dtype), _bounds("attention_backward", "cu_seqlens", cu_seqlens, m)
+    tiles = _tiles(bounds, bounds, meta["BM"], q.device, False)
+    if not len(tiles):
+        return
+    delta = torch.empty_like(lse)  # do . o of each row, left by the first kernel for the second
+    shared = (q, q.stride(0), k, k.stride(0), v, v.stride(0), do, do.stride(0))
+    backward_q[(len(tiles), n_q)](
+        *shared, o, o.stride(0), lse, delta, dq, dq.stride(0), tiles, m, d, n_q // n_kv, float(scale), **meta,
+    )  # fmt: skip
+    meta = _meta("backward_kv", d, q.dtype)
+    tiles = _tiles(bounds, bounds, meta["BN"], q.device, True)
+    backward_kv[(len(tiles), n_kv)](
+        *shared, lse, delta, dk, dk.stride(0), dv, dv.stride(0), tiles, m, d, n_q // n_kv, float(scale), **meta,
+    )  # fmt: skip

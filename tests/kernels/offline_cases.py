@@ -1,0 +1,109 @@
+"""Calls of the public ops on ``meta`` tensors, at the shapes of Qwen3-0.6B (and 8B where the tile changes)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from mint_engine import kernels
+
+ROWS = 8192
+HIDDEN, FFN, N_Q, N_KV, D = 1024, 3072, 16, 8, 128
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+
+def fp32(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.float32, device="meta")
+
+
+def norm(width: int) -> None:
+    x, w = bf16(ROWS, width), bf16(width)
+    kernels.rms_norm(x, w, 1e-6, residual=x, face="triton")
+    kernels.rms_norm_backward(x, x, w, 1e-6, dresidual=x, face="triton")
+
+
+def swiglu() -> None:
+    gate_up = bf16(ROWS, 2 * FFN)
+    kernels.swiglu(gate_up, face="triton")
+    kernels.swiglu_backward(bf16(ROWS, FFN), gate_up, face="triton")
+
+
+def rope() -> None:
+    qkv, table, w = bf16(ROWS, (N_Q + 2 * N_KV) * D), fp32(ROWS, D // 2), bf16(D)
+    qk = kernels.qk_norm_rope(qkv, table, table, N_Q, N_KV, q_weight=w, k_weight=w, face="triton")
+    kernels.qk_norm_rope_backward(
+        qk, qkv, table, table, N_Q, N_KV, dqkv=qkv, q_weight=w, k_weight=w, face="triton"
+    )  # fmt: skip
+
+
+def adamw() -> None:
+    p = fp32(10_000_000)
+    hyper = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "step": 3}
+    kernels.adamw_(p, p, p, p, **hyper, face="triton")
+
+
+RANK, BORDER = 16, 64
+
+
+def narrow() -> None:
+    """S and dS of a stack, and the gradients of A and B."""
+    x, a, b = bf16(ROWS, HIDDEN + BORDER), bf16(RANK, HIDDEN + BORDER), bf16(FFN, HIDDEN + BORDER)
+    kernels.shrink(x[:, :HIDDEN], a[:, :HIDDEN], 2.0, out=x[:, HIDDEN : HIDDEN + RANK], face="triton")
+    dy = bf16(ROWS, FFN + BORDER)
+    kernels.expand_backward(dy[:, :FFN], b[:, HIDDEN : HIDDEN + RANK], 2.0, out=dy[:, FFN : FFN + RANK], face="triton")
+
+
+def outer() -> None:
+    kernels.outer_accumulate(bf16(ROWS, RANK), bf16(ROWS, HIDDEN), fp32(RANK, HIDDEN), face="triton")
+
+
+def outer_tall() -> None:
+    kernels.outer_accumulate(bf16(ROWS, HIDDEN), bf16(ROWS, RANK), fp32(HIDDEN, RANK), face="triton")
+
+
+def by_tile() -> None:
+    spans = torch.empty(ROWS // 128, 3, dtype=torch.int32, device="meta")
+    x, w = bf16(ROWS, HIDDEN + BORDER), bf16(2 * FFN + BORDER, HIDDEN + BORDER)
+    kernels.bordered_by_tile(x, w[: 2 * FFN], spans, k=HIDDEN, tile_rows=128, face="triton")
+    dy = bf16(ROWS, 2 * FFN + BORDER)
+    kernels.bordered_by_tile_backward(dy, w[:, :HIDDEN], spans, n=2 * FFN, tile_rows=128, face="triton")
+
+
+def head() -> None:
+    x, w = bf16(ROWS, HIDDEN + BORDER), bf16(151936, HIDDEN + BORDER)
+    targets = torch.empty(ROWS, 1, dtype=torch.int64, device="meta")
+    _, lse = kernels.target_logprob(x, w, targets, face="triton")
+    kernels.target_logprob_backward(x, w, targets, fp32(ROWS, 1), lse, border=BORDER, face="triton")
+
+
+def head_logits() -> None:
+    kernels.logits(bf16(16, HIDDEN + BORDER), bf16(151936, HIDDEN + BORDER), face="triton")
+
+
+def attention(d: int) -> None:
+    q, kv, lse = bf16(ROWS, N_Q * d), bf16(ROWS, N_KV * d), fp32(N_Q, ROWS)
+    cu = torch.tensor([0, 100, ROWS], dtype=torch.int32)
+    kernels.attention(q, kv, kv, cu, N_Q, N_KV, d**-0.5, face="triton")
+    kernels.attention_backward(q, q, kv, kv, q, lse, cu, N_Q, N_KV, d**-0.5, face="triton")
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "rms_norm 1024": lambda: norm(1024),
+    "rms_norm 4096": lambda: norm(4096),
+    "swiglu": swiglu,
+    "qk_norm_rope": rope,
+    "adamw": adamw,
+    "shrink, expand": narrow,
+    "outer_accumulate dA": outer,
+    "outer_accumulate dB": outer_tall,
+    "bordered_by_tile": by_tile,
+    "attention 64": lambda: attention(64),
+    "attention 128": lambda: attention(128),
+    "attention 256": lambda: attention(256),
+    "target_logprob": head,
+    "logits 16 rows": head_logits,
+}

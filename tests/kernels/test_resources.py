@@ -1,0 +1,82 @@
+"""What the Triton kernels cost on GPUs that are not here: recorded, and compiled anew by the slow tests."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from check import TRITON
+
+HERE = Path(__file__).parent
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes a program may have
+OLD = "3.6.0"
+FEW_ROWS = {"logits 16 rows: matmul"}  # too small a tile for the instructions of a whole warp group
+Resources = dict[str, dict[str, int]]  # case and kernel -> resources
+
+
+def gate(arch: str, kernels: Resources) -> list[str]:
+    """What is wrong: registers spilled to the stack, products off the tensor cores, too much shared memory."""
+    faults = []
+    for name, r in kernels.items():
+        if r["stack"]:
+            faults.append(f"{arch} {name}: spills {r['stack']} bytes a thread")
+        if r["dots"] and not r["hmma" if name in FEW_ROWS else "matrix"]:
+            faults.append(f"{arch} {name}: {r['dots']} products without the tensor-core instruction of {arch}")
+        if r["shared"] > SHARED[arch]:
+            faults.append(f"{arch} {name}: {r['shared']} bytes of shared memory, {SHARED[arch]} are there")
+    return faults
+
+
+def recorded() -> dict[str, dict[str, Resources]]:
+    """Version of Triton -> architecture -> kernels."""
+    return json.loads((HERE / "resources.json").read_text())
+
+
+def test_nothing_recorded_spills_or_leaves_the_tensor_cores() -> None:
+    for arches in recorded().values():
+        assert set(arches) == set(SHARED)
+        for arch, kernels in arches.items():
+            assert gate(arch, kernels) == []
+
+
+def test_the_gate_sees_each_fault() -> None:
+    good = {"registers": 64, "stack": 0, "shared": 1024, "warps": 4, "dots": 1, "matrix": 4, "hmma": 4}
+    for fault in ({"stack": 8}, {"matrix": 0}, {"shared": 200 << 10}):
+        assert len(gate("sm_80", {"k": {**good, **fault}})) == 1
+    assert gate("sm_80", {"k": good}) == []
+
+
+def compile_anew(arch: str, tmp_path: Path, **environment: str) -> Resources:
+    """What offline.py measures for ``arch``, in a process without the interpreter and with an empty cache."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(HERE / "offline.py"), "--arch", arch.removeprefix("sm_")]
+    environment = {**inherited, "TRITON_CACHE_DIR": str(tmp_path / "cache"), **environment}
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)[arch]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("arch", SHARED)
+def test_every_kernel_compiles_to_what_is_recorded(arch: str, tmp_path: Path) -> None:
+    """After a change that is meant: python tests/kernels/offline.py --write, and look at the diff."""
+    kernels = compile_anew(arch, tmp_path)
+    assert gate(arch, kernels) == []
+    assert kernels == recorded()[importlib.metadata.version("triton")][arch]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+def test_the_triton_beside_torch_2_11_compiles_every_kernel_too(tmp_path: Path) -> None:
+    """Some kernels crash that version's compiler only. It is installed into a folder of this test's own."""
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "old")]
+    subprocess.run([*install, f"triton=={OLD}"], check=True)
+    kernels = compile_anew("sm_90", tmp_path, PYTHONPATH=str(tmp_path / "old"))
+    assert gate("sm_90", kernels) == []
+    assert kernels == recorded()[OLD]["sm_90"]

@@ -1,0 +1,40 @@
+"""A whole training step on the Triton faces (interpreted on CPU tensors) equals the step on the CPU's own."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import checked, load_decoder, make_data, relative, trained_adapter
+
+from mint_engine import trainer
+from mint_engine.adapters import TrainState
+from mint_engine.kernels import force_face
+from mint_engine.types import LoraConfig
+
+# The same fp32 sums in another order, through three layers forwards and back.
+REORDERED = 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: kernels are not interpreted on CPU tensors")
+@pytest.mark.parametrize("loss_fn", ["cross_entropy", "importance_sampling"])
+def test_loss_gradient_and_logprobs_are_those_of_the_cpu(tiny_tied: Path, loss_fn: str) -> None:
+    decoder = load_decoder(tiny_tied)
+    adapter = trained_adapter(decoder, LoraConfig(rank=4, seed=0))
+    data = make_data(loss_fn, (1, 9, 23), 199)
+    found = {}
+    for face in ("cpu", "triton"):
+        state = TrainState(adapter)
+        with torch.no_grad(), force_face(face):
+            out = trainer.run(decoder, adapter, state, *checked(data, loss_fn, decoder))
+        logprobs = [o["logprobs"].to_torch() for o in out.loss_fn_outputs]
+        found[face] = out.metrics["loss:sum"], state.grads, torch.cat(logprobs)
+    (loss, gradient, logprobs), (other_loss, other_gradient, other_logprobs) = found["cpu"], found["triton"]
+    assert other_loss == pytest.approx(loss, rel=REORDERED)
+    assert float(gradient.abs().max()) > 0
+    assert relative(other_gradient, gradient) < REORDERED
+    torch.testing.assert_close(other_logprobs, logprobs, rtol=REORDERED, atol=REORDERED)
