@@ -18,6 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, InvalidStateError
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,7 @@ from mint_engine.joint import Joint, Operation, Queued
 from mint_engine.turns import Turns
 
 OFF_THREADS = 4  # calls run off the device thread at once
+BRIEF_ONES = 2  # of one lane that go before their turn: many brief ones are not brief
 
 
 class Stepper(Protocol):
@@ -56,7 +58,8 @@ class Lane:
 
     def next_joint(self) -> Joint | None:
         """The operation that is next, after brief ones, if it can run in company."""
-        queued = next((q for q in self.waiting if not q.brief), None)
+        near = islice(self.waiting, BRIEF_ONES + 1)
+        queued = next((q for q in near if not q.brief), None)
         return queued.operation if queued is not None and isinstance(queued.operation, Joint) else None
 
 
@@ -246,8 +249,9 @@ class Executor:
             for other in lanes:
                 self._ready.discard(other.owner, other)
         for other in lanes:
-            while other.waiting and other.waiting[0].brief:
-                _run_brief(self._take(other))
+            for _ in range(BRIEF_ONES):
+                if other.waiting and other.waiting[0].brief:
+                    _run_brief(self._take(other))
             self._finish(other)
 
     def _await_others(self, lane: Lane, patience: float) -> None:

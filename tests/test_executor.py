@@ -76,6 +76,19 @@ def test_those_that_suit_each_other_run_together_and_each_gets_its_own_answer(ex
     assert log == [["a", "c", "d"], ["b"]]
 
 
+def test_many_brief_operations_of_one_client_take_their_turns(executor: Executor) -> None:
+    log: list[Any] = []
+    with held(executor):
+        futures = [executor.lane("a").submit(Work("a", log))]
+        flood = executor.lane("flood")
+        futures += [flood.submit(note(log, "brief"), brief=True) for _ in range(10)]
+        futures.append(flood.submit(Work("flood", log)))
+        futures.append(executor.lane("b").submit(Work("b", log)))
+    for future in futures:
+        future.result()
+    assert log[:3] == ["brief", "brief", ["a", "b"]]
+
+
 def test_company_is_offered_in_the_order_of_the_turns(executor: Executor) -> None:
     """An owner with many models does not keep one with few from being taken along; who is left keeps its turn."""
     log: list[Any] = []
