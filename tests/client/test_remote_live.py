@@ -192,7 +192,9 @@ def test_a_restarted_server_goes_on_where_the_old_one_was(tmp_path: Path, model:
 
 def run_script(body: str, server: LiveServer) -> subprocess.Popen:
     paths = [path for path in sys.path if path]
-    code = f"import sys\nsys.path[:0] = {paths!r}\n{body}"
+    # A shell starts its background jobs with SIGINT ignored, and their children inherit that.
+    listen = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"import sys\nsys.path[:0] = {paths!r}\n{listen}\n{body}"
     environment = {**os.environ, "MINT_BASE_URL": server.url}
     return subprocess.Popen(
         [sys.executable, "-c", code],
