@@ -20,7 +20,8 @@ def tinker(sdk: str, server: serving.Server, *arguments: str) -> str:
     done = subprocess.run(
         command, env=serving.sdk_environment() | variables, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0, f"{' '.join(arguments)}:\n{done.stdout}{done.stderr}"
+    well = serving.ended_well(done, finished=bool(done.stdout))
+    assert well, f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
     return done.stdout
 
 

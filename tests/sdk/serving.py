@@ -117,12 +117,27 @@ def drive(
         [*command, *arguments], env=sdk_environment(), cwd=out, capture_output=True, text=True, timeout=timeout
     )
     (out / f"{driver}.log").write_text(done.stdout + done.stderr)
-    assert done.returncode == 0, f"{driver} in {environment.name}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     report = out / "report.json"
+    assert ended_well(done, finished=report.exists()), (
+        f"{driver} in {environment.name} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    )
     return json.loads(report.read_text()) if report.exists() else {}
+
+
+def ended_well(done: subprocess.CompletedProcess[str], *, finished: bool) -> bool:
+    """Whether a program of an SDK did its work. ``finished``: it has left what it leaves last.
+
+    tinker 0.38 now and then aborts while the interpreter ends (1 of 36 runs of `tinker run list`, nothing on stderr).
+    """
+    return done.returncode == 0 or (done.returncode == -signal.SIGABRT and finished)
 
 
 def sdk_environment() -> dict[str, str]:
     """Nothing of this project's environment, nor of a developer's own SDK settings, reaches an SDK."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("MINT_", "TINKER_", "PYTHON"))}
-    return kept | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    return kept | {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
