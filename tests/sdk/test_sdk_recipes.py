@@ -16,24 +16,32 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_home: Path) -> Path:
+def smollm2(home: Path) -> Path:
     """The model's directory: clients take the tokenizer from there, as they would from the hub."""
     from mint_engine.models.gguf import smollm2_directory
 
-    return smollm2_directory(smollm2_home)
+    return smollm2_directory(home)
 
 
 @pytest.fixture(scope="module")
-def server(smollm2_home: Path) -> Iterator[serving.Server]:
+def home(smollm2_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the converted model, and a store of its own: the keys are not to lock other tests out."""
+    own = tmp_path_factory.mktemp("recipes-home")
+    (own / "models").symlink_to(smollm2_home / "models", target_is_directory=True)
+    return own
+
+
+@pytest.fixture(scope="module")
+def server(home: Path) -> Iterator[serving.Server]:
     """In bfloat16, as by default."""
-    with serving.serve(smollm2_home, "smollm2-135m", "--kv-cache-bytes", str(1 << 30)) as server:
+    with serving.serve(home, "smollm2-135m", "--kv-cache-bytes", str(1 << 30)) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def float32_server(smollm2_home: Path) -> Iterator[serving.Server]:
+def float32_server(home: Path) -> Iterator[serving.Server]:
     flags = ("--dtype", "float32", "--kv-cache-bytes", str(1 << 30))
-    with serving.serve(smollm2_home, "smollm2-135m", *flags) as server:
+    with serving.serve(home, "smollm2-135m", *flags) as server:
         yield server
 
 

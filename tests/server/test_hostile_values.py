@@ -22,7 +22,6 @@ from mint_engine.wire import messages
 FAST = settings(
     max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
-SLOW = settings(FAST, max_examples=200)
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,6 @@ def test_the_bodies_are_good_before_they_are_damaged(own: Own) -> None:
 @FAST
 @given(data=st.data())
 def test_damaged_json(own: Own, route: str, data: st.DataObject) -> None:
-    send(own, route, dumps(data.draw(damaged(own.bodies()[route]))))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("route", ROUTES)
-@SLOW
-@given(data=st.data())
-def test_much_damaged_json(own: Own, route: str, data: st.DataObject) -> None:
     send(own, route, dumps(data.draw(damaged(own.bodies()[route]))))
 
 
@@ -118,7 +109,7 @@ def test_damaged_protobuf(own: Own, data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@settings(SLOW, max_examples=3000)
+@settings(FAST, max_examples=3000)
 @given(data=st.data())
 def test_much_damaged_protobuf(own: Own, data: st.DataObject) -> None:
     send(own, "forward_backward", data.draw(requests(own.model) | st.binary(max_size=200)), wire.PROTOBUF)
