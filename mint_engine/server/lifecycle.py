@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from starlette.concurrency import run_in_threadpool
 
-from mint_engine.errors import MintError, NotFoundError
+from mint_engine.errors import MintError
 from mint_engine.server import resume
+from mint_engine.server.failures import RestartingError
 
 if TYPE_CHECKING:
     from mint_engine.server.caller import Caller
@@ -22,8 +22,6 @@ log = logging.getLogger(__name__)
 
 PURGE_S = 60.0
 """Between two looks for checkpoints that have expired."""
-_LOOK_S = 0.1
-"""Between two looks at what an ended session still has to do."""
 
 
 async def put_aside(state: ServerState, session_id: str) -> bool:
@@ -42,24 +40,14 @@ async def end_session(state: ServerState, caller: Caller, session_id: str, *, ke
             return
         runs = (await run_in_threadpool(caller.store.get_session, session_id)).training_run_ids
         for model_id in {*state.sequencer.models(session_id), *runs}:
-            await _unload(state, session_id, model_id)
-        while not await state.samplers.put_aside(session_id, keep=False):
-            await asyncio.sleep(_LOOK_S)
+            await state.sequencer.unload(model_id)
+        await state.samplers.let_go(session_id)
         await run_in_threadpool(_forget_parked_samplers, caller, session_id)
         state.engine.forget_session(session_id)
-    except Exception:
+    except RestartingError:
+        log.info("session %s was still busy when the server stopped", session_id)
+    except Exception:  # a task of its own, of which nobody waits for the end
         log.exception("session %s could not be ended", session_id)
-
-
-async def _unload(state: ServerState, session_id: str, model_id: str) -> None:
-    """Let a model go, wherever it is."""
-    while model_id not in (here := state.sequencer.models(session_id)) and state.sequencer.busy(model_id):
-        await asyncio.sleep(_LOOK_S)  # on its way to the disk, or back
-    if model_id in here:
-        await state.sequencer.unload(model_id)
-    elif await run_in_threadpool(state.engine.store.parked, model_id) is not None:
-        with suppress(NotFoundError):
-            await asyncio.wrap_future(state.engine.unload_model(model_id))
 
 
 def _forget_parked_samplers(caller: Caller, session_id: str) -> None:

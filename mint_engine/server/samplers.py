@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LONG_S = 3600.0  # between two looks at a promise that is not settled
 _GRACE_S = 30.0  # somebody who has just asked for a sampler is about to use it
 _NOBODY = -1  # the number of all clients that were given none
 
@@ -149,16 +150,31 @@ class Samplers:
             await self.use(caller, newest)
         return newest
 
-    async def put_aside(self, session_id: str, *, keep: bool = True) -> bool:
-        """Move a session's samplers out of memory; False if some are busy. ``keep`` False: nobody needs them again."""
-        moving = [task for sampler_id, task in self._moving.items() if session_of(sampler_id) == session_id]
-        if moving and not keep:
-            await asyncio.wait(moving)
-        entries = [entry for entry in self._entries.values() if session_of(entry.sampler_id) == session_id]
+    async def put_aside(self, session_id: str) -> bool:
+        """Move a session's samplers to disk; False if some are busy."""
+        entries = self._of(session_id)
         for entry in entries:
             if not entry.pending and entry.sampler_id not in self._moving:
-                await asyncio.shield(self._move(entry.sampler_id, self._leave(entry, keep=keep)))
+                await asyncio.shield(self._move(entry.sampler_id, self._leave(entry, keep=True)))
         return not any(entry.pending for entry in entries)
+
+    async def let_go(self, session_id: str) -> None:
+        """Nobody needs a session's samplers again. What was asked of them is still answered.
+
+        Raises:
+            RestartingError: the server stops before that.
+        """
+        if moving := [task for sampler_id, task in self._moving.items() if session_of(sampler_id) == session_id]:
+            await asyncio.wait(moving)
+        for entry in self._of(session_id):
+            for promise in list(entry.pending):
+                while not promise.done:
+                    await self._promises.wait(promise.request_id, promise.owner, _LONG_S)
+            if entry.sampler_id in self._entries and entry.sampler_id not in self._moving:
+                await asyncio.shield(self._move(entry.sampler_id, self._leave(entry, keep=False)))
+
+    def _of(self, session_id: str) -> list[SamplerEntry]:
+        return [entry for entry in self._entries.values() if session_of(entry.sampler_id) == session_id]
 
     async def put_all_aside(self) -> None:
         """At the end of the process, after `Promises.stop`."""

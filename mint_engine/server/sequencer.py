@@ -179,12 +179,14 @@ class Sequencer:
         return model_id not in self._lanes
 
     async def unload(self, model_id: str) -> None:
-        """Let a model go once what was submitted for it is done. What still waits for a gap fails."""
-        lane = self._lanes.get(model_id)
-        if lane is None:
+        """Let a model go, wherever it is, once what was submitted for it is done. What still waits for a gap fails."""
+        while (moving := self._moving.get(model_id)) is not None:
+            await asyncio.wait([moving])
+        if (lane := self._lanes.get(model_id)) is not None:
+            self._fail_waiting(lane, "the session was finished before this could run")
+            self._forget(lane)
+        elif await run_in_threadpool(self._engine.store.parked, model_id) is None:
             return
-        self._fail_waiting(lane, "the session was finished before this could run")
-        self._forget(lane)
         with suppress(NotFoundError):  # its creation failed
             await asyncio.wrap_future(self._engine.unload_model(model_id))
 
