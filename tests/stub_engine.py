@@ -15,6 +15,7 @@ import numpy as np
 from mint_engine.errors import NotFoundError, SampleCancelledError, UserError
 from mint_engine.store import Store
 from mint_engine.types import (
+    CheckpointKind,
     ForwardBackwardOutput,
     GetInfoResponse,
     GetSamplerResponse,
@@ -101,6 +102,12 @@ class StubEngine:
         return calls
 
     # ---- sessions and models
+
+    def add_checkpoint(self, model_id: str, kind: CheckpointKind = "weights") -> str:
+        """A checkpoint called "one", without files; its path."""
+        store = self.store.as_owner(self.models[model_id])
+        lora = LoraConfig(rank=8)
+        return store.write_checkpoint(model_id, kind, "one", lambda directory: None, base_model=BASE, lora=lora)
 
     def create_session(self, *, session_id=None, owner=None, **fields):
         session_id = session_id or f"session-{len(self.store.list_sessions(1000).sessions)}-{id(fields)}"

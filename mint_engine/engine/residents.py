@@ -156,4 +156,4 @@ def kind_of(identifier: str) -> Kind | None:
 
 def session_of(identifier: str) -> str:
     """The session of a model or a sampler."""
-    return identifier.rsplit(":", 2)[0]
+    return identifier.split(":train:")[0].split(":sample:")[0]

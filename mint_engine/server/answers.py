@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 from pydantic_core import to_json
+from starlette.responses import Response
 
 from mint_engine import wire
 from mint_engine.types import ForwardBackwardOutput, ReverseKLOutput, SampleResponse
+
+if TYPE_CHECKING:
+    from mint_engine.server.promises import Promise
 
 JSON = "application/json"
 PROTO_KINDS = frozenset({"Forward", "ForwardBackward", "Sample"})
@@ -43,6 +47,11 @@ def dumps(value: Any) -> bytes:
     if isinstance(value, dict):
         value = {key: entry for key, entry in value.items() if entry is not None}
     return to_json(value, inf_nan_mode="null")
+
+
+def promised(promise: Promise) -> Response:
+    """What a POST answers at once."""
+    return Response(dumps(promise.answer()), media_type=JSON)
 
 
 def encode(value: Any, media: str) -> Encoded:

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
 
+from mint_engine.engine.residents import session_of
 from mint_engine.errors import NotFoundError
 from mint_engine.server.completions import CLONE, Completions
 from mint_engine.server.failures import RestartingError
 from mint_engine.server.promises import SCOPE, Promise, Promises
-from mint_engine.server.sequencer import session_of
 from mint_engine.server.shares import over
 
 if TYPE_CHECKING:

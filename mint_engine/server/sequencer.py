@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
 
+from mint_engine.engine.residents import session_of
 from mint_engine.errors import NotFoundError, UserError
 from mint_engine.server import resume
 from mint_engine.server.context import current
@@ -324,11 +325,6 @@ class Sequencer:
         self._lanes.pop(lane.model_id, None)
         if (watched := self._gaps.pop(lane.model_id, None)) is not None:
             watched[1].cancel()
-
-
-def session_of(identifier: str) -> str:
-    """The session of a model or a sampler."""
-    return identifier.split(":train:")[0].split(":sample:")[0]
 
 
 def _idempotency_key() -> str | None:

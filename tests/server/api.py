@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -68,6 +69,19 @@ class Api:
     def sampler(self, model: str, seq_id: int, number: int = 0) -> str:
         saved = self.result("save_weights_for_sampler", model_id=model, seq_id=seq_id, sampling_session_seq_id=number)
         return saved["sampling_session_id"]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what a server does by itself."""
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def sample(sampler: str, seq_id: int | None = 0, **more: object) -> dict[str, Any]:
+    """The body of a request for two samples."""
+    return {"sampling_session_id": sampler, "seq_id": seq_id, "prompt": prompt(1, 2, 3), "num_samples": 2, **more}
 
 
 def prompt(*tokens: int) -> dict[str, Any]:

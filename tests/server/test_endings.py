@@ -3,25 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from pathlib import Path
 
-import pytest
-from api import Api, prompt
+from api import Api, prompt, until
 from server_fixture import live_server
 from stub_engine import BASE, StubEngine
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> StubEngine:
-    return StubEngine(tmp_path / "home")
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def finish(api: Api, session: str, how: str = "success") -> None:

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
-import pytest
 from api import Api
 from server_fixture import live_server
 from stub_engine import BASE, StubEngine
 
 from mint_engine.store import KeyLimits
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> StubEngine:
-    return StubEngine(tmp_path / "home")
 
 
 def body_as_large_as_may_be(config: dict) -> bytes:

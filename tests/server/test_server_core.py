@@ -5,39 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
-from api import Api, batch, batch_json, prompt
+from api import Api, batch, batch_json, sample, until
 from server_fixture import LiveServer, live_server
 from stub_engine import BASE, StubEngine
 
 from mint_engine import wire
-from mint_engine.types import CheckpointKind, LoraConfig
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> StubEngine:
-    return StubEngine(tmp_path / "home")
-
-
-@pytest.fixture
-def server(engine: StubEngine) -> Iterator[LiveServer]:
-    with live_server(engine, models=[BASE], gap_timeout_s=0.3, long_poll_s=0.5) as live:
-        yield live
-
-
-@pytest.fixture
-def api(server: LiveServer) -> Iterator[Api]:
-    with Api(server.url) as client:
-        yield client
-
-
-def sample(api: Api, sampler: str, seq_id: int | None = 0, **more: object) -> dict:
-    return {"sampling_session_id": sampler, "seq_id": seq_id, "prompt": prompt(1, 2, 3), "num_samples": 2, **more}
-
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
@@ -148,7 +123,7 @@ def test_hundreds_of_polls_are_held_at_once(api: Api, server: LiveServer, engine
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=f"{server.url}/api/v1/", limits=limits, timeout=60) as client:
             polls = [asyncio.create_task(_poll(client, request_id)) for request_id in ids]
-            await asyncio.to_thread(_until, lambda: _held(server) == 300)
+            await asyncio.to_thread(until, lambda: _held(server) == 300)
             for call in engine.take():
                 call.finish()
             return await asyncio.gather(*polls)
@@ -245,7 +220,7 @@ def test_get_info_names_model_and_tokenizer(api: Api) -> None:
 
 def test_load_weights_with_a_session_makes_a_model(api: Api, engine: StubEngine) -> None:
     session = api.session()
-    path = _checkpoint(engine, api.model(BASE, session))
+    path = engine.add_checkpoint(api.model(BASE, session))
     made = api.result("load_weights", session_id=session, model_seq_id=1, path=path, optimizer=True)
     assert made == {"path": path, "model_id": f"{session}:train:1", "type": "load_weights"}
     api.ok("optim_step", model_id=f"{session}:train:1", seq_id=1)
@@ -256,7 +231,7 @@ def test_load_weights_with_a_session_makes_a_model(api: Api, engine: StubEngine)
 def test_a_checkpoint_of_another_key_is_loaded_with_that_key_as_token(engine: StubEngine) -> None:
     (_, mine), (_, theirs) = (engine.store.keys.create(name) for name in ("me", "they"))
     with live_server(engine, models=[BASE]) as live, Api(live.url, mine) as me, Api(live.url, theirs) as they:
-        path = _checkpoint(engine, they.model(BASE))
+        path = engine.add_checkpoint(they.model(BASE))
         session = me.session()
         body = {"session_id": session, "model_seq_id": 0, "path": path, "optimizer": False}
         assert me.post("load_weights", **body).status_code == 404
@@ -270,7 +245,7 @@ def test_a_finished_session_lets_its_models_go_and_its_heart_stop(api: Api, engi
     assert api.ok("session_heartbeat", session_id=session)["type"] == "session_heartbeat"
     api.ok(f"sessions/{session}/finish", reason={"type": "success"})
     assert api.post("session_heartbeat", session_id=session).status_code == 410
-    _until(lambda: model not in engine.models)
+    until(lambda: model not in engine.models)
     assert api.post("create_model", session_id=session, model_seq_id=1, base_model=BASE).status_code == 400
 
 
@@ -279,9 +254,9 @@ def test_a_silent_session_is_put_aside_and_comes_back(engine: StubEngine) -> Non
         model = api.model(BASE)
         sampler = api.sampler(model, 1)
         api.result("optim_step", model_id=model, seq_id=2)
-        _until(lambda: not engine.is_resident(model) and not engine.is_resident(sampler))
+        until(lambda: not engine.is_resident(model) and not engine.is_resident(sampler))
         assert engine.store.parked(model) is not None
-        assert api.result("asample", **sample(api, sampler))["sequences"]
+        assert api.result("asample", **sample(sampler))["sequences"]
         assert api.result("optim_step", model_id=model, seq_id=3)["metrics"]
         assert engine.steps[model] == ["optim_step(0.0001)"] * 2
 
@@ -292,37 +267,6 @@ def test_unload_model_is_a_promise(api: Api, engine: StubEngine) -> None:
     assert api.result("optim_step", model_id=model, seq_id=1)["category"] == "user"
 
 
-# ---- sampling --------------------------------------------------------------------------------------------------------
-
-
-def test_a_sample_s_promise_carries_its_sequence_ids(api: Api) -> None:
-    sampler = api.sampler(api.model(BASE), 1)
-    promise = api.ok("asample", **sample(api, sampler, seq_id=5))
-    assert promise["sample_sequence_ids"] == [f"{sampler}:seq:5:0", f"{sampler}:seq:5:1"]
-    answer = api.retrieve(promise["request_id"], wire.PROTOBUF)
-    assert [s.tokens for s in wire.parse_sample_response(answer.content).sequences] == [[7, 0], [7, 1]]
-
-
-def test_a_sample_that_is_asked_for_twice_is_drawn_once(api: Api, engine: StubEngine) -> None:
-    sampler = api.sampler(api.model(BASE), 1)
-    engine.take()
-    stop = {"sampling_params": {"stop": ["\n"]}}
-    for more in ({}, stop):
-        promises = [api.ok("asample", **sample(api, sampler, seq_id=len(more), **more)) for _ in range(3)]
-        assert promises[0] == promises[1] == promises[2]
-    assert engine.names() == ["sample", "sample"]
-
-
-def test_samples_are_refused_for_a_while_when_too_many_wait(engine: StubEngine) -> None:
-    with live_server(engine, models=[BASE], sample_queue_limit=3) as live, Api(live.url) as api:
-        sampler = api.sampler(api.model(BASE), 1)
-        engine.waiting_samples = 3
-        busy = api.post("asample", **sample(api, sampler))
-        assert (busy.status_code, busy.headers["retry-after"]) == (429, "1")
-        engine.waiting_samples = 0
-        assert api.ok("asample", **sample(api, sampler))["request_id"], "the same number is taken later"
-
-
 def test_training_is_refused_for_a_while_when_memory_is_short(engine: StubEngine) -> None:
     with live_server(engine, models=[BASE], memory_budget_bytes=1 << 20) as live, Api(live.url) as api:
         model = api.model(BASE)
@@ -331,95 +275,14 @@ def test_training_is_refused_for_a_while_when_memory_is_short(engine: StubEngine
         assert api.proto(batch(model, 2, (40_000,))).status_code == 429
         engine.calls[-1].finish()
         engine.hold = False
-        _until(lambda: live.state.promises.pending == 0)
+        until(lambda: live.state.promises.pending == 0)
         assert api.retrieve(api.proto(batch(model, 2, (40_000,))).json()["request_id"])
-
-
-def test_a_cancelled_sample_stops(api: Api, engine: StubEngine) -> None:
-    sampler = api.sampler(api.model(BASE), 1)
-    engine.hold = True
-    promise = api.ok("asample", **sample(api, sampler))
-    api.ok("cancel_future", request_id=promise["request_id"])
-    assert engine.cancelled == [engine.calls[-1].future]
-    assert "cancelled" in api.retrieve(promise["request_id"]).json()["error"]
-    assert api.post("cancel_future", request_id="req:unknown").status_code == 404
 
 
 def test_training_cannot_be_cancelled(api: Api, engine: StubEngine) -> None:
     promise = api.ok("optim_step", model_id=api.model(BASE), seq_id=1)
     api.ok("cancel_future", request_id=promise["request_id"])
     assert engine.cancelled == []
-
-
-def test_a_sampler_of_a_checkpoint_that_is_not_there_is_refused_at_once(api: Api, engine: StubEngine) -> None:
-    session = api.session()
-    model = api.model(BASE, session)
-    path = _checkpoint(engine, model, "sampler_weights")
-    body = {"session_id": session, "sampling_session_seq_id": 0}
-    assert api.post("create_sampling_session", **body, model_path=path + "x").status_code == 404
-    wrong = api.post("create_sampling_session", **body, model_path=path, base_model="other/base")
-    assert wrong.status_code == 400
-    assert api.ok("create_sampling_session", **body, model_path=path)["sampling_session_id"] == f"{session}:sample:0"
-
-
-def test_copies_of_a_sampling_client_get_numbers_of_their_own(api: Api) -> None:
-    sampler = api.sampler(api.model(BASE), 1)
-    numbers = [api.ok("join_sampling_session", sampling_session_id=sampler)["client_counter"] for _ in range(5)]
-    assert len(set(numbers)) == 5
-    assert min(numbers) >= 1
-    assert max(numbers) * 10**9 < 2**63
-
-
-def test_all_samples_of_a_client_are_polled_at_once(api: Api, engine: StubEngine) -> None:
-    sampler = api.sampler(api.model(BASE), 1)
-    target = {"type": "sampling_session", "sampling_session_id": sampler, "cloned_sampler_id": 0}
-    engine.hold = True
-    mine = [api.ok("asample", **sample(api, sampler, seq_id=i))["request_id"] for i in range(3)]
-    api.ok("asample", **sample(api, sampler, seq_id=10**9))
-    nothing = api.ok("retrieve_futures", target=target, prev_cursor=0, timeout=0)
-    assert nothing["completions"] == []
-    calls = engine.take()[-4:]
-    for call in (*calls[:2], calls[3]):
-        call.finish()
-    first = api.ok("retrieve_futures", target=target, prev_cursor=nothing["cursor"])
-    assert [c["request_id"] for c in first["completions"]] == mine[:2], "not those of the other client"
-    size = first["completions"][0]["response_payload_uncompressed_size"]
-    assert len(api.retrieve(mine[0], wire.PROTOBUF).content) == size
-    threading.Timer(0.1, calls[2].finish, [ValueError("broken")]).start()
-    second = api.ok(
-        "retrieve_futures", target=target, prev_cursor=first["cursor"], retrieved_request_ids=mine[:2], timeout=10
-    )
-    assert second["completions"] == [{"state": "failed", "request_id": mine[2]}], "waited for"
-
-
-def test_inflight_samplers_of_a_model_share_its_newest_weights(api: Api, engine: StubEngine) -> None:
-    model, samplers = api.model(BASE), []
-    for n, kind in enumerate(("inflight", "snapshot", "inflight")):
-        saved = api.result(
-            "save_weights_for_sampler", model_id=model, seq_id=n + 1, sampling_session_seq_id=n, kind=kind
-        )
-        samplers.append(saved["sampling_session_id"])
-    engine.take()
-    for sampler in samplers:
-        api.ok("asample", **sample(api, sampler))
-    assert [c.arguments["sampler_id"] for c in engine.calls] == [samplers[2], samplers[1], samplers[2]]
-
-
-def test_only_the_samplers_used_last_stay_in_memory(engine: StubEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mint_engine.server.samplers._GRACE_S", -1.0)
-    with live_server(engine, models=[BASE], max_resident_samplers=2) as live, Api(live.url) as api:
-        model = api.model(BASE)
-        samplers = [api.sampler(model, n + 1, n) for n in range(5)]
-        _until(lambda: len(engine.samplers) == 2)
-        assert api.result("asample", **sample(api, samplers[0]))["sequences"], "an old one comes back"
-
-
-def test_a_sample_of_before_a_restart_is_gone_and_others_are_unknown(api: Api) -> None:
-    """410 makes the SDK sample again; 404 is an error."""
-    sampler = api.sampler(api.model(BASE), 1)
-    assert api.post("retrieve_future", request_id=f"{sampler}:req:lost").status_code == 410
-    for unknown in ("req:x", "s:sample:9:req:x", "s:train:0:req:x", "x"):
-        assert api.post("retrieve_future", request_id=unknown).status_code == 404
 
 
 # ---- errors, tenants, the rest ---------------------------------------------------------------------------------------
@@ -431,8 +294,8 @@ def test_what_is_not_supported_is_said(api: Api) -> None:
     image = {"chunks": [{"type": "image", "data": "aGk=", "format": "png"}]}
     for path, body, word in (
         ("create_custom_loss", {"session_id": session, "name": "l", "inputs": [], "graph": {}}, "not supported"),
-        ("asample", sample(api, sampler, 0, prompt=image), "image"),
-        ("asample", sample(api, sampler, 0, record_stability_info=True), "record_stability_info"),
+        ("asample", sample(sampler, 0, prompt=image), "image"),
+        ("asample", sample(sampler, 0, record_stability_info=True), "record_stability_info"),
     ):
         answer = api.post(path, **body)
         assert answer.status_code == 400
@@ -474,7 +337,7 @@ def test_keys_see_only_their_own(engine: StubEngine) -> None:
             they.post("session_heartbeat", session_id=session),
             they.post("create_model", session_id=session, model_seq_id=5, base_model=BASE),
             they.post(f"sessions/{session}/finish", reason={"type": "success"}),
-            they.post("asample", **sample(they, sampler)),
+            they.post("asample", **sample(sampler)),
             they.post("join_sampling_session", sampling_session_id=sampler),
             they.post("retrieve_futures", target={"sampling_session_id": sampler}),
         ]
@@ -533,7 +396,7 @@ def test_the_ledger_has_every_request(server: LiveServer, api: Api, engine: Stub
     model = api.model(BASE)
     api.proto(batch(model, 1))
     api.ok("optim_step", model_id=model, seq_id=2)
-    _until(lambda: len(engine.store.ledger.entries(model_id=model)) == 3)
+    until(lambda: len(engine.store.ledger.entries(model_id=model)) == 3)
     entries = {e.kind: e for e in engine.store.ledger.entries(model_id=model)}
     assert (entries["ForwardBackward"].tokens, entries["ForwardBackward"].seq_id) == (15, 1)
     assert {e.status for e in entries.values()} == {"done"}
@@ -545,15 +408,3 @@ def test_expired_checkpoints_are_removed_while_the_server_runs(engine: StubEngin
     monkeypatch.setattr(engine.store, "purge_expired", lambda: purged.set() or 0)
     with live_server(engine, models=[BASE]):
         assert purged.wait(5)
-
-
-def _checkpoint(engine: StubEngine, model: str, kind: CheckpointKind = "weights") -> str:
-    store = engine.store.as_owner(engine.models[model])
-    return store.write_checkpoint(model, kind, "one", lambda directory: None, base_model=BASE, lora=LoraConfig(rank=8))
-
-
-def _until(condition) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

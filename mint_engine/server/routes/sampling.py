@@ -16,7 +16,6 @@ from mint_engine.server.caller import Caller, get_caller
 from mint_engine.server.context import current
 from mint_engine.server.document import PROMISED
 from mint_engine.server.failures import TryAgainLaterError
-from mint_engine.server.promises import Promise
 from mint_engine.server.reading import LARGE, body_of, read, read_object, work
 from mint_engine.server.samplers import SamplerEntry
 from mint_engine.server.shares import over
@@ -81,14 +80,14 @@ async def asample(request: Request, caller: CallerOf, state: State) -> Response:
     call = _call(state, await state.samplers.target(caller, entry), body)
     # From here to the promise nothing waits: two copies of a request cannot both pass.
     if (known := state.samplers.known(entry, key)) is not None:
-        return _promise(known)
+        return answers.promised(known)
     size += _answer_bytes(body)
     _admit(state, caller, size)
     if size >= LARGE or body.sampling_params().stop_strings:
         future = await run_in_threadpool(call)  # the first use of a tokenizer takes seconds
         if (known := state.samplers.known(entry, key)) is not None:  # a copy of the request was faster
             state.engine.cancel_sample(future)
-            return _promise(known)
+            return answers.promised(known)
     else:
         future = call()
     promise = state.promises.create(
@@ -97,7 +96,7 @@ async def asample(request: Request, caller: CallerOf, state: State) -> Response:
     )  # fmt: skip
     state.samplers.record(entry, key, promise)
     state.promises.attach(promise, future)
-    return _promise(promise)
+    return answers.promised(promise)
 
 
 def _admit(state: ServerState, caller: Caller, size: int) -> None:
@@ -138,7 +137,3 @@ def _call(state: ServerState, sampler_id: str, body: SampleRequest) -> Callable[
 def _sequence_ids(entry: SamplerEntry, body: SampleRequest) -> list[str]:
     number = body.seq_id if body.seq_id is not None else token_hex(8)
     return [f"{entry.sampler_id}:seq:{number}:{i}" for i in range(body.num_samples)]
-
-
-def _promise(promise: Promise) -> Response:
-    return Response(answers.dumps(promise.answer()), media_type=answers.JSON)

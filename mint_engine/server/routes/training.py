@@ -16,7 +16,6 @@ from mint_engine.server import answers, operations
 from mint_engine.server.caller import Caller, get_caller
 from mint_engine.server.document import PROMISED
 from mint_engine.server.failures import TryAgainLaterError
-from mint_engine.server.promises import Promise
 from mint_engine.server.reading import body_of, read, read_body, read_object, work
 from mint_engine.server.refusals import Refusals
 from mint_engine.server.served_models import is_hub_name
@@ -60,7 +59,7 @@ async def create_model(request: Request, caller: CallerOf, state: State) -> Resp
         )
         return _Mapped(created, lambda made: CreateModelResponse(model_id=made))
 
-    return _promise(
+    return answers.promised(
         await state.sequencer.create(
             caller, model_id, "CreateModel", start, lambda: state.auth.quotas.reserve_model(caller, state.engine)
         )
@@ -88,7 +87,7 @@ async def load_weights(request: Request, caller: CallerOf, state: State) -> Resp
         )
         return _Mapped(created, lambda made: LoadWeightsResponse(path=body.path, model_id=made))
 
-    return _promise(
+    return answers.promised(
         await state.sequencer.create(
             caller, f"{session_id}:train:{seq}", "LoadWeights", start,
             lambda: state.auth.quotas.reserve_model(caller, state.engine),
@@ -118,7 +117,7 @@ async def unload_model(request: Request, caller: CallerOf, state: State) -> Resp
         return _Mapped(unloaded, lambda _: UnloadModelResponse(model_id=body.model_id))
 
     promise = await state.sequencer.submit(caller, body.model_id, None, "UnloadModel", start)
-    return _promise(promise)
+    return answers.promised(promise)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -154,7 +153,7 @@ async def _train(
             caller, body.model_id, body.seq_id, kind, start, tokens=tokens, request_bytes=size,
             saved=lambda: operations.dump(body),
         )  # fmt: skip
-    return _promise(promise)
+    return answers.promised(promise)
 
 
 @router.post("/optim_step", openapi_extra=body_of(bodies.OptimStepRequest), responses=PROMISED)
@@ -222,7 +221,7 @@ async def _submit(
         state.samplers.expect(promise)
     if getattr(body, "kind", None) == "inflight":
         state.samplers.expect_inflight(promise)
-    return _promise(promise)
+    return answers.promised(promise)
 
 
 class _Mapped(Future):
@@ -244,7 +243,3 @@ class _Mapped(Future):
             self.set_exception(error)
         else:
             self.set_result(self._change(done.result()))
-
-
-def _promise(promise: Promise) -> Response:
-    return Response(answers.dumps(promise.answer()), media_type=answers.JSON)
