@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from mint_engine.client.remote import RemoteEngine
     from mint_engine.custom_loss import CustomLoss
     from mint_engine.engine import Engine
+
+
+# (which of the call's samples, token, log-probability under the tempered distribution)
+OnToken = Callable[[int, int, float], None]
 
 
 class ClientEngine(Protocol):
@@ -113,8 +117,10 @@ class ClientEngine(Protocol):
         self, sampler_id: str, prompt: ModelInput, num_samples: int, sampling_params: SamplingParams, *,
         include_prompt_logprobs: bool = False, topk_prompt_logprobs: int = 0, topk_sample_logprobs: int = 0,
         target_prompt_logprobs: TensorData | None = None, prompt_alt_tokens_k: int = 0,
-        prompt_logprobs_last_n: int | None = None,
+        prompt_logprobs_last_n: int | None = None, on_token: OnToken | None = None,
     ) -> Future[SampleResponse]: ...  # fmt: skip
+
+    def cancel_sample(self, future: Future[SampleResponse]) -> bool: ...
 
     def release(self, identifier: str) -> None: ...
 

@@ -6,7 +6,7 @@ import base64
 import json
 import pickle
 import weakref
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mint_engine.client.connection import open_engine
@@ -14,14 +14,15 @@ from mint_engine.client.futures import APIFuture, failed, transformed, value_twi
 from mint_engine.client.ready import Ready
 from mint_engine.client.remote import Address, RemoteEngine, connect
 from mint_engine.errors import UserError
-from mint_engine.types import GetSamplerResponse, ModelInput, SampleResponse, SamplingParams, TensorData
+from mint_engine.feed import Feed
+from mint_engine.types import GetSamplerResponse, ModelInput, SampledToken, SampleResponse, SamplingParams, TensorData
 from mint_engine.types.datum import as_tensor_data
 from mint_engine.types.model_input import token_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mint_engine.client.protocol import ClientEngine
+    from mint_engine.client.protocol import ClientEngine, OnToken
     from mint_engine.client.session import Session
 
 
@@ -64,6 +65,8 @@ class SamplingClient(Ready):
         target_prompt_logprobs: TensorData | Any | None = None,
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
+        *,
+        on_token: OnToken | None = None,
     ) -> APIFuture[SampleResponse]:
         """Draw `num_samples` continuations of `prompt`.
 
@@ -75,6 +78,8 @@ class SamplingClient(Ready):
             target_prompt_logprobs: int64 [len(prompt) - 1, K], token ids to score at each position; -1 = skip.
             prompt_alt_tokens_k: so many draws at each prompt position, at the request's temperature.
             prompt_logprobs_last_n: score the last n prompt tokens only.
+            on_token: called with (which of the samples, token, log-probability) for every token as it is drawn, on
+                the engine's thread, which waits for it: be quick. In process only; see also `stream`.
 
         The tokens that end a sample are part of it. Log-probabilities of samples are those of the tempered
         distribution, log-probabilities of prompts those at temperature 1.
@@ -100,8 +105,38 @@ class SamplingClient(Ready):
             target_prompt_logprobs=targets,
             prompt_alt_tokens_k=prompt_alt_tokens_k,
             prompt_logprobs_last_n=prompt_logprobs_last_n,
+            on_token=on_token,
         )
         return APIFuture(future)
+
+    async def stream(
+        self,
+        prompt: ModelInput | Sequence[int],
+        num_samples: int = 1,
+        sampling_params: SamplingParams | None = None,
+    ) -> AsyncGenerator[SampledToken, None]:
+        """The tokens of `num_samples` continuations of `prompt`, each as soon as it is drawn. In process only.
+
+        The samples advance side by side, so their tokens come mixed: `SampledToken.sample` says whose one is. Leaving
+        the loop, or cancelling the task, gives the rest up and frees its memory:
+
+            async for drawn in sampler.stream(prompt, sampling_params=params):
+                print(tokenizer.decode([drawn.token]), end="", flush=True)
+
+        Raises:
+            What `sample` raises.
+        """
+        feed: Feed[SampledToken] = Feed()
+        future = self.sample(
+            prompt, num_samples, sampling_params, on_token=lambda *drawn: feed.put(SampledToken(*drawn))
+        ).future()
+        future.add_done_callback(lambda _: feed.close())
+        try:
+            async for drawn in feed:
+                yield drawn
+            future.result()
+        finally:
+            self._engine.cancel_sample(future)
 
     def compute_logprobs(
         self, prompt: ModelInput | Sequence[int], prompt_logprobs_last_n: int | None = None

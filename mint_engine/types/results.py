@@ -96,6 +96,15 @@ class SampledSequence:
         return None if self.logprobs is None else np.asarray(self.logprobs, dtype=np.float32)
 
 
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A token as it is drawn. `sample`: which of the call's samples it continues; `logprob`: tempered."""
+
+    sample: int
+    token: int
+    logprob: float
+
+
 @dataclass(frozen=True)
 class PromptAltTokens:
     """Draws from the model at every prompt position but the first: int64 ids and float32 logprobs [prompt - 1, k]."""

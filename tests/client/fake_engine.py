@@ -184,13 +184,16 @@ class FakeEngine:
     def get_sampler(self, sampler_id):
         return self._samplers[sampler_id]
 
-    def sample(self, sampler_id, prompt, num_samples, sampling_params, **options):
+    def sample(self, sampler_id, prompt, num_samples, sampling_params, *, on_token=None, **options):
         def answer() -> SampleResponse:
             logprobs = [None, *[-1.0] * (prompt.length - 1)] if options["include_prompt_logprobs"] else None
             sequences = [SampledSequence("length", [i], [-0.5]) for i in range(num_samples)]
             return SampleResponse(sequences, prompt_logprobs=logprobs)
 
         return self._later("sample", answer, prompt=prompt, num_samples=num_samples, params=sampling_params, **options)
+
+    def cancel_sample(self, future):
+        return future.cancel()
 
     def tokenizer(self, base_model):
         return f"tokenizer of {base_model}"

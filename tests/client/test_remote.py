@@ -13,7 +13,7 @@ from remote_helpers import DATUM, eventually, path_of
 import mint
 from mint import types
 from mint_engine.client.remote import Address, Patience
-from mint_engine.errors import NonFiniteError, StorageError
+from mint_engine.errors import NonFiniteError, StorageError, UserError
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
 
@@ -282,3 +282,9 @@ def test_the_server_gets_the_key_the_headers_and_one_idempotency_key_for_all_tri
     assert len(set(tries)) == 1
     assert {request.headers["x-api-key"] for request in server.seen} == {"tml-key"}
     assert {request.headers["x-team"] for request in server.seen} == {"a"}
+
+
+def test_samples_are_not_told_token_by_token_and_it_says_so(trainer):
+    sampler = trainer.save_weights_and_get_sampling_client()
+    with pytest.raises(UserError, match="on_token: only an engine in this process"):
+        sampler.sample([1, 2, 3], on_token=print).result()

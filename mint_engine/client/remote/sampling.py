@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 from mint_engine.client.remote import samples
 from mint_engine.client.remote.core import RemoteCore, given
 from mint_engine.client.remote.transport import answer_as, json_object
+from mint_engine.errors import UserError
 from mint_engine.types import (
     GetSamplerResponse,
     ModelInput,
@@ -17,6 +19,13 @@ from mint_engine.types import (
     TensorData,
 )
 
+if TYPE_CHECKING:
+    from mint_engine.client.protocol import OnToken
+
+_NO_STREAM = (
+    "on_token: only an engine in this process tells tokens one by one; a server streams them over its OpenAI API "
+    "(/v1/completions with stream=true)"
+)
 SLOW_SECONDS = 300.0  # for requests that are answered when weights have been read
 
 
@@ -84,9 +93,13 @@ class Sampling(RemoteCore):
         self, sampler_id: str, prompt: ModelInput, num_samples: int, sampling_params: SamplingParams, *,
         include_prompt_logprobs: bool = False, topk_prompt_logprobs: int = 0, topk_sample_logprobs: int = 0,
         target_prompt_logprobs: TensorData | None = None, prompt_alt_tokens_k: int = 0,
-        prompt_logprobs_last_n: int | None = None,
+        prompt_logprobs_last_n: int | None = None, on_token: OnToken | None = None,
     ) -> Future[SampleResponse]:  # fmt: skip
-        """Cancelling the future cancels the request."""
+        """Cancelling the future cancels the request. ``on_token`` is refused: samples come when they are complete."""
+        if on_token is not None:
+            refused: Future[SampleResponse] = Future()
+            refused.set_exception(UserError(_NO_STREAM))
+            return refused
         with self._lock:
             number = self._numbers.next(sampler_id)
         body = samples.request_body(
@@ -103,3 +116,7 @@ class Sampling(RemoteCore):
             return await samples.sample(self._transport, self._background, self._slots, body)
 
         return self._submit(run, cancellable=True)
+
+    def cancel_sample(self, future: Future[SampleResponse]) -> bool:
+        """Give up a sample; False if it has been answered."""
+        return future.cancel()

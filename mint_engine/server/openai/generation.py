@@ -10,8 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mint_engine.errors import SampleCancelledError
+from mint_engine.feed import Feed
 from mint_engine.server.openai.choice import Choice, Piece, Token
-from mint_engine.server.openai.feed import Feed
 from mint_engine.server.openai.vocabulary import Vocabulary
 from mint_engine.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
 

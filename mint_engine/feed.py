@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -27,7 +28,8 @@ class Feed(Generic[T]):
     def close(self) -> None:
         """The iteration ends after what has been put. From any thread; what is put later may be lost."""
         self._closed = True
-        self._wake()
+        with suppress(RuntimeError):  # the loop has been closed: nobody iterates any more
+            self._wake()
 
     def _wake(self) -> None:
         if not self._woken:
