@@ -140,8 +140,10 @@ class Sampler:
 
     def step(self) -> bool:
         """Compute a chunk of waiting prompts, then one token of every running sample. False if there was nothing."""
-        freed = self._schedule.leave(lambda request: request.future.done())
+        freed = self._schedule.leave(_answered)
         prefilled = self._prefill()
+        # Again: one that was cancelled while its prompt was computed has no token to go on from.
+        freed = self._schedule.leave(_answered) or freed
         rows = self._schedule.make_room()
         if rows:
             self._guarded([row.request for row in rows], lambda: self._decode(rows))
@@ -319,3 +321,7 @@ class Sampler:
         )  # fmt: skip
         if len(request.finished) == request.num_samples:
             settle(request.future, request.response)
+
+
+def _answered(request: Request) -> bool:
+    return request.future.done()

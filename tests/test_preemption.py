@@ -4,6 +4,7 @@ all the memory and nobody else in it."""
 from __future__ import annotations
 
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,21 @@ def test_cancelling_frees_a_prompt_in_work_and_what_was_preempted(decoder: Decod
     assert isinstance(futures[0].exception(timeout=0), SampleCancelledError)
     (got,) = drain(sampler, futures[1:])
     assert_same(got, alone(decoder, request(LONG[:60], n=4, max_tokens=90, seed=1)))
+
+
+def test_a_sample_that_is_cancelled_before_its_first_token_takes_nobody_with_it(decoder: Decoder) -> None:
+    """Cancelled while its prompt is computed beside others', which are decoded in the same step."""
+    sampler = make_sampler(decoder)
+    first, second, third = (request([1, 2, 3 + i], n=2, max_tokens=6) for i in range(3))
+    expected = [alone(decoder, replace(asked, future=Future())) for asked in (first, third)]
+    first.on_token = lambda index, token, logprob: sampler.cancel(second.future)
+    futures = [sampler.submit(asked) for asked in (first, second, third)]
+    while step(sampler):
+        pass
+    assert isinstance(futures[1].exception(timeout=0), SampleCancelledError)
+    for got, wanted in zip((futures[0], futures[2]), expected, strict=True):
+        assert_same(got.result(timeout=0), wanted)
+    assert sampler.cache.blocks_available == sampler.cache.num_blocks
 
 
 def test_a_call_that_fails_takes_its_preempted_samples_along(decoder: Decoder) -> None:
