@@ -1,7 +1,7 @@
 // logits = x @ weight.T in fp32.
 //
 // Up to kDotRows rows: a dot product per weight row, straight from memory. Every byte of the weight is used once, so
-// this is bound by memory and packing would only add traffic. More rows: the packed gemm.
+// this is bound by memory and packing would only add traffic. More rows, and any number in tiles: gemm.
 #pragma once
 #include "check.h"
 #include "gemm.h"
@@ -10,6 +10,13 @@
 namespace mint {
 
 constexpr int64_t kDotRows = 8;
+
+// Whether a product of `rows` rows with a weight used transposed is dot products. Never in tiles: there gemm reads the
+// weight straight from memory too, and gives a row the same bits in any company.
+template <class S, class T>
+bool by_dots(int64_t rows) {
+    return !Panel<S, T>::kTiles && rows <= kDotRows;
+}
 
 // c[i * ldc + j] = x row i . weight row j for M rows of x and J rows of weight, with U partial sums each to hide the
 // latency of a multiply-add. The weight is read in address order and prefetched kAhead elements further on: four rows
@@ -80,7 +87,7 @@ void logits(const T* x, int64_t x_stride, const T* weight, int64_t w_stride, flo
     check::row_stride(op, "weight", w_stride, vocab, width);
     check::row_stride(op, "out", out_stride, rows, vocab);
     if (rows == 0) return;
-    if (rows <= kDotRows) {
+    if (by_dots<S, T>(rows)) {
         constexpr int64_t kBlock = 64;
         const int64_t blocks = ceil_div(vocab, kBlock);
 #pragma omp parallel for schedule(static) if (vocab * width > kSerialWork * 2)

@@ -1,7 +1,7 @@
 // out = scale * (a @ b) (+ bias), b row-major or column-major, rounded once to T.
 //
-// Up to kDotRows rows and a column-major b (a weight, used transposed) are dot products straight from memory, as in
-// logits.h; everything else is the packed gemm.
+// Few rows and a column-major b (a weight, used transposed) are dot products straight from memory where logits.h says
+// so; everything else is gemm.
 #pragma once
 #include "check.h"
 #include "gemm.h"
@@ -34,7 +34,7 @@ void matmul(const T* a, int64_t a_stride, const T* b, int64_t b_col, int64_t b_k
             S::store_n(row + v, x, lanes);
         });
     };
-    if (m > kDotRows || b_k != 1) return gemm<S, T>(a, a_stride, 1, b, b_col, b_k, m, n, k, finish);
+    if (b_k != 1 || !by_dots<S, T>(m)) return gemm<S, T>(a, a_stride, 1, b, b_col, b_k, m, n, k, finish);
     constexpr int64_t kBlock = 64;
     const int64_t blocks = ceil_div(n, kBlock);
 #pragma omp parallel for schedule(static) if (n * k > kSerialWork * 2)

@@ -33,7 +33,7 @@ void for_logit_tiles(const T* x, int64_t x_stride, const T* weight, int64_t w_st
                      int64_t width, Tile tile) {
     using Q = Panel<S, T>;
     const int64_t block = vocab_block<S, T>(width), blocks = ceil_div(vocab, block), depth = Q::depth(width);
-    const bool dots = rows <= kDotRows;
+    const bool dots = by_dots<S, T>(rows);
     Rows left{};
     if (!dots) left = left_rows<S, T>(x, x_stride, 1, rows, width, Slot::kShared);
     std::atomic<int64_t> claimed{0};
@@ -45,17 +45,18 @@ void for_logit_tiles(const T* x, int64_t x_stride, const T* weight, int64_t w_st
         if (!dots) pack_panels<S, T>(weight + v0 * w_stride, w_stride, 1, cols, width, pb);
         Prefetch next;
         if (!dots && v1 < vocab) {
-            const int64_t calls = ceil_div(rows, S::kMr) * ceil_div(cols, Q::kCols) * ceil_div(depth, kDepth);
-            next = panels_ahead(weight + v1 * w_stride, w_stride, 1, min64(block, vocab - v1), width, calls);
+            next = panels_ahead(weight + v1 * w_stride, w_stride, 1, min64(block, vocab - v1), width,
+                                prefetch_calls<S, T>(rows, cols, depth));
         }
         for (int64_t m0 = 0; m0 < rows; m0 += kTileRows) {
             const int64_t n = min64(kTileRows, rows - m0);
             if (dots) {
                 dot_block<S, T, kDotRows>(n, x, x_stride, weight + v0 * w_stride, w_stride, cols, width, c, block);
             } else {
-                for (int64_t i = 0; i < n; i += S::kMr)
-                    multiply_rows<S, T>({left.data + (m0 + i) * left.stride, left.stride, left.half},
-                                        min64(S::kMr, n - i), pb, cols, depth, c + i * block, block, false, &next);
+                const typename S::Tiles registers;
+                for (int64_t i = 0; i < n; i += Q::kRows)
+                    multiply_rows<S, T>(left.at(m0 + i), min64(Q::kRows, n - i), pb, cols, depth, c + i * block, block,
+                                        false, &next);
             }
             for (int64_t i = 0; i < n; ++i)
                 for (int64_t v = cols; v < ceil_div(cols, S::W) * S::W; ++v)
