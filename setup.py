@@ -20,7 +20,7 @@ ISA_FLAGS: dict[str, list[str]] = {
     "csrc/isa/avx2.cpp": ["-mavx2", "-mfma"],
     "csrc/isa/avx512.cpp": AVX512,
     "csrc/isa/avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
-    "csrc/isa/amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "csrc/isa/amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mprfchw"],
 }
 if platform.machine().lower() not in ("x86_64", "amd64"):
     ISA_FLAGS = {"csrc/isa/scalar.cpp": []}

@@ -139,6 +139,9 @@ struct AttentionForward {
                     S::store(reinterpret_cast<float*>(weights) + j * kRows + c, a);
                 }
             }
+            if constexpr (X::kTiles)
+                for (int64_t i = X::words(n_keys); i < X::row_words(n_keys); ++i)
+                    S::store(reinterpret_cast<float*>(weights + i * kRows + c), S::zero());
             S::store(row_sum + c, S::add(earlier, sum));
         }
     }
@@ -177,6 +180,7 @@ struct AttentionForward {
     }
 
     void run(const AttentionTask& t) {
+        const typename S::Tiles registers;
         pack_keys(t, (t.end - 1) / shape.group + 1);
         for (int64_t r = t.begin; r < t.end; r += kRows) row_tile(t, r, min64(kRows, t.end - r));
     }

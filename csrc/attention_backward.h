@@ -19,7 +19,8 @@ struct AttentionBackward {
     using X = Tile<S, kPairs>;
     using F = typename S::F;
     static constexpr int64_t kRows = kAttentionRows, kKeys = 64, kLd = kKeys / X::per_word;
-    static constexpr int64_t kLdRows = kRows / X::per_word, kStep = 2 * X::kMr;  // keys per piece of S^T and dP^T
+    static constexpr int64_t kLdRows = kRows / X::per_word,
+                             kStep = X::kTiles ? 32 : 2 * X::kMr;  // keys per piece of S^T and dP^T
 
     const T *d_out, *q, *k, *v, *out;
     const float* lse;
@@ -120,10 +121,11 @@ struct AttentionBackward {
     }
 
     void row_tile(const AttentionTask& t, int64_t row0, int64_t n_rows) {
-        const int64_t d = shape.d, g = shape.group, w = X::row_words(d), dp = X::pad(d), columns = X::pad(n_rows);
+        const int64_t d = shape.d, g = shape.group, w = X::row_words(d), dp = X::pad(d);
+        const int64_t columns = X::round_up(X::pad(n_rows), X::per_word * X::kUnit);
         const int64_t depth = X::words(n_rows), n_keys = (row0 + n_rows - 1) / g + 1;
         pack_rows(t, row0, n_rows, columns);
-        const int64_t zip_to = (n_rows + X::per_word - 1) / X::per_word * X::per_word;
+        const int64_t zip_to = X::round_up(n_rows, X::per_word * X::kUnit);
         const Word* q_b = X::zipped(q_rows, zip_to, d, q_zip);
         const Word* do_b = X::zipped(do_rows, zip_to, d, do_zip);
         const Word* ds_b = kPairs ? ds_zip : ds;
@@ -136,6 +138,12 @@ struct AttentionBackward {
                 if ((j0 + j + step - 1) * g > row0) mask_future<S>(scores, step, j0 + j, row0, g, columns);
                 weights(j, step, columns);
             }
+            if constexpr (X::kTiles) {  // whole tiles of keys
+                const int64_t rows = X::pad(n) - n, from = X::words(n), to = X::row_words(n);
+                std::memset(p + n * kLdRows, 0, size_t(rows * kLdRows) * sizeof(Word));
+                std::memset(ds + n * kLdRows, 0, size_t(rows * kLdRows) * sizeof(Word));
+                std::memset(ds_zip + from * kRows, 0, size_t((to - from) * kRows) * sizeof(Word));
+            }
             X::gemm(p, kLdRows, do_b, dp, dv_sum + j0 * dp, dp, n, dp, depth, true);
             X::gemm(ds, kLdRows, q_b, dp, dk_sum + j0 * dp, dp, n, dp, depth, true);
             X::gemm(keys_t + j0 / kKeys * dp * kLd, kLd, ds_b, kRows, dq_sum, kRows, d, columns, X::words(n), j0 > 0);
@@ -147,6 +155,7 @@ struct AttentionBackward {
     }
 
     void run(const AttentionTask& t) {
+        const typename S::Tiles registers;
         const int64_t d = shape.d, n_keys = (t.end - 1) / shape.group + 1;
         pack_keys(t, n_keys);
         for (int64_t r = t.begin; r < t.end; r += kRows) row_tile(t, r, min64(kRows, t.end - r));

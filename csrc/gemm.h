@@ -130,7 +130,7 @@ Tiling tiling(int64_t m, int64_t n, int64_t k, bool in_place) {
 // The product of gemm, straight: panels of B, rows of A.
 template <class S, class T, class Out>
 void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
-                   int64_t k, Out out) {
+                   int64_t k, Out out, Target target) {
     using Q = Panel<S, T>;
     const Tiling tile = tiling<S, T>(m, n, k, Q::kInPlace && a_k == 1);
     const int64_t block = tile.depth * Q::kStep, col_tiles = ceil_div(n, tile.cols);
@@ -168,6 +168,7 @@ void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b
                 for (int64_t i = 0; i < rows; i += Q::kRows) {
                     const int64_t count = min64(Q::kRows, rows - i);
                     float* ci = one_block ? c : c + i * tile.cols;
+                    if (last) Target::touch(target, i0 + i, j0, count, cols);
                     multiply_rows<S, T>(left.at(i), count, pb, cols, depth, ci, tile.cols, k0 > 0, &next);
                     if (last)
                         for (int64_t r = 0; r < count; ++r) out(i0 + i + r, j0, cols, ci + r * tile.cols);
@@ -228,16 +229,17 @@ void gemm_turned(const T* a, int64_t a_row, const T* b, int64_t b_col, int64_t m
 }
 
 // C = A * B: A is [m, k] with element (i, kk) at a[i * a_row + kk * a_k], B is [k, n] with element (kk, j) at
-// b[j * b_col + kk * b_k]. Each finished piece of a row goes to out(i, j, count, values), values padded to a vector.
+// b[j * b_col + kk * b_k]. Each finished piece of a row goes to out(i, j, count, values), values padded to a vector;
+// target, if known, is where that writes.
 template <class S, class T, class Out>
 void gemm(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
-          int64_t k, Out out) {
+          int64_t k, Out out, Target target = {}) {
     if (m == 0 || n == 0) return;
     if constexpr (Panel<S, T>::kTiles) {
         if (a_k == 1 && b_k == 1 && better_turned<S, T>(m, n, k))
             return gemm_turned<S, T>(a, a_row, b, b_col, m, n, k, out);
     }
-    gemm_straight<S, T>(a, a_row, a_k, b, b_col, b_k, m, n, k, out);
+    gemm_straight<S, T>(a, a_row, a_k, b, b_col, b_k, m, n, k, out, target);
 }
 
 }  // namespace mint

@@ -34,7 +34,9 @@ void matmul(const T* a, int64_t a_stride, const T* b, int64_t b_col, int64_t b_k
             S::store_n(row + v, x, lanes);
         });
     };
-    if (b_k != 1 || !by_dots<S, T>(m)) return gemm<S, T>(a, a_stride, 1, b, b_col, b_k, m, n, k, finish);
+    if (b_k != 1 || !by_dots<S, T>(m))
+        return gemm<S, T>(a, a_stride, 1, b, b_col, b_k, m, n, k, finish,
+                          {out, out_stride * int64_t(sizeof(T)), sizeof(T)});
     constexpr int64_t kBlock = 64;
     const int64_t blocks = ceil_div(n, kBlock);
 #pragma omp parallel for schedule(static) if (n * k > kSerialWork * 2)
