@@ -157,16 +157,16 @@ def _one_pass(
         x = decoder.head_input(own_rows, seating)
 
         grads = {adapter.uid: adapter.views(scratch)}
-        dh = torch.zeros_like(h)
+        dh = torch.empty_like(own_rows)
         for part in _parts(len(active), decoder.config.vocab_size):
             own_part, other_part = seating.select(part), other_seating.select(part)
             logits = decoder.logits(x[part], own_part)
             value, gradient = kl_and_gradient(logits, reference.decoder.logits(target[part], other_part), temperature)
             kl[active[part]] = value.double()
             gradient.mul_(weights[active[part], None])
-            dh[rows[part]] = decoder.head_backward_logits(own_rows[part], x[part], gradient, own_part, grads)
+            dh[part] = decoder.head_backward_logits(own_rows[part], x[part], gradient, own_part, grads)
         p.cu_seqlens = own.cu_seqlens
-        decoder.hidden_backward(dh, saved, p, grads)
+        decoder.hidden_backward(dh, rows, saved, p, grads)
     per_datum = np.split(kl.numpy(), np.cumsum([len(d.weights) for d in pairs])[:-1])
     for i, values in enumerate(per_datum):
         bad = np.flatnonzero(~np.isfinite(values))

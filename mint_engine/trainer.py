@@ -130,11 +130,10 @@ def _one_pass(decoder: Decoder, spans: Sequence[_Span]) -> None:
         return
     grads = {s.work.call.adapter.uid: s.work.gradients() for s in training}
     end = training[-1].stop
-    dh = torch.zeros_like(h[:end])
     own, xa = at_head.select(active), x[active]
-    dh[active] = decoder.head_backward(h[active], xa, targets[active], gradients[active], lse[active], own, grads)
+    dh = decoder.head_backward(h[active], xa, targets[active], gradients[active], lse[active], own, grads)
     sequences = sum(len(s.data) for s in training)
     p.cu_seqlens = packed.cu_seqlens[: sequences + 1]
     if end < packed.num_tokens:
         p, saved[:] = p.first(end), [s.first(end) for s in saved]
-    decoder.hidden_backward(dh, saved, p, grads)
+    decoder.hidden_backward(dh, active, saved, p, grads)

@@ -17,6 +17,7 @@ from mint_engine.models.config import ModelConfig
 from mint_engine.models.layer import Attend, DecoderLayer, Pass, Saved
 from mint_engine.models.rope import RopeTable
 from mint_engine.models.weights import WeightReader
+from mint_engine.models.workspace import Workspace
 
 
 class Decoder:
@@ -27,6 +28,7 @@ class Decoder:
         """Read the weights. ``on_tensor(name)`` is called after each, for a progress bar."""
         self.config, self.dtype = config, dtype
         self.rope = RopeTable(config)
+        self.space = Workspace()
 
         def read(name: str) -> Tensor:
             tensor = reader.get(name).to(dtype)
@@ -73,11 +75,17 @@ class Decoder:
 
     @property
     def activation_bytes_per_token(self) -> int:
-        """What a training pass keeps per token (layer.Saved): h, qkv, o, h2, gate and up of every layer."""
+        """What a training pass writes per token: what every layer keeps (layer.Saved), and what one needs at a time.
+
+        Without the adapters' columns, which are few.
+        """
         c = self.config
-        heads = c.num_heads * c.head_dim
-        kept = 2 * c.hidden_size + 2 * heads + 2 * c.num_kv_heads * c.head_dim + 2 * c.intermediate_size
-        return c.num_layers * kept * self.dtype.itemsize
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        kept = 2 * c.hidden_size + 2 * q + 2 * kv + 2 * c.intermediate_size
+        # Twice h (embedding, stream), the gradients of h twice, x, delta, dx; q, k, their and v's gradients; the MLP's.
+        passing = 7 * c.hidden_size + 4 * (q + kv) + 4 * c.intermediate_size
+        statistics = 4 * c.num_layers * c.num_heads  # the log-sum-exps, fp32
+        return (c.num_layers * kept + passing) * self.dtype.itemsize + statistics
 
     @property
     def resident_bytes(self) -> int:
@@ -91,31 +99,50 @@ class Decoder:
         return self.head.weight if self._embedding is None else self._embedding
 
     def hidden(
-        self, tokens: Tensor, positions: Tensor, seating: Seating, attend: Attend, saved: list[Saved] | None = None
-    ) -> tuple[Tensor, Pass]:
-        """The residual stream after the last layer, [M, H]; what a backward needs is appended to ``saved``."""
+        self, tokens: Tensor, positions: Tensor, seating: Seating, attend: Attend, saved: list[Saved] | None = None,
+        *, rows: Tensor | None = None,
+    ) -> tuple[Tensor, Pass]:  # fmt: skip
+        """The residual stream after the last layer, a new tensor; what a backward needs is appended to ``saved``.
+
+        [M, H]; or [rows, H] of the ``rows`` (int64, ascending) that are wanted. What is in ``saved`` lives until the
+        next pass over this base model, which writes into the same memory.
+        """
         cos, sin = self.rope.rows(positions)
-        p = Pass(self.config, seating, cos, sin, attend)
-        delta, h = self.embedding[tokens], None
+        p = Pass(self.config, seating, cos, sin, attend, self.space)
+        delta = self.space.take("embedded", (len(tokens), self.config.hidden_size), self.dtype)
+        torch.index_select(self.embedding, 0, tokens, out=delta)
+        h = None
         for la in self.layers:
-            delta, h, kept = decoder_layer.forward(la, delta, h, p, saved is not None)
+            some = rows if la is self.layers[-1] else None
+            delta, h, kept = decoder_layer.forward(la, delta, h, p, saved is not None, some)
             if saved is not None and kept is not None:
                 saved.append(kept)
         assert h is not None
         return h + delta, p
 
-    def hidden_backward(self, dh: Tensor, saved: list[Saved], p: Pass, grads: linear.Gradients) -> None:
-        """Backward of :meth:`hidden`. Empties ``saved``: a layer's tensors are freed as soon as they are used."""
-        gradient: Tensor | None = dh
+    def hidden_backward(self, dh: Tensor, rows: Tensor, saved: list[Saved], p: Pass, grads: linear.Gradients) -> None:
+        """Backward of :meth:`hidden`, which it does once: ``saved`` is overwritten.
+
+        ``dh`` [rows, H]: the gradient of the ``rows`` (int64, ascending) that have one. The others need their K and V
+        in the last layer, and nothing else of it.
+        """
+        last = saved[-1]
+        if len(rows) < len(last.h) or last.rows is not None:
+            saved[-1] = last.select(rows, self.space)
+        width = self.config.hidden_size
+        gradient: Tensor | None = self.space.take("dh", (len(rows), width + p.seating.ranks), self.dtype)
+        gradient[:, :width] = dh
         for la in reversed(self.layers):
             assert gradient is not None
-            gradient = decoder_layer.backward(la, gradient, saved.pop(), p, grads, need_dx=la.index > 0)
+            gradient = decoder_layer.backward(la, gradient, saved[la.index], p, grads, need_dx=la.index > 0)
 
     def head_input(self, h: Tensor, seating: Seating) -> Tensor:
         """Final norm of ``h`` [M, H] with the head adapter's S in the tail: [M, H + p]."""
-        x = linear.input_buffer(self.head, h.shape[0], seating)
-        kernels.rms_norm(h, self.norm, self.config.rms_norm_eps, y=x[:, : self.head.k])
-        linear.shrink_tail(self.head, x, seating)
+        x = torch.empty(len(h), self.head.k + linear.tail(self.head, seating), dtype=self.dtype)
+        along = linear.shrink_along(self.head, x, seating)
+        kernels.rms_norm(h, self.norm, self.config.rms_norm_eps, y=x[:, : self.head.k], shrink=along)
+        if along is None:
+            linear.shrink_tail(self.head, x, seating)
         return x
 
     def target_logprob(self, x: Tensor, targets: Tensor, seating: Seating) -> tuple[Tensor, Tensor]:
@@ -166,9 +193,10 @@ class Decoder:
         """Causal attention within each sequence of the batch."""
         c = self.config
 
-        def attend(_: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+            lse = self.space.take(("lse", layer), (c.num_heads, len(q)), torch.float32)
             args = (batch.cu_seqlens, c.num_heads, c.num_kv_heads, c.head_dim**-0.5)
-            return kernels.attention(q, k, v, *args, out=out)[1]
+            return kernels.attention(q, k, v, *args, out=out, lse=lse)[1]
 
         return attend
 
