@@ -70,11 +70,11 @@ class PromptScorer:
         if query.targets is not None:
             assert self._targets is not None
             wanted = torch.from_numpy(query.targets[start:stop])
-            self._targets[start:stop] = decoder.target_logprob(x, wanted, seating)[0].numpy()
+            self._targets[start:stop] = decoder.target_logprob(x, wanted, seating)[0].cpu().numpy()
         if query.topk > 0 or query.alternatives > 0:
             for first in range(0, len(x), _ROWS):
                 rows = torch.arange(first, min(first + _ROWS, len(x)))
-                self._add_logits(decoder.logits(x[rows], seating.select(rows)), start + first)
+                self._add_logits(decoder.logits(x[rows], seating.select(rows)).cpu(), start + first)
 
     def _add_logits(self, logits: Tensor, start: int) -> None:
         n = len(logits)

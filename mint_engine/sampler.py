@@ -48,7 +48,7 @@ class Sampler:
         chunk_beside_rows: int = CHUNK_BESIDE_ROWS, chunk_alone: int = CHUNK_ALONE,
     ) -> None:  # fmt: skip
         self._decoder = decoder
-        self._cache = KVCache(decoder.config, decoder.dtype, max_cache_bytes)
+        self._cache = KVCache(decoder.config, decoder.dtype, max_cache_bytes, decoder.device)
         self._schedule = Schedule(self._cache)
         self._wake = wake
         self._chunk_beside_rows, self._chunk_alone = chunk_beside_rows, chunk_alone
@@ -244,7 +244,8 @@ class Sampler:
         if drawn:
             rows = torch.tensor(list(drawn.values()))
             own = seating.select(rows)
-            logits = self._decoder.logits(self._decoder.head_input(h[rows], own), own)
+            x = self._decoder.head_input(h[rows], own)
+            logits = self._decoder.logits(x, own).cpu()  # tokens are drawn on the host
         for job in last:
             self._schedule.finish_job(job)
             if not job.rows:
@@ -272,7 +273,7 @@ class Sampler:
             pieces.append(Piece(row.request.adapter, row.cache, token, row.cache.length))
             row.cache.length += 1
         h, seating = compute(self._decoder, self._cache, [], pieces)
-        self._extend(rows, self._decoder.logits(self._decoder.head_input(h, seating), seating))
+        self._extend(rows, self._decoder.logits(self._decoder.head_input(h, seating), seating).cpu())
 
     def _extend(self, rows: list[Row], logits: Tensor) -> None:
         """Draw each row's next token from ``logits`` fp32 [R, V]; finished rows leave."""
