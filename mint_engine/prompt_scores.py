@@ -83,8 +83,8 @@ class PromptScorer:
         draws = [self._request.draw] * n
         for k, stream in enumerate(self._streams):
             tokens, logprobs = sample(logits, draws, [stream.next() for _ in range(n)])
-            self._alt_tokens[start : start + n, k] = tokens.numpy()
-            self._alt_logprobs[start : start + n, k] = logprobs.numpy()
+            self._alt_tokens[start : start + n, k] = tokens.cpu().numpy()
+            self._alt_logprobs[start : start + n, k] = logprobs.cpu().numpy()
 
     def result(self) -> dict[str, Any]:
         """The fields that were asked for."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mint_engine import kernels
+from mint_engine.device import upload
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,21 @@ class UniformStream:
         return float(self._generator.random())
 
 
-def temperatures(draws: Sequence[Draw]) -> Tensor:
-    """float32 [R]."""
-    return torch.tensor([d.temperature for d in draws], dtype=torch.float32)
-
-
 def sample(logits: Tensor, draws: Sequence[Draw], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
     """One token per row of ``logits`` fp32 [R, V], and its tempered log-probability: see ``kernels.sample_rows``."""
-    return kernels.sample_rows(
-        logits, temperatures(draws), torch.tensor([d.top_k for d in draws]),
+    arguments = (
+        _temperatures(draws), torch.tensor([d.top_k for d in draws]),
         torch.tensor([d.top_p for d in draws], dtype=torch.float64), torch.tensor(uniforms, dtype=torch.float64),
     )  # fmt: skip
+    return kernels.sample_rows(logits, *(upload(a, logits.device) for a in arguments))
 
 
 def alternatives(logits: Tensor, draws: Sequence[Draw], k: int) -> list[list[tuple[int, float]]]:
     """The k likeliest tokens of every row (all, if there are fewer) with their tempered log-probabilities."""
-    tokens, logprobs = kernels.top_logprobs(logits, temperatures(draws), min(k, logits.shape[1]))
+    at = upload(_temperatures(draws), logits.device)
+    tokens, logprobs = kernels.top_logprobs(logits, at, min(k, logits.shape[1]))
     return [list(zip(t, p, strict=True)) for t, p in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
+
+
+def _temperatures(draws: Sequence[Draw]) -> Tensor:
+    return torch.tensor([d.temperature for d in draws], dtype=torch.float32)

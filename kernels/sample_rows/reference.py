@@ -9,8 +9,8 @@ from torch import Tensor
 def sample_rows(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniforms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    tokens = torch.zeros(len(logits), dtype=torch.int64)
-    logprobs = torch.full((len(logits),), torch.nan, dtype=logits.dtype)
+    tokens = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    logprobs = torch.full((len(logits),), torch.nan, dtype=logits.dtype, device=logits.device)
     for i, z in enumerate(_tempered(logits, temperature)):
         if z.isnan().any():
             continue
@@ -38,7 +38,7 @@ def _tempered(logits: Tensor, temperature: Tensor) -> Tensor:
 
 def _draw(p: Tensor, top_k: int, top_p: float, uniform: float) -> Tensor:
     mass, order = p.sort(descending=True, stable=True)
-    kept = torch.arange(len(p)) < (top_k if top_k >= 1 else len(p))
+    kept = torch.arange(len(p), device=p.device) < (top_k if top_k >= 1 else len(p))
     if top_p < 1:
         before = (mass * kept).cumsum(0) - mass
         kept &= before < top_p * (mass * kept).sum()
