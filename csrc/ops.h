@@ -18,6 +18,7 @@
 #include "peak.h"
 #include "qk_norm_rope.h"
 #include "rms_norm.h"
+#include "sample_rows.h"
 #include "shrink.h"
 #include "swiglu.h"
 #include "target_logprob.h"
@@ -40,8 +41,10 @@
     X(rms_norm)              \
     X(rms_norm_backward)     \
     X(rms_norm_shrink)       \
+    X(sample_rows)           \
     X(swiglu)                \
     X(swiglu_backward)       \
     X(swiglu_shrink)         \
     X(target_dlogits)        \
-    X(target_logprob)
+    X(target_logprob)        \
+    X(top_logprobs)

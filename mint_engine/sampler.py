@@ -7,6 +7,7 @@ the steps. Who is next, and who holds which blocks of the cache, is ``schedule.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -21,7 +22,7 @@ from mint_engine.executor import settle
 from mint_engine.kv_cache import KVCache, blocks_for
 from mint_engine.models.decoder import Decoder
 from mint_engine.requests import MAX_VALUES, Request, check_product
-from mint_engine.sampling import choose, tempered_logprobs
+from mint_engine.sampling import alternatives, sample
 from mint_engine.sampling_pass import Piece, compute
 from mint_engine.sampling_rows import Job, Row, adapter_order
 from mint_engine.schedule import MAX_ALL_ROWS, MAX_ROWS, Schedule
@@ -47,7 +48,7 @@ class Sampler:
         chunk_beside_rows: int = CHUNK_BESIDE_ROWS, chunk_alone: int = CHUNK_ALONE,
     ) -> None:  # fmt: skip
         self._decoder = decoder
-        self._cache = KVCache(decoder.config, decoder.dtype, max_cache_bytes)
+        self._cache = KVCache(decoder.config, decoder.dtype, max_cache_bytes, decoder.device)
         self._schedule = Schedule(self._cache)
         self._wake = wake
         self._chunk_beside_rows, self._chunk_alone = chunk_beside_rows, chunk_alone
@@ -243,7 +244,8 @@ class Sampler:
         if drawn:
             rows = torch.tensor(list(drawn.values()))
             own = seating.select(rows)
-            logits = self._decoder.logits(self._decoder.head_input(h[rows], own), own)
+            x = self._decoder.head_input(h[rows], own)
+            logits = self._decoder.logits(x, own).cpu()  # tokens are drawn on the host
         for job in last:
             self._schedule.finish_job(job)
             if not job.rows:
@@ -271,40 +273,31 @@ class Sampler:
             pieces.append(Piece(row.request.adapter, row.cache, token, row.cache.length))
             row.cache.length += 1
         h, seating = compute(self._decoder, self._cache, [], pieces)
-        self._extend(rows, self._decoder.logits(self._decoder.head_input(h, seating), seating))
+        self._extend(rows, self._decoder.logits(self._decoder.head_input(h, seating), seating).cpu())
 
     def _extend(self, rows: list[Row], logits: Tensor) -> None:
         """Draw each row's next token from ``logits`` fp32 [R, V]; finished rows leave."""
-        finite = torch.isfinite(logits.amax(1)).tolist()  # NaN and +inf both show in the maximum
-        if not all(finite):
-            for row, fine in zip(rows, finite, strict=True):
-                if not fine:
-                    self._cache.retract(row.cache.blocks)  # whoever asks again shall not find these numbers
-                    self._drop(
-                        row.request, NonFiniteError("logits: not finite; the adapter or the base model is broken")
-                    )
-            alive = [i for i, row in enumerate(rows) if not row.request.future.done()]
-            rows, logits = [rows[i] for i in alive], logits[alive]
-        draws = [row.request.draw for row in rows]
-        logprobs = tempered_logprobs(logits, draws)
-        tokens = choose(logprobs, draws, [row.stream.next() for row in rows])
-        chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
-        for i, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), chosen, strict=True)):
+        tokens, logprobs = sample(logits, [row.request.draw for row in rows], [row.stream.next() for row in rows])
+        for i, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)):
+            broken = not math.isfinite(logprob)
+            if broken:
+                self._cache.retract(row.cache.blocks)  # whoever asks again shall not find these numbers
             if row.request.future.done():
                 continue  # another sample of the same call has just failed, or the call was cancelled
             try:
-                self._append(row, token, logprob, logprobs[i])
+                if broken:
+                    raise NonFiniteError("logits: not finite; the adapter or the base model is broken")
+                if row.request.topk:
+                    row.topk += alternatives(logits[i : i + 1], [row.request.draw], row.request.topk)
+                self._append(row, token, logprob)
             except Exception as error:
                 self._drop(row.request, error)
 
-    def _append(self, row: Row, token: int, logprob: float, distribution: Tensor) -> None:
+    def _append(self, row: Row, token: int, logprob: float) -> None:
         """Give a row its next token, and end it if that was the last."""
         row.tokens.append(token)
         row.logprobs.append(logprob)
         self.tokens_sampled += 1
-        if row.request.topk:
-            values, ids = distribution.topk(min(row.request.topk, distribution.numel()))
-            row.topk.append(list(zip(ids.tolist(), values.tolist(), strict=True)))
         if row.request.on_token is not None:
             row.request.on_token(row.index, token, logprob)
         if row.request.stop.reached(row.tokens):

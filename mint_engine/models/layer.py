@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mint_engine.borders import BorderedWeight, Seating
+from mint_engine.device import upload
 from mint_engine.kernels import (
     attention_backward,
     qk_norm_rope,
@@ -83,7 +84,7 @@ class Saved:
     s_gate_up: Tensor
     gate_up: Tensor
     s_down: Tensor
-    rows: Tensor | None = None
+    rows: Tensor | None = None  # int64, ascending, on the CPU
 
     def first(self, count: int) -> Saved:
         """What the backward of the first ``count`` rows needs: views. Which rows follow the attention stays."""
@@ -131,7 +132,7 @@ def forward(
     if rows is not None:
         seating, m = seating.select(rows), len(rows)
         some = take("o of some", m, layer.o.k + linear.tail(layer.o, seating), kept=True)
-        torch.index_select(attended, 0, rows, out=some[:, : layer.o.k])
+        torch.index_select(attended, 0, upload(rows, h.device), out=some[:, : layer.o.k])
         o, h = some, _gather(h, rows, p.space, "h of some")
     linear.shrink_tail(layer.o, o, seating)
     delta = linear.forward(layer.o, o, seating, take("delta", m, layer.o.n))
@@ -173,7 +174,7 @@ def _tail(w: BorderedWeight, x: Tensor, take: Callable[..., Tensor], save: bool)
 
 
 def _gather(t: Tensor, rows: Tensor, space: Workspace, name: str) -> Tensor:
-    return torch.index_select(t, 0, rows, out=space.take(name, (len(rows), t.shape[1]), t.dtype))
+    return torch.index_select(t, 0, upload(rows, t.device), out=space.take(name, (len(rows), t.shape[1]), t.dtype))
 
 
 def backward(
@@ -213,8 +214,9 @@ def backward(
     linear.gradients(layer.o, d_o, saved.o[:, q_width:], saved.o[:, :q_width], seating, grads)
     do = linear.backward(layer.o, d_o, seating, take("do", some, q_width))
     if saved.rows is not None:
-        do = take("do of all", m, q_width).zero_().index_copy_(0, saved.rows, do)
-        dh = take("dh of all", m, dh.shape[1]).zero_().index_copy_(0, saved.rows, dh)
+        at = upload(saved.rows, dh.device)
+        do = take("do of all", m, q_width).zero_().index_copy_(0, at, do)
+        dh = take("dh of all", m, dh.shape[1]).zero_().index_copy_(0, at, dh)
         stream = dh[:, :hidden]
     qk, dqk = take("qk", m, (n_q + n_kv) * config.head_dim), take("dqk", m, (n_q + n_kv) * config.head_dim)
     qk_norm_rope(saved.qkv, p.cos, p.sin, n_q, n_kv, q_weight=layer.q_norm, k_weight=layer.k_norm, eps=eps, out=qk)
