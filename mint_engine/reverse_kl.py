@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mint_engine import trainer
 from mint_engine.adapters import Adapter, TrainState
 from mint_engine.batch import PackedBatch, micro_batches, pack
 from mint_engine.borders import Seating
@@ -111,8 +110,7 @@ def run(
         NonFiniteError: a KL or a gradient is not finite. ``state`` is as it was.
     """
     scratch = torch.zeros_like(state.grads)
-    if max_tokens is None:
-        max_tokens = max(1, trainer.ACTIVATION_BYTES // decoder.activation_bytes_per_token)
+    max_tokens = max_tokens or decoder.max_tokens
     per_row: list[np.ndarray] = []
     for chosen in micro_batches([d.student.size + d.reference.size for d in data], max_tokens):
         pairs = [data[i] for i in chosen]

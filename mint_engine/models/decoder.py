@@ -20,15 +20,23 @@ from mint_engine.models.rope import RopeTable
 from mint_engine.models.weights import WeightReader
 from mint_engine.models.workspace import Workspace
 
+# Memory for the activations of a pass; a call that needs more is cut at datum boundaries into passes, with the same
+# sums. A pass of 2000 tokens or more is no faster per token, and this is enough for that up to models of 4B.
+ACTIVATION_BYTES = 2 << 30
+
 
 class Decoder:
     """One resident copy of a base model in the compute dtype; any number of adapters pass through its borders."""
 
     def __init__(self, config: ModelConfig, reader: WeightReader, dtype: torch.dtype, *,
-                 device: torch.device | str = "cpu",
+                 device: torch.device | str = "cpu", activation_bytes: int = ACTIVATION_BYTES,
                  on_tensor: Callable[[str], None] = lambda name: None) -> None:  # fmt: skip
-        """Read the weights to ``device``. ``on_tensor(name)`` is called after each, for a progress bar."""
+        """Read the weights to ``device``. ``on_tensor(name)`` is called after each, for a progress bar.
+
+        ``activation_bytes``: what a training pass may take beside the weights, see :attr:`max_tokens`.
+        """
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.activation_bytes = activation_bytes
         self.rope = RopeTable(config, self.device)
         self.space = Workspace(self.device)
 
@@ -90,6 +98,11 @@ class Decoder:
         return (c.num_layers * kept + passing) * self.dtype.itemsize + statistics
 
     @property
+    def max_tokens(self) -> int:
+        """Tokens of a training pass that ``activation_bytes`` allow; one longer sequence is a pass all the same."""
+        return max(1, self.activation_bytes // self.activation_bytes_per_token)
+
+    @property
     def resident_bytes(self) -> int:
         """Memory of the weights, with their borders as wide as they are now."""
         tensors = [w.buf for w in self.borders.weights] + ([] if self._embedding is None else [self._embedding])
@@ -102,12 +115,12 @@ class Decoder:
 
     def hidden(
         self, tokens: Tensor, positions: Tensor, seating: Seating, attend: Attend, saved: list[Saved] | None = None,
-        *, rows: Tensor | None = None,
+        *, rows: Tensor | None = None, space: Workspace | None = None,
     ) -> tuple[Tensor, Pass]:  # fmt: skip
-        """The residual stream after the last layer, a new tensor; what a backward needs is appended to ``saved``.
+        """The residual stream after the last layer; what a backward needs is appended to ``saved``.
 
-        [M, H]; or [rows, H] of the ``rows`` (int64, ascending) that are wanted. What is in ``saved`` lives until the
-        next pass over this base model, which writes into the same memory.
+        [M, H]; or [rows, H] of the ``rows`` (int64, ascending) that are wanted. What is in ``saved``, and with
+        ``space`` the result too, lives until the next pass over this base model, which writes into the same memory.
         """
         cos, sin = self.rope.rows(positions)
         p = Pass(self.config, seating, cos, sin, attend, self.space)
@@ -120,7 +133,12 @@ class Decoder:
             if saved is not None and kept is not None:
                 saved.append(kept)
         assert h is not None
-        return h + delta, p
+        return torch.add(h, delta, out=None if space is None else space.take("stream", tuple(h.shape), h.dtype)), p
+
+    def rows(self, t: Tensor, rows: Tensor, name: str) -> Tensor:
+        """Some rows of a matrix (int64, on the CPU), in memory of that name."""
+        out = self.space.take(f"rows of {name}", (len(rows), t.shape[1]), t.dtype)
+        return torch.index_select(t, 0, upload(rows, t.device), out=out)
 
     def hidden_backward(self, dh: Tensor, rows: Tensor, saved: list[Saved], p: Pass, grads: linear.Gradients) -> None:
         """Backward of :meth:`hidden`, which it does once: ``saved`` is overwritten.
@@ -132,15 +150,17 @@ class Decoder:
         if len(rows) < len(last.h) or last.rows is not None:
             saved[-1] = last.select(rows, self.space)
         width = self.config.hidden_size
-        gradient: Tensor | None = self.space.take("dh", (len(rows), width + p.seating.ranks), self.dtype)
-        gradient[:, :width] = dh
+        stream = self.space.take("dh", (len(rows), width + p.seating.ranks), self.dtype)
+        stream[:, :width] = dh
+        gradient: Tensor | None = stream
         for la in reversed(self.layers):
             assert gradient is not None
             gradient = decoder_layer.backward(la, gradient, saved[la.index], p, grads, need_dx=la.index > 0)
 
-    def head_input(self, h: Tensor, seating: Seating) -> Tensor:
-        """Final norm of ``h`` [M, H] with the head adapter's S in the tail: [M, H + p]."""
-        x = h.new_empty(len(h), self.head.k + linear.tail(self.head, seating))
+    def head_input(self, h: Tensor, seating: Seating, space: Workspace | None = None) -> Tensor:
+        """Final norm of ``h`` [M, H] with the head adapter's S in the tail: [M, H + p], new or in ``space``."""
+        shape = len(h), self.head.k + linear.tail(self.head, seating)
+        x = h.new_empty(shape) if space is None else space.take("head input", shape, h.dtype)
         along = linear.shrink_along(self.head, x, seating)
         kernels.rms_norm(h, self.norm, self.config.rms_norm_eps, y=x[:, : self.head.k], shrink=along)
         if along is None:
