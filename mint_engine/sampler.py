@@ -7,8 +7,10 @@ the steps. Who is next, and who holds which blocks of the cache, is ``schedule.p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from mint_engine.sampling import choose, tempered_logprobs
 from mint_engine.sampling_pass import Piece, compute
 from mint_engine.sampling_rows import Job, Row, adapter_order
 from mint_engine.schedule import MAX_ALL_ROWS, MAX_ROWS, Schedule
+from mint_engine.speculation import drafts
 from mint_engine.types import SampledSequence, StopReason
 
 __all__ = ["MAX_ALL_ROWS", "MAX_ROWS", "Sampler"]
@@ -40,17 +43,20 @@ class Sampler:
 
     ``tokens_sampled`` and ``tokens_prefilled`` count since the beginning; the device thread alone changes them.
     ``chunk_beside_rows`` and ``chunk_alone``: tokens of a prompt pass, with samples being decoded and without.
+    ``speculation``: tokens a sample may propose per step (`speculation.py`); 0 for none.
     """
 
     def __init__(
         self, decoder: Decoder, max_cache_bytes: int, wake: Callable[[], None], *,
         chunk_beside_rows: int = CHUNK_BESIDE_ROWS, chunk_alone: int = CHUNK_ALONE,
+        speculation: int = 0,
     ) -> None:  # fmt: skip
         self._decoder = decoder
         self._cache = KVCache(decoder.config, decoder.dtype, max_cache_bytes)
         self._schedule = Schedule(self._cache)
         self._wake = wake
         self._chunk_beside_rows, self._chunk_alone = chunk_beside_rows, chunk_alone
+        self._speculation = speculation
         self._open: dict[Future, Request] = {}  # accepted and not answered yet
         self.tokens_sampled = self.tokens_prefilled = 0
         self._closed: BaseException | None = None
@@ -264,38 +270,61 @@ class Sampler:
         self._finish_jobs({job: len(h) - 1}, h, seating)
 
     def _decode(self, rows: list[Row]) -> None:
-        """One token for every running row, whatever its adapter."""
-        pieces = []
-        for row in rows:
-            token = np.array(row.tokens[-1:], dtype=np.int64)
-            pieces.append(Piece(row.request.adapter, row.cache, token, row.cache.length))
-            row.cache.length += 1
+        """The next token of every running row, whatever its adapter, and more where a proposal was right."""
+        pieces, proposed = [], drafts(rows, self._speculation)
+        for row, draft in zip(rows, proposed, strict=True):
+            tokens = np.array([row.tokens[-1], *draft], dtype=np.int64)
+            pieces.append(Piece(row.request.adapter, row.cache, tokens, row.cache.length))
         h, seating = compute(self._decoder, self._cache, [], pieces)
-        self._extend(rows, self._decoder.logits(self._decoder.head_input(h, seating), seating))
+        for row in rows:
+            row.cache.length += 1  # the others' turn comes when their tokens have been drawn
+        self._extend(rows, self._decoder.logits(self._decoder.head_input(h, seating), seating), proposed)
 
-    def _extend(self, rows: list[Row], logits: Tensor) -> None:
-        """Draw each row's next token from ``logits`` fp32 [R, V]; finished rows leave."""
-        finite = torch.isfinite(logits.amax(1)).tolist()  # NaN and +inf both show in the maximum
-        if not all(finite):
-            for row, fine in zip(rows, finite, strict=True):
-                if not fine:
+    def _extend(self, rows: list[Row], logits: Tensor, proposed: Sequence[Sequence[int]] | None = None) -> None:
+        """Draw each row's next token from ``logits`` fp32 [R, V]; finished rows leave.
+
+        Behind a row's own logits are those of its ``proposed`` tokens.
+        """
+        drawers = [
+            _Drawer(row, draft) for row, draft in zip(rows, proposed if proposed else [()] * len(rows), strict=True)
+        ]
+        finite = iter(torch.isfinite(logits.amax(1)).tolist())  # NaN and +inf both show in the maximum
+        fine = [all([next(finite) for _ in range(d.count)]) for d in drawers]
+        if not all(fine):
+            for row, ok in zip(rows, fine, strict=True):
+                if not ok:
                     self._cache.retract(row.cache.blocks)  # whoever asks again shall not find these numbers
                     self._drop(
                         row.request, NonFiniteError("logits: not finite; the adapter or the base model is broken")
                     )
-            alive = [i for i, row in enumerate(rows) if not row.request.future.done()]
-            rows, logits = [rows[i] for i in alive], logits[alive]
-        draws = [row.request.draw for row in rows]
+            alive = [not row.request.future.done() for row in rows]
+            logits = logits[[a for a, d in zip(alive, drawers, strict=True) for _ in range(d.count)]]
+            drawers = [d for a, d in zip(alive, drawers, strict=True) if a]
+        draws = [d.row.request.draw for d in drawers for _ in range(d.count)]
         logprobs = tempered_logprobs(logits, draws)
-        tokens = choose(logprobs, draws, [row.stream.next() for row in rows])
-        chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
-        for i, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), chosen, strict=True)):
+        tokens = choose(logprobs, draws, [u for d in drawers for u in d.row.stream.peek(d.count)])
+        drawn = zip(tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist(), logprobs, strict=True)
+        for drawer in drawers:
+            self._take(drawer, list(islice(drawn, drawer.count)))
+
+    def _take(self, drawer: _Drawer, drawn: list[tuple[int, float, Tensor]]) -> None:
+        """Give a row its next token, and the next as long as what was proposed is what was drawn."""
+        row, accepted = drawer.row, 0
+        for i, (token, logprob, distribution) in enumerate(drawn):
             if row.request.future.done():
-                continue  # another sample of the same call has just failed, or the call was cancelled
+                return  # another sample of the same call has just failed, or the call was cancelled
+            row.stream.next()
             try:
-                self._append(row, token, logprob, logprobs[i])
+                self._append(row, token, logprob, distribution)
             except Exception as error:
                 self._drop(row.request, error)
+                return
+            if row.index in row.request.finished or i == len(drawer.proposed) or token != drawer.proposed[i]:
+                break
+            row.cache.length += 1
+            accepted += 1
+        if row.lookup is not None:
+            row.lookup.learn(len(drawer.proposed), accepted)
 
     def _append(self, row: Row, token: int, logprob: float, distribution: Tensor) -> None:
         """Give a row its next token, and end it if that was the last."""
@@ -321,6 +350,19 @@ class Sampler:
         )  # fmt: skip
         if len(request.finished) == request.num_samples:
             settle(request.future, request.response)
+
+
+@dataclass(frozen=True)
+class _Drawer:
+    """A row that gets its next token, and what it proposes to come after that."""
+
+    row: Row
+    proposed: Sequence[int] = ()
+
+    @property
+    def count(self) -> int:
+        """Rows of logits."""
+        return 1 + len(self.proposed)
 
 
 def _answered(request: Request) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mint_engine.engine.engine import Engine, alive
 from mint_engine.errors import UserError
+from mint_engine.fair_share import DEFAULT_SAMPLING_SHARE
 
 _engines: dict[tuple[str, Path], Engine] = {}
 _engines_lock = threading.Lock()
@@ -18,7 +19,7 @@ def get_engine(dtype: str | None = None, home: Path | None = None) -> Engine:
     """The process's engine for a compute dtype and a home directory, made on first use.
 
     Defaults: MINT_DTYPE or "bfloat16"; MINT_HOME or ``~/.mint-engine``; MINT_KV_CACHE_BYTES or a quarter of
-    the machine's memory (touched only as it is used).
+    the machine's memory (touched only as it is used); MINT_SAMPLING_SHARE or a half.
     """
     dtype = dtype or os.environ.get("MINT_DTYPE") or "bfloat16"
     home = Path(home or os.environ.get("MINT_HOME") or Path.home() / ".mint-engine").expanduser().resolve()
@@ -27,8 +28,17 @@ def get_engine(dtype: str | None = None, home: Path | None = None) -> Engine:
             given = os.environ.get("MINT_KV_CACHE_BYTES") or "0"
             if not given.isdecimal():
                 raise UserError(f"MINT_KV_CACHE_BYTES: expected a number of bytes, got {given!r}")
-            _engines[dtype, home] = Engine(dtype=dtype, home=home, kv_cache_bytes=int(given))
+            share = _sampling_share()
+            _engines[dtype, home] = Engine(dtype=dtype, home=home, kv_cache_bytes=int(given), sampling_share=share)
         return _engines[dtype, home]
+
+
+def _sampling_share() -> float:
+    given = os.environ.get("MINT_SAMPLING_SHARE")
+    try:
+        return float(given) if given else DEFAULT_SAMPLING_SHARE
+    except ValueError:
+        raise UserError(f"MINT_SAMPLING_SHARE: expected a number between 0 and 1, got {given!r}") from None
 
 
 def close_engines() -> None:
