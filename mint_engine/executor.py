@@ -192,7 +192,8 @@ class Executor:
             begun = time.perf_counter()
         if not sample:
             return resumed is not None or lane is not None
-        if any([self._step(stepper) for stepper in steppers]):
+        worked = [self._step(stepper) for stepper in steppers]
+        if any(worked):
             self._share.sampled(time.perf_counter() - begun, others_waited=waiting)
             return True
         self._share.forget()

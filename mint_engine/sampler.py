@@ -7,9 +7,9 @@ the steps. Who is next, and who holds which blocks of the cache, is ``schedule.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -23,7 +23,7 @@ from mint_engine.executor import settle
 from mint_engine.kv_cache import KVCache, blocks_for
 from mint_engine.models.decoder import Decoder
 from mint_engine.requests import MAX_VALUES, Request, check_product
-from mint_engine.sampling import choose, tempered_logprobs
+from mint_engine.sampling import alternatives, sample
 from mint_engine.sampling_pass import Piece, compute
 from mint_engine.sampling_rows import Job, Row, adapter_order
 from mint_engine.schedule import MAX_ALL_ROWS, MAX_ROWS, Schedule
@@ -52,7 +52,7 @@ class Sampler:
         speculation: int = 0,
     ) -> None:  # fmt: skip
         self._decoder = decoder
-        self._cache = KVCache(decoder.config, decoder.dtype, max_cache_bytes)
+        self._cache = KVCache(decoder.config, decoder.dtype, max_cache_bytes, decoder.device)
         self._schedule = Schedule(self._cache)
         self._wake = wake
         self._chunk_beside_rows, self._chunk_alone = chunk_beside_rows, chunk_alone
@@ -249,7 +249,8 @@ class Sampler:
         if drawn:
             rows = torch.tensor(list(drawn.values()))
             own = seating.select(rows)
-            logits = self._decoder.logits(self._decoder.head_input(h[rows], own), own)
+            x = self._decoder.head_input(h[rows], own)
+            logits = self._decoder.logits(x, own).cpu()  # tokens are drawn on the host
         for job in last:
             self._schedule.finish_job(job)
             if not job.rows:
@@ -275,65 +276,56 @@ class Sampler:
         for row, draft in zip(rows, proposed, strict=True):
             tokens = np.array([row.tokens[-1], *draft], dtype=np.int64)
             pieces.append(Piece(row.request.adapter, row.cache, tokens, row.cache.length))
+            row.cache.length += 1  # the proposed ones count when they have been drawn
         h, seating = compute(self._decoder, self._cache, [], pieces)
-        for row in rows:
-            row.cache.length += 1  # the others' turn comes when their tokens have been drawn
-        self._extend(rows, self._decoder.logits(self._decoder.head_input(h, seating), seating), proposed)
+        self._extend(rows, self._decoder.logits(self._decoder.head_input(h, seating), seating).cpu(), proposed)
 
     def _extend(self, rows: list[Row], logits: Tensor, proposed: Sequence[Sequence[int]] | None = None) -> None:
         """Draw each row's next token from ``logits`` fp32 [R, V]; finished rows leave.
 
-        Behind a row's own logits are those of its ``proposed`` tokens.
+        Behind a row's own logits are those of the tokens it ``proposed``, one after the other.
         """
-        drawers = [
-            _Drawer(row, draft) for row, draft in zip(rows, proposed if proposed else [()] * len(rows), strict=True)
-        ]
-        finite = iter(torch.isfinite(logits.amax(1)).tolist())  # NaN and +inf both show in the maximum
-        fine = [all([next(finite) for _ in range(d.count)]) for d in drawers]
-        if not all(fine):
-            for row, ok in zip(rows, fine, strict=True):
-                if not ok:
-                    self._cache.retract(row.cache.blocks)  # whoever asks again shall not find these numbers
-                    self._drop(
-                        row.request, NonFiniteError("logits: not finite; the adapter or the base model is broken")
-                    )
-            alive = [not row.request.future.done() for row in rows]
-            logits = logits[[a for a, d in zip(alive, drawers, strict=True) for _ in range(d.count)]]
-            drawers = [d for a, d in zip(alive, drawers, strict=True) if a]
-        draws = [d.row.request.draw for d in drawers for _ in range(d.count)]
-        logprobs = tempered_logprobs(logits, draws)
-        tokens = choose(logprobs, draws, [u for d in drawers for u in d.row.stream.peek(d.count)])
-        drawn = zip(tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist(), logprobs, strict=True)
-        for drawer in drawers:
-            self._take(drawer, list(islice(drawn, drawer.count)))
+        proposed = [()] * len(rows) if proposed is None else proposed
+        draws, uniforms = [], []
+        for row, draft in zip(rows, proposed, strict=True):
+            draws += [row.request.draw] * (1 + len(draft))
+            uniforms += row.stream.peek(1 + len(draft))
+        tokens, logprobs = sample(logits, draws, uniforms)
+        drawn = zip(tokens.tolist(), logprobs.tolist(), logits, strict=True)
+        for row, draft in zip(rows, proposed, strict=True):
+            self._take(row, draft, list(islice(drawn, 1 + len(draft))))
 
-    def _take(self, drawer: _Drawer, drawn: list[tuple[int, float, Tensor]]) -> None:
-        """Give a row its next token, and the next as long as what was proposed is what was drawn."""
-        row, accepted = drawer.row, 0
-        for i, (token, logprob, distribution) in enumerate(drawn):
+    def _take(self, row: Row, draft: Sequence[int], drawn: Sequence[tuple[int, float, Tensor]]) -> None:
+        """Give a row its next token, and the one after that while what it proposed is what was drawn."""
+        accepted = 0
+        for i, (token, logprob, logits) in enumerate(drawn):
+            broken = not math.isfinite(logprob)
+            if broken:
+                self._cache.retract(row.cache.blocks)  # whoever asks again shall not find these numbers
             if row.request.future.done():
                 return  # another sample of the same call has just failed, or the call was cancelled
-            row.stream.next()
             try:
-                self._append(row, token, logprob, distribution)
+                if broken:
+                    raise NonFiniteError("logits: not finite; the adapter or the base model is broken")
+                row.stream.next()
+                if row.request.topk:
+                    row.topk += alternatives(logits[None], [row.request.draw], row.request.topk)
+                self._append(row, token, logprob)
             except Exception as error:
                 self._drop(row.request, error)
                 return
-            if row.index in row.request.finished or i == len(drawer.proposed) or token != drawer.proposed[i]:
+            if row.index in row.request.finished or i == len(draft) or token != draft[i]:
                 break
             row.cache.length += 1
             accepted += 1
         if row.lookup is not None:
-            row.lookup.learn(len(drawer.proposed), accepted)
+            row.lookup.learn(len(draft), accepted)
 
-    def _append(self, row: Row, token: int, logprob: float, distribution: Tensor) -> None:
+    def _append(self, row: Row, token: int, logprob: float) -> None:
         """Give a row its next token, and end it if that was the last."""
         row.tokens.append(token)
         row.logprobs.append(logprob)
         self.tokens_sampled += 1
-        if row.request.topk:
-            values, ids = distribution.topk(min(row.request.topk, distribution.numel()))
-            row.topk.append(list(zip(ids.tolist(), values.tolist(), strict=True)))
         if row.request.on_token is not None:
             row.request.on_token(row.index, token, logprob)
         if row.request.stop.reached(row.tokens):
@@ -350,19 +342,6 @@ class Sampler:
         )  # fmt: skip
         if len(request.finished) == request.num_samples:
             settle(request.future, request.response)
-
-
-@dataclass(frozen=True)
-class _Drawer:
-    """A row that gets its next token, and what it proposes to come after that."""
-
-    row: Row
-    proposed: Sequence[int] = ()
-
-    @property
-    def count(self) -> int:
-        """Rows of logits."""
-        return 1 + len(self.proposed)
 
 
 def _answered(request: Request) -> bool:
