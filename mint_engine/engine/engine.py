@@ -21,6 +21,7 @@ from mint_engine.engine.models import Models
 from mint_engine.engine.parking import Parking
 from mint_engine.engine.together import Together
 from mint_engine.engine.training import Training
+from mint_engine.fair_share import DEFAULT_SAMPLING_SHARE
 from mint_engine.stats import EngineStats, OnOperation, rss_bytes
 from mint_engine.store import Store
 from mint_engine.types import GetServerCapabilitiesResponse, SupportedModel
@@ -49,16 +50,18 @@ class Engine(Models, Training, Checkpoints, Parking):
         masked_logprobs: whether forward_backward reports the log-probabilities of positions that its loss masks (weight
             or advantage 0). If not, they are NaN, and such positions skip the unembedding and, in the last layer, all
             but K and V. Loss and gradients are the same sums. `forward` and custom losses always report all.
+        sampling_share: the part of the device's time that decode steps get while training operations wait, between 0
+            and 1; the operations get the rest while there is something to sample. Who is alone gets everything.
     """
 
     def __init__(
         self, *, dtype: str = "bfloat16", device: str | None = None, home: Path, kv_cache_bytes: int | None = None,
         store: Store | None = None, deterministic: bool | None = None, masked_logprobs: bool = True,
-        activation_bytes: int | None = None,
+        activation_bytes: int | None = None, sampling_share: float = DEFAULT_SAMPLING_SHARE,
     ) -> None:  # fmt: skip
         EngineCore.__init__(
             self, dtype=dtype, device=device, home=home, kv_cache_bytes=kv_cache_bytes, store=store,
-            activation_bytes=activation_bytes,
+            activation_bytes=activation_bytes, sampling_share=sampling_share,
         )  # fmt: skip
         self.deterministic = dtype == "float32" if deterministic is None else deterministic
         self.masked_logprobs = masked_logprobs

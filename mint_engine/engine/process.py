@@ -12,6 +12,7 @@ import torch
 from mint_engine.device import resolve
 from mint_engine.engine.engine import Engine, alive
 from mint_engine.errors import UserError
+from mint_engine.fair_share import DEFAULT_SAMPLING_SHARE
 
 _engines: dict[tuple[str, torch.device, Path], Engine] = {}
 _engines_lock = threading.Lock()
@@ -22,7 +23,7 @@ def get_engine(dtype: str | None = None, home: Path | None = None, *, device: st
 
     Defaults: MINT_DTYPE or "bfloat16"; MINT_DEVICE or a GPU if there is one; MINT_HOME or ``~/.mint-engine``;
     MINT_KV_CACHE_BYTES or a quarter of the machine's memory (touched only as it is used), on a GPU of the GPU's;
-    MINT_ACTIVATION_BYTES or 2 GiB; MINT_MASKED_LOGPROBS or "true".
+    MINT_ACTIVATION_BYTES or 2 GiB; MINT_MASKED_LOGPROBS or "true"; MINT_SAMPLING_SHARE or a half.
     """
     dtype = dtype or os.environ.get("MINT_DTYPE") or "bfloat16"
     home = Path(home or os.environ.get("MINT_HOME") or Path.home() / ".mint-engine").expanduser().resolve()
@@ -32,6 +33,7 @@ def get_engine(dtype: str | None = None, home: Path | None = None, *, device: st
             _engines[key] = Engine(
                 dtype=dtype, device=str(key[1]), home=home, kv_cache_bytes=_bytes("MINT_KV_CACHE_BYTES"),
                 activation_bytes=_bytes("MINT_ACTIVATION_BYTES"), masked_logprobs=_flag("MINT_MASKED_LOGPROBS", True),
+                sampling_share=_sampling_share(),
             )  # fmt: skip
         return _engines[key]
 
@@ -48,6 +50,14 @@ def _flag(name: str, default: bool) -> bool:
     if given.lower() not in ("true", "false"):
         raise UserError(f"{name}: expected true or false, got {given!r}")
     return given.lower() == "true"
+
+
+def _sampling_share() -> float:
+    given = os.environ.get("MINT_SAMPLING_SHARE")
+    try:
+        return float(given) if given else DEFAULT_SAMPLING_SHARE
+    except ValueError:
+        raise UserError(f"MINT_SAMPLING_SHARE: expected a number between 0 and 1, got {given!r}") from None
 
 
 def close_engines() -> None:

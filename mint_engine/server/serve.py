@@ -64,6 +64,7 @@ def run(settings: Settings) -> int:
             deterministic=settings.deterministic,
             masked_logprobs=settings.masked_logprobs,
             activation_bytes=settings.activation_bytes,
+            sampling_share=settings.sampling_share,
         )
         stack.callback(engine.close)
         for name in settings.models:
