@@ -27,7 +27,7 @@ class Models(EngineCore):
 
         def build(store: Store) -> Steps[tuple[Base, Adapter, TrainState]]:
             base = yield lambda: self._bases.get(base_model)
-            adapter = Adapter(base.decoder.groups, lora)
+            adapter = Adapter(base.decoder.groups, lora, base.decoder.device)
             return base, adapter, TrainState(adapter)
 
         return self._create(session_id, seq, build, user_metadata)
@@ -97,6 +97,7 @@ class Models(EngineCore):
                     self._residents.model(model_id)
                 yield lambda: store.unpark(model_id)
             self._residents.forget(model_id)
+            self._trim()
 
         return self._submit("unload_model", self._residents.lane(model_id), unload)
 

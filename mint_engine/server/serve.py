@@ -57,10 +57,14 @@ def run(settings: Settings) -> int:
             torch.set_num_threads(settings.threads)
         engine = Engine(
             dtype=settings.dtype,
+            device=settings.device,
             home=settings.home_directory,
             kv_cache_bytes=settings.kv_cache_bytes,
             store=store,
             deterministic=settings.deterministic,
+            masked_logprobs=settings.masked_logprobs,
+            activation_bytes=settings.activation_bytes,
+            sampling_share=settings.sampling_share,
         )
         stack.callback(engine.close)
         for name in settings.models:
