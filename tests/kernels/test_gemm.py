@@ -77,6 +77,22 @@ def test_a_row_does_not_depend_on_its_company(isa: str, dtype: torch.dtype, layo
         assert torch.equal(mm(a[start:stop], b), whole[start:stop])
 
 
+@pytest.mark.parametrize("k", [64, 70, 33, 2100])
+def test_in_tiles_a_row_is_the_same_bits_alone(k: int) -> None:
+    """Also in few rows, and whether the weight is packed or read where it lies (gemm_turned of csrc/gemm.h)."""
+    if "amx" not in ISAS:
+        pytest.skip("this CPU has no tiles")
+    before = op.native.isa()
+    op.native.set_isa("amx")
+    a, b = operands(100, 150, k, "nt", torch.bfloat16)
+    whole, packed = mm(a, b), mm(a, b.contiguous())
+    assert torch.equal(whole, packed)
+    for start, stop in ((0, 1), (7, 15), (40, 100), (99, 100)):
+        assert torch.equal(mm(a[start:stop], b), whole[start:stop])
+        assert torch.equal(mm(a[start:stop], b.contiguous()), whole[start:stop])
+    op.native.set_isa(before)
+
+
 def test_a_nan_stays_in_its_row(isa: str, dtype: torch.dtype, layout: str) -> None:
     a, b = operands(20, 60, 33, layout, dtype)
     a[7, 32] = float("nan")
