@@ -162,13 +162,14 @@ void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b
                 Prefetch next;
                 if ((!last || following < tiles) && (Q::kPairs || rows < 256)) {
                     const int64_t j1 = last ? following % col_tiles * tile.cols : j0, k1 = last ? 0 : k0 + step;
-                    next = panels_ahead(b + j1 * b_col + k1 * b_k, b_col, b_k, min64(tile.cols, n - j1),
-                                        min64(block, k - k1), prefetch_calls<S, T>(rows, cols, depth));
+                    next.reads = panels_ahead(b + j1 * b_col + k1 * b_k, b_col, b_k, min64(tile.cols, n - j1),
+                                              min64(block, k - k1), prefetch_calls<S, T>(rows, cols, depth));
                 }
                 for (int64_t i = 0; i < rows; i += Q::kRows) {
                     const int64_t count = min64(Q::kRows, rows - i);
                     float* ci = one_block ? c : c + i * tile.cols;
-                    if (last) Target::touch(target, i0 + i, j0, count, cols);
+                    if (Q::kTiles && last)
+                        next.writes = target.lines(i0 + i, j0, count, cols, prefetch_calls<S, T>(count, cols, depth));
                     multiply_rows<S, T>(left.at(i), count, pb, cols, depth, ci, tile.cols, k0 > 0, &next);
                     if (last)
                         for (int64_t r = 0; r < count; ++r) out(i0 + i + r, j0, cols, ci + r * tile.cols);
@@ -197,7 +198,8 @@ bool better_turned(int64_t m, int64_t n, int64_t k) {
 // The product of gemm for a weight used transposed (a_k and b_k 1), turned: panels of A, packed once for all threads,
 // and B as rows where they lie. In tiles the sums are the same, bit for bit, and nothing of B is packed.
 template <class S, class T, class Out>
-void gemm_turned(const T* a, int64_t a_row, const T* b, int64_t b_col, int64_t m, int64_t n, int64_t k, Out out) {
+void gemm_turned(const T* a, int64_t a_row, const T* b, int64_t b_col, int64_t m, int64_t n, int64_t k, Out out,
+                 Target target) {
     using Q = Panel<S, T>;
     constexpr int64_t kTileRows = 2 * Q::kRows;
     const int64_t depth = Q::depth(k), padded = ceil_div(m, Q::kCols) * Q::kCols, tiles = ceil_div(n, kTileRows);
@@ -215,11 +217,12 @@ void gemm_turned(const T* a, int64_t a_row, const T* b, int64_t b_col, int64_t m
             const int64_t j0 = t * kTileRows, rows = min64(kTileRows, n - j0), j1 = following * kTileRows;
             Prefetch next;
             if (j1 < n)
-                next = panels_ahead(b + j1 * b_col, b_col, 1, min64(kTileRows, n - j1), k,
-                                    prefetch_calls<S, T>(rows, m, depth));
+                next.reads = panels_ahead(b + j1 * b_col, b_col, 1, min64(kTileRows, n - j1), k,
+                                          prefetch_calls<S, T>(rows, m, depth));
             const Rows left = left_rows<S, T>(b + j0 * b_col, b_col, 1, rows, k, Slot::kPanelsA);
             for (int64_t j = 0; j < rows; j += Q::kRows) {
                 const int64_t count = min64(Q::kRows, rows - j);
+                next.writes = target.lines(0, j0 + j, m, count, prefetch_calls<S, T>(count, m, depth));
                 multiply_rows<S, T>(left.at(j), count, pa, m, depth, sums, padded, false, &next);
                 turn<S>(sums, padded, count, m, turned, Q::kRows);
                 for (int64_t i = 0; i < m; ++i) out(i, j0 + j, count, turned + i * Q::kRows);
@@ -237,7 +240,7 @@ void gemm(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int
     if (m == 0 || n == 0) return;
     if constexpr (Panel<S, T>::kTiles) {
         if (a_k == 1 && b_k == 1 && better_turned<S, T>(m, n, k))
-            return gemm_turned<S, T>(a, a_row, b, b_col, m, n, k, out);
+            return gemm_turned<S, T>(a, a_row, b, b_col, m, n, k, out, target);
     }
     gemm_straight<S, T>(a, a_row, a_k, b, b_col, b_k, m, n, k, out, target);
 }

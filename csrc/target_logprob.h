@@ -1,9 +1,10 @@
 // Fused unembedding + log-softmax at the targets, and the gradient of its logits.
 //
-// The vocabulary is cut into blocks whose packed weight fits in half an L2. A thread packs a block once and runs all
-// rows of x past it; a tile of logits lives only in cache, as exact fp32 sums. Forward: each (row, block) leaves its
-// maximum and its sum of exponentials, and a last pass merges them in block order, so that neither the thread count
-// nor the schedule changes a bit. Backward: the tile is computed again and becomes dlogits in place.
+// The vocabulary is cut into blocks whose packed weight fits in half an L2. A thread packs a block once (or leaves it
+// where it lies and turns the product, see gemm_turned) and runs all rows of x past it; a tile of logits lives only in
+// cache, as exact fp32 sums. Forward: each (row, block) leaves its maximum and its sum of exponentials, and a last pass
+// merges them in block order, so that neither the thread count nor the schedule changes a bit. Backward: the tile is
+// computed again and becomes dlogits in place.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -33,25 +34,41 @@ void for_logit_tiles(const T* x, int64_t x_stride, const T* weight, int64_t w_st
                      int64_t width, Tile tile) {
     using Q = Panel<S, T>;
     const int64_t block = vocab_block<S, T>(width), blocks = ceil_div(vocab, block), depth = Q::depth(width);
-    const bool dots = by_dots<S, T>(rows);
+    const bool dots = by_dots<S, T>(rows), turned = better_turned<S, T>(rows, vocab, width), packs = !dots && !turned;
     Rows left{};
-    if (!dots) left = left_rows<S, T>(x, x_stride, 1, rows, width, Slot::kShared);
+    typename Q::P* panels = nullptr;
+    if (packs) left = left_rows<S, T>(x, x_stride, 1, rows, width, Slot::kShared);
+    if (turned) {
+        panels = panel_scratch<S, T>(Slot::kShared, ceil_div(rows, Q::kCols) * Q::kCols * depth);
+        pack_panels<S, T>(x, x_stride, 1, rows, width, panels);
+    }
     std::atomic<int64_t> claimed{0};
 #pragma omp parallel if (blocks > 1)
     for_claimed(blocks, claimed, [&](int64_t b, int64_t following) {
         const int64_t v0 = b * block, cols = min64(block, vocab - v0), v1 = following * block;
-        float* c = static_cast<float*>(scratch(Slot::kTile, size_t(kTileRows * block) * 4));
-        auto* pb = panel_scratch<S, T>(Slot::kPanelsB, dots ? 16 : block * depth);
-        if (!dots) pack_panels<S, T>(weight + v0 * w_stride, w_stride, 1, cols, width, pb);
+        float* c = static_cast<float*>(scratch(Slot::kTile, size_t(kTileRows * (block + Q::kRows)) * 4));
+        auto* pb = panel_scratch<S, T>(Slot::kPanelsB, packs ? block * depth : 16);
+        if (packs) pack_panels<S, T>(weight + v0 * w_stride, w_stride, 1, cols, width, pb);
         Prefetch next;
         if (!dots && v1 < vocab) {
-            next = panels_ahead(weight + v1 * w_stride, w_stride, 1, min64(block, vocab - v1), width,
-                                prefetch_calls<S, T>(rows, cols, depth));
+            next.reads = panels_ahead(weight + v1 * w_stride, w_stride, 1, min64(block, vocab - v1), width,
+                                      prefetch_calls<S, T>(rows, cols, depth));
         }
+        Rows weight_rows{};
+        if (turned) weight_rows = left_rows<S, T>(weight + v0 * w_stride, w_stride, 1, cols, width, Slot::kPanelsA);
         for (int64_t m0 = 0; m0 < rows; m0 += kTileRows) {
             const int64_t n = min64(kTileRows, rows - m0);
             if (dots) {
                 dot_block<S, T, kDotRows>(n, x, x_stride, weight + v0 * w_stride, w_stride, cols, width, c, block);
+            } else if (turned) {
+                const typename S::Tiles registers;
+                float* sums = c + kTileRows * block;
+                for (int64_t v = 0; v < cols; v += Q::kRows) {
+                    const int64_t count = min64(Q::kRows, cols - v);
+                    multiply_rows<S, T>(weight_rows.at(v), count, panels + m0 * depth, n, depth, sums, kTileRows, false,
+                                        &next);
+                    turn<S>(sums, kTileRows, count, n, c + v, block);
+                }
             } else {
                 const typename S::Tiles registers;
                 for (int64_t i = 0; i < n; i += Q::kRows)
