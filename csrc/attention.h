@@ -97,9 +97,9 @@ struct AttentionForward {
         }
     }
 
-    // One key tile's weights exp(s - max), zipped, and the running maximum and sum; rescales O^T.
+    // One key tile's weights exp(s - max), zipped, and the running maximum (times log2 e) and sum; rescales O^T.
     void softmax(int64_t n_keys, int64_t columns, bool first) {
-        const F vscale = S::set1(scale);
+        const F vscale = S::set1(scale * exp_constants::kLog2e);
         for (int64_t c = 0; c < columns; c += S::W) {
             F top = S::load(scores + c);
             for (int64_t j = 1; j < n_keys; ++j) top = S::max(top, S::load(scores + j * kRows + c));
@@ -108,7 +108,7 @@ struct AttentionForward {
             if (!first) {
                 const F before = S::load(row_max + c);
                 top = S::max(top, before);
-                const F shrink = S::exp(S::sub(before, top));
+                const F shrink = S::exp2(S::sub(before, top));
                 earlier = S::mul(S::load(row_sum + c), shrink);
                 for (int64_t i = 0; i < shape.d; ++i) {
                     float* o = output + i * kRows + c;
@@ -118,7 +118,7 @@ struct AttentionForward {
             S::store(row_max + c, top);
             const F shift = S::sub(S::zero(), top);
             const auto weight = [&](int64_t j) __attribute__((always_inline)) {
-                return S::exp(S::fma(S::load(scores + j * kRows + c), vscale, shift));
+                return S::exp2(S::fma(S::load(scores + j * kRows + c), vscale, shift));
             };
             if constexpr (kPairs) {
                 int64_t j = 0;
@@ -175,7 +175,7 @@ struct AttentionForward {
         for (int64_t c = 0; c < n_rows; ++c, next_row(to)) {
             const float* row = reinterpret_cast<const float*>(query_rows) + c * X::pad(d);
             X::write_row(row, d, out + to.token * out_stride + to.head * d);
-            lse[to.head * shape.tokens + to.token] = row_max[c] + std::log(row_sum[c]);
+            lse[to.head * shape.tokens + to.token] = row_max[c] * exp_constants::kLn2 + std::log(row_sum[c]);
         }
     }
 

@@ -86,7 +86,7 @@ struct AttentionBackward {
             X::copy_row(q + row.token * q_stride + row.head * d, d, q_rows + c * w);
             X::copy_row(grad, d, do_rows + c * w);
             row_delta[c] = -scale * X::inner(grad, o, d);
-            row_lse[c] = -lse[row.head * shape.tokens + row.token];
+            row_lse[c] = -lse[row.head * shape.tokens + row.token] * exp_constants::kLog2e;
         }
         for (int64_t c = n_rows; c < columns; ++c) row_delta[c] = row_lse[c] = 0.0f;
         std::memset(q_rows + n_rows * w, 0, size_t(columns - n_rows) * w * sizeof(Word));
@@ -97,12 +97,12 @@ struct AttentionBackward {
 
     // P^T and dS^T of keys [j, j + n) of a key tile: rows as A of dV and dK, dS^T zipped as B of dQ^T.
     void weights(int64_t j, int64_t n, int64_t columns) {
-        const F vscale = S::set1(scale);
+        const F vscale = S::set1(scale), vscale2 = S::set1(scale * exp_constants::kLog2e);
         for (int64_t c = 0; c < columns; c += S::W) {
             const F vlse = S::load(row_lse + c), vdelta = S::load(row_delta + c);
             F previous = S::zero();
             for (int64_t i = 0; i < n; ++i) {
-                const F weight = S::exp(S::fma(S::load(scores + i * kRows + c), vscale, vlse));
+                const F weight = S::exp2(S::fma(S::load(scores + i * kRows + c), vscale2, vlse));
                 const F grad = S::mul(weight, S::fma(S::load(d_weights + i * kRows + c), vscale, vdelta));
                 if constexpr (kPairs) {
                     S::store(reinterpret_cast<T*>(p + (j + i) * kLdRows) + c, weight);

@@ -99,6 +99,7 @@ void target_logprob(const T* x, int64_t x_stride, const T* weight, int64_t w_str
     const int64_t blocks = ceil_div(vocab, vocab_block<S, T>(width));
     float* peak = static_cast<float*>(scratch(Slot::kPartials, size_t(2 * blocks * rows + 1) * 4));
     float* total = peak + blocks * rows;
+    const auto log2e = S::set1(exp_constants::kLog2e);
     for_logit_tiles<S, T>(x, x_stride, weight, w_stride, rows, vocab, width,
                           [=](int64_t b, int64_t m0, int64_t n, int64_t v0, int64_t cols, const float* c, int64_t ld) {
                               const int64_t padded = ceil_div(cols, S::W) * S::W;
@@ -108,13 +109,16 @@ void target_logprob(const T* x, int64_t x_stride, const T* weight, int64_t w_str
                                   for (int64_t v = S::W; v < padded; v += S::W) high = S::max(high, S::load(row + v));
                                   const float top = S::hmax(high);
                                   const auto shift = S::set1(top == -INFINITY ? 0.0f : top);  // inf - inf is NaN
+                                  const auto weight = [=](int64_t v) __attribute__((always_inline)) {
+                                      return S::exp2(S::mul(S::sub(S::load(row + v), shift), log2e));
+                                  };
                                   auto sum = S::zero(), sum2 = S::zero();
                                   int64_t v = 0;
                                   for (; v + 2 * S::W <= padded; v += 2 * S::W) {
-                                      sum = S::add(sum, S::exp(S::sub(S::load(row + v), shift)));
-                                      sum2 = S::add(sum2, S::exp(S::sub(S::load(row + v + S::W), shift)));
+                                      sum = S::add(sum, weight(v));
+                                      sum2 = S::add(sum2, weight(v + S::W));
                                   }
-                                  if (v < padded) sum = S::add(sum, S::exp(S::sub(S::load(row + v), shift)));
+                                  if (v < padded) sum = S::add(sum, weight(v));
                                   const int64_t m = m0 + i;
                                   peak[m * blocks + b] = top;
                                   total[m * blocks + b] = S::sum(S::add(sum, sum2));
@@ -184,6 +188,7 @@ void target_dlogits(const T* x, int64_t x_stride, const T* weight, int64_t w_str
     float* xb = static_cast<float*>(scratch(Slot::kPartials, size_t(rows * border + 1) * 4));
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t c = 0; c < border; ++c) xb[m * border + c] = to_float(x[m * x_stride + width - border + c]);
+    const auto log2e = S::set1(exp_constants::kLog2e);
     for_logit_tiles<S, T>(x, x_stride, weight, w_stride, rows, vocab, width,
                           [=](int64_t, int64_t m0, int64_t n, int64_t v0, int64_t cols, float* c, int64_t ld) {
                               for (int64_t i = 0; i < n; ++i) {
@@ -193,7 +198,8 @@ void target_dlogits(const T* x, int64_t x_stride, const T* weight, int64_t w_str
                                   for (int64_t j = m * k; j < (m + 1) * k; ++j) sum += dlogprob[j];
                                   const auto shift = S::set1(lse[m]), scale = S::set1(-sum);
                                   for (int64_t v = 0; v < cols; v += S::W)
-                                      S::store(row + v, S::mul(scale, S::exp(S::sub(S::load(row + v), shift))));
+                                      S::store(row + v,
+                                               S::mul(scale, S::exp2(S::mul(S::sub(S::load(row + v), shift), log2e))));
                                   for (int64_t j = m * k; j < (m + 1) * k; ++j)
                                       if (targets[j] >= v0 && targets[j] < v0 + cols)
                                           row[targets[j] - v0] += dlogprob[j];
