@@ -24,6 +24,8 @@ from mint_engine.kernels.op import native
 SHAPES = {  # K x N of the stacked linears: qkv, o, gate and up, down
     "SmolLM2-135M": [(576, 960), (576, 576), (576, 3072), (1536, 576)],
     "Qwen3-0.6B": [(1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024)],
+    "Qwen3-1.7B": [(2048, 4096), (2048, 2048), (2048, 12288), (6144, 2048)],
+    "Qwen3-4B": [(2560, 6144), (4096, 2560), (2560, 19456), (9728, 2560)],
 }
 ROWS = [64, 128, 320, 512, 1024, 4096]
 BORDER = 48  # columns of room beside a weight

@@ -42,7 +42,7 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def fma_peak(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter, rounds: int = 10) -> float:
-    """FLOP/s of independent multiply-adds on every thread (bf16 dots where the CPU has them): the roofline."""
+    """FLOP/s of independent multiply-adds on every thread (bf16 tiles or dots where the ISA has them): the roofline."""
     best, per_round = 0.0, 200_000
     flop, sink = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=dtype)
     for _ in range(rounds):
