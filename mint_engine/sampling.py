@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -28,12 +30,20 @@ class UniformStream:
     def __init__(self, seed: int | None, index: int) -> None:
         self._seed, self._index = seed, index
         self._generator: np.random.Generator | None = None  # made when needed: a call may wait, with many samples
+        self._ahead: deque[float] = deque()
 
-    def next(self) -> float:
+    def peek(self, count: int) -> list[float]:
+        """The next ``count`` numbers, which stay."""
         if self._generator is None:
             key = None if self._seed is None else np.array([self._seed % 2**64, self._index], dtype=np.uint64)
             self._generator = np.random.Generator(np.random.Philox(key=key))
-        return float(self._generator.random())
+        while len(self._ahead) < count:
+            self._ahead.append(float(self._generator.random()))
+        return list(islice(self._ahead, count))
+
+    def next(self) -> float:
+        self.peek(1)
+        return self._ahead.popleft()
 
 
 def sample(logits: Tensor, draws: Sequence[Draw], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:

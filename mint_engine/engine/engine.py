@@ -21,6 +21,7 @@ from mint_engine.engine.models import Models
 from mint_engine.engine.parking import Parking
 from mint_engine.engine.together import Together
 from mint_engine.engine.training import Training
+from mint_engine.fair_share import DEFAULT_SAMPLING_SHARE
 from mint_engine.stats import EngineStats, OnOperation, rss_bytes
 from mint_engine.store import Store
 from mint_engine.types import GetServerCapabilitiesResponse, SupportedModel
@@ -44,13 +45,18 @@ class Engine(Models, Training, Checkpoints, Parking):
         deterministic: whether a training call's numbers are to be the same bits in any company. If not, calls of
             different clients share passes over the base model (`trainer.run_together`), which is several times faster
             for many small ones and moves their numbers by roundings. Default: in float32, which is for exactness.
+        sampling_share: the part of the device's time that decode steps get while training operations wait, between 0
+            and 1; the operations get the rest while there is something to sample. Who is alone gets everything.
     """
 
     def __init__(
         self, *, dtype: str = "bfloat16", device: str | None = None, home: Path, kv_cache_bytes: int | None = None,
-        store: Store | None = None, deterministic: bool | None = None,
+        store: Store | None = None, deterministic: bool | None = None, sampling_share: float = DEFAULT_SAMPLING_SHARE,
     ) -> None:  # fmt: skip
-        EngineCore.__init__(self, dtype=dtype, device=device, home=home, kv_cache_bytes=kv_cache_bytes, store=store)
+        EngineCore.__init__(
+            self, dtype=dtype, device=device, home=home, kv_cache_bytes=kv_cache_bytes, store=store,
+            sampling_share=sampling_share,
+        )  # fmt: skip
         self.deterministic = dtype == "float32" if deterministic is None else deterministic
         self._together = Together(self._residents, self._recorder, share=not self.deterministic)
         self._references = OrderedDict()

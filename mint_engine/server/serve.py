@@ -62,6 +62,7 @@ def run(settings: Settings) -> int:
             kv_cache_bytes=settings.kv_cache_bytes,
             store=store,
             deterministic=settings.deterministic,
+            sampling_share=settings.sampling_share,
         )
         stack.callback(engine.close)
         for name in settings.models:

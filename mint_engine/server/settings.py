@@ -17,6 +17,7 @@ from pydantic_settings import (
 )
 
 from mint_engine.errors import UserError
+from mint_engine.fair_share import DEFAULT_SAMPLING_SHARE
 
 ENV_PREFIX = "MINT_SERVER_"
 
@@ -58,6 +59,12 @@ class Settings(BaseSettings):
         default=None,
         ge=1 << 16,
         description="KV cache of each base model; default a quarter of the machine's memory, or of the GPU's.",
+    )
+    sampling_share: float = Field(
+        default=DEFAULT_SAMPLING_SHARE,
+        gt=0,
+        lt=1,
+        description="The part of the device's time that sampling gets while training waits, and training the rest.",
     )
     public_url: str | None = Field(
         default=None,
