@@ -84,9 +84,11 @@ class BaseModels:
         cache_bytes: int,
         on_load: Callable[[Sampler], None],
         wake: Callable[[], None],
+        *,
+        int8: bool = False,
     ) -> None:
         self._home, self._dtype, self._device, self._cache_bytes = home, dtype, device, cache_bytes
-        self._on_load, self._wake = on_load, wake
+        self._on_load, self._wake, self._int8 = on_load, wake, int8
         self._lock = threading.Lock()
         self._loading: dict[str, Future[Base]] = {}
 
@@ -138,7 +140,12 @@ class BaseModels:
             names = set(reader.names())
             progress.update(task, total=len(names))
             decoder = Decoder(
-                config, reader, self._dtype, device=self._device, on_tensor=lambda _: progress.advance(task)
+                config,
+                reader,
+                self._dtype,
+                device=self._device,
+                int8=self._int8,
+                on_tensor=lambda _: progress.advance(task),
             )
         sampler = Sampler(decoder, self._cache_bytes, self._wake)
         self._on_load(sampler)

@@ -23,7 +23,7 @@ def get_engine(dtype: str | None = None, home: Path | None = None, *, device: st
 
     Defaults: MINT_DTYPE or "bfloat16"; MINT_DEVICE or a GPU if there is one; MINT_HOME or ``~/.mint-engine``;
     MINT_KV_CACHE_BYTES or a quarter of the machine's memory (touched only as it is used), on a GPU of the GPU's;
-    MINT_SAMPLING_SHARE or a half.
+    MINT_SAMPLING_SHARE or a half; MINT_WEIGHTS ("int8", see :class:`Engine`) or the compute dtype's.
     """
     dtype = dtype or os.environ.get("MINT_DTYPE") or "bfloat16"
     home = Path(home or os.environ.get("MINT_HOME") or Path.home() / ".mint-engine").expanduser().resolve()
@@ -34,7 +34,12 @@ def get_engine(dtype: str | None = None, home: Path | None = None, *, device: st
             if not given.isdecimal():
                 raise UserError(f"MINT_KV_CACHE_BYTES: expected a number of bytes, got {given!r}")
             _engines[key] = Engine(
-                dtype=dtype, device=str(key[1]), home=home, kv_cache_bytes=int(given), sampling_share=_sampling_share()
+                dtype=dtype,
+                device=str(key[1]),
+                home=home,
+                kv_cache_bytes=int(given),
+                sampling_share=_sampling_share(),
+                weights=os.environ.get("MINT_WEIGHTS") or None,
             )
         return _engines[key]
 
