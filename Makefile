@@ -2,8 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes with one OpenMP thread each: two threads that wait for each other beside a busy core are slow (NOTES.md).
+# The tests of a file stay in one process, for the servers and models that they share.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+SHARED := -n 2 --dist loadfile
 
-.PHONY: setup demo test test-slow lint format bench clean
+.PHONY: setup demo test test-slow sanitize lint format bench clean
 
 setup: $(VENV)/.ready
 
@@ -18,10 +22,11 @@ demo: setup
 	$(BIN)/mint-engine demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) $(SHARED)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) $(SHARED) -m "slow and not alone"
+	$(PYTEST) -m alone
 
 # mypy does not know that kernels/ installs as mint_engine.kernels, so it is shown a copy laid out that way.
 lint: setup
