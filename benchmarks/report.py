@@ -1,8 +1,9 @@
 """The saved results of benchmarks.training as the README's table and as a bar chart.
 
-    python -m benchmarks.report [--short] [--chart]
+    python -m benchmarks.report [--short] [--write]
 
-prints the table in Markdown; ``--chart`` draws benchmarks/results/training.png instead.
+draws the chart beside the JSON (benchmarks/results/training.png) and prints the table in Markdown; ``--write`` also
+puts it into README.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 
 from benchmarks.timing import RESULTS
 from benchmarks.training.render import markdown
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- benchmarks.report writes this -->", "<!-- to here -->"
 
 
 def chart(document: dict[str, Any], path: Path) -> None:
@@ -47,18 +51,24 @@ def chart(document: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def write(table: str, readme: Path) -> None:
+    """Replace what is between the two marks."""
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="of the short form that make bench runs")
-    parser.add_argument("--chart", action="store_true", help="draw the chart instead of printing the table")
+    parser.add_argument("--write", action="store_true", help="also put the table into README.md")
     args = parser.parse_args()
     name = "training_short" if args.short else "training"
     document = json.loads((RESULTS / f"{name}.json").read_text())
-    if args.chart:
-        chart(document, RESULTS / f"{name}.png")
-        print(f"benchmarks/results/{name}.png")
-    else:
-        print(markdown(document))
+    chart(document, RESULTS / f"{name}.png")
+    table = markdown(document)
+    print(table)
+    if args.write:
+        write(table, README)
 
 
 if __name__ == "__main__":

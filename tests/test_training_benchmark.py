@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks import kernel_cases as small
 from benchmarks.training import __main__ as command
 from benchmarks.training import measure
 from benchmarks.training.contenders import KINDS
@@ -126,3 +128,17 @@ def test_targets_are_missed_and_met() -> None:
         (7.0, True), (2.5, False), (0.7, True), (0.3, False), (0.4, True),
     ]  # fmt: skip
     assert Target(**{k: v for k, v in found[0].document.items() if k != "met"}) == found[0]
+
+
+def test_an_op_that_is_wrong_is_not_timed() -> None:
+    """And one that is right passes, whatever its outputs."""
+    for case in (small.norm(4), small.norm_backward(), small.swiglu(4), small.lora_gradients(), small.qk_norm_rope()):
+        small.gate("right", case)
+    right = small.swiglu_backward()
+
+    def wrong(*inputs: torch.Tensor, face: str | None = None) -> list[torch.Tensor]:
+        dgate_up, a = right.ours(*inputs, face=face)
+        return [dgate_up if face == "reference" else dgate_up * 1.1, a]
+
+    with pytest.raises(small.GateClosedError, match="wrong: output 0"):
+        small.gate("wrong", replace(right, ours=wrong))

@@ -63,4 +63,5 @@ def markdown(document: dict[str, Any]) -> str:
             title = ""
         floor = rows[OURS]
         out.append(f"| | floor at the measured bf16 peak | {floor['floor_ms']:.0f} | | {floor['peak_share']:.0%} | |")
+    out += ["", "![milliseconds a step](benchmarks/results/training.png)"]
     return "\n".join(out)
