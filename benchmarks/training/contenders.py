@@ -108,7 +108,7 @@ class Peft:
                     **rows.extra,
                 )  # fmt: skip
             out.loss.backward()
-            total += float(out.loss)
+            total += float(out.loss.detach())
         return total * self.weighted
 
     def gradients(self) -> tuple[float, dict[str, Tensor]]:
