@@ -25,9 +25,9 @@ class Staged:
         array: np.ndarray = self._host[slot].numpy()
         return array
 
-    def upload(self, slot: int) -> None:
-        """Queue the copy to the device. The host's copy must stay as it is until it is done."""
-        self.device.copy_(self._host[slot], non_blocking=True)
+    def upload(self, slot: int, target: Tensor | None = None) -> None:
+        """Queue the copy to the device (or to ``target``). The host's copy must stay as it is until it is done."""
+        (self.device if target is None else target).copy_(self._host[slot], non_blocking=True)
 
 
 class Turns:
