@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mint_engine.kernels.attention import Bounds
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -16,7 +18,7 @@ class PackedBatch:
 
     tokens: Tensor
     positions: Tensor
-    cu_seqlens: Tensor
+    cu_seqlens: Tensor | Bounds
 
     @property
     def num_tokens(self) -> int:

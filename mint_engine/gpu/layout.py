@@ -89,7 +89,8 @@ def trained(adapter: Adapter) -> tuple[bool, bool, bool]:
 
 @dataclass(frozen=True)
 class Rows:
-    """The host's arrays of one pass. ``scored`` int64: the rows with a gradient, padded with rows that have none."""
+    """The host's arrays of one pass. ``scored`` int64: the rows with a gradient, padded with a row that has none; or,
+    where there is room for all rows, all of them in order."""
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -122,8 +123,10 @@ def lay_out(parts: Sequence[Part], shape: Shape, out: Rows) -> np.ndarray:
         if row < start + seat.rows:
             bounds.append(start + seat.rows)
         scored = out.scored[first : first + seat.scored]
-        scored[: len(part.scored)] = start + part.scored
-        if len(part.scored) < seat.scored:
+        if seat.scored == seat.rows:
+            scored[:] = start + np.arange(seat.rows)
+        else:
+            scored[: len(part.scored)] = start + part.scored
             scored[len(part.scored) :] = start + _one_without(part.scored)
         start, first = start + seat.rows, first + seat.scored
     return np.array(bounds, dtype=np.int32)

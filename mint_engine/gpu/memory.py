@@ -15,8 +15,7 @@ from mint_engine.models.decoder import Decoder
 
 ENOUGH = 4096  # tokens that fill a GPU: a longer pass is hardly faster per token
 LARGEST = 1 << 16  # tokens of a pass, however much memory there is
-SHARE = 0.8  # of the free memory: fragments, and what the allocator rounds up
-CPU_BYTES = 4 << 30
+SHARE = 0.6  # of the memory that is free once base and KV cache are there; the rest is for adapters and logits
 
 
 @dataclass(frozen=True)
@@ -28,20 +27,16 @@ class Plan:
 
 
 def kept_bytes(decoder: Decoder, *, checkpoint: bool) -> int:
-    """Bytes per token that a pass holds at its peak: what all layers keep, and one layer at work."""
-    c, size = decoder.config, decoder.dtype.itemsize
-    layer = decoder.activation_bytes_per_token // c.num_layers
-    # Beside what is kept: the MLP's gradient buffers, x, the stream and its gradients, the rotated q and k, and theirs.
-    working = size * (4 * c.intermediate_size + 8 * c.hidden_size + 3 * (c.num_heads + c.num_kv_heads) * c.head_dim)
+    """Bytes per token that a pass writes: what all layers keep, or their inputs and what one keeps; and one at work."""
     if not checkpoint:
-        return c.num_layers * layer + working
-    return c.num_layers * c.hidden_size * size + layer + working
+        return decoder.activation_bytes_per_token
+    c = decoder.config
+    return decoder.activation_bytes_of(1) + c.num_layers * c.hidden_size * decoder.dtype.itemsize
 
 
-def plan(decoder: Decoder, total: int, longest: int, budget: int | None = None) -> Plan:
-    """What to do with a call of ``total`` tokens in sequences of at most ``longest``; ``budget`` in bytes."""
-    if budget is None:
-        budget = free_bytes(decoder.device)
+def plan(decoder: Decoder, total: int, longest: int) -> Plan:
+    """What ``decoder.activation_bytes`` allow of a call of ``total`` tokens in sequences of at most ``longest``."""
+    budget = decoder.activation_bytes
     keeping = budget // kept_bytes(decoder, checkpoint=False)
     if keeping >= max(min(total, ENOUGH), longest):
         return Plan(max(1, min(keeping, LARGEST)), False)
@@ -50,8 +45,6 @@ def plan(decoder: Decoder, total: int, longest: int, budget: int | None = None) 
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that activations may take: what is free on a GPU, that which earlier passes let go of included."""
-    if device.type != "cuda":
-        return CPU_BYTES
+    """What a pass may take of a GPU's memory, once the weights are there: what is free, less a reserve."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(SHARE * (torch.cuda.mem_get_info(device)[0] + unused))

@@ -109,7 +109,9 @@ class Program:
             scored.append(Segment(first, first + seat.scored, adapter, offset))
             start, first, offset = start + seat.rows, first + seat.scored, offset + seat.rank
         # A tile of rows has its own columns of the border, where the kernel's contract allows it.
-        by_tile = len(rows) > 1 and all(seat.rank % 16 == 0 for seat in self._shape.seats)
+        widths = [seat.rank for seat in self._shape.seats]
+        widths += [width for w in self._decoder.borders.weights for width in (w.n, w.k) if w is not self._decoder.head]
+        by_tile = len(rows) > 1 and all(width % 16 == 0 for width in widths)
         tile_rows = TILE_ROWS if by_tile else 0
         selected = Seating(tuple(scored), offset, tile_rows=tile_rows)
         return Seating(tuple(rows), offset, tile_rows=tile_rows, known=(self._scored.device, selected)), selected

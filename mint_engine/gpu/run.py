@@ -22,7 +22,8 @@ from mint_engine.models.decoder import Decoder
 from mint_engine.types import ForwardBackwardOutput
 
 PROGRAMS = 64  # kept, least recently used first out; what they do not share is small
-TARGET_CELLS = 1 << 25  # targets of a pass, padded to those of the widest datum
+# Targets of a pass, padded to those of the widest datum: one wide datum must not multiply all the others.
+TARGET_CELLS = 1 << 25
 
 
 class Programs:
@@ -116,6 +117,14 @@ class Programs:
         return CudaGraph(launch, self._pool)
 
 
+def programs(decoder: Decoder) -> Programs:
+    """The programs of a base model, none at first."""
+    if decoder.programs is None:
+        decoder.programs = Programs(decoder)
+    found: Programs = decoder.programs
+    return found
+
+
 def _collect(done: Pending) -> None:
     """Give every call its rows of a pass that is over."""
     logprobs, values, start = done.logprobs, done.values, 0
@@ -125,8 +134,8 @@ def _collect(done: Pending) -> None:
             found, losses = logprobs[rows], values[rows]
             start += seat.rows
         else:
-            rows = slice(start, start + len(part.scored))
             at = torch.from_numpy(part.scored)
+            rows = start + (at if seat.scored == seat.rows else torch.arange(len(at)))
             found = torch.full((part.tokens, done.shape.width), np.nan).index_copy_(0, at, logprobs[rows])
             losses = torch.zeros(part.tokens, done.shape.width).index_copy_(0, at, values[rows])
             start += seat.scored

@@ -1,4 +1,4 @@
-"""Buffers on the device whose contents the host writes ahead: two pinned copies each, so one is written while one moves."""
+"""Device buffers that the host writes ahead: two pinned copies of each, so that one is written while one moves."""
 
 from __future__ import annotations
 

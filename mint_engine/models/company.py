@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from mint_engine.borders import BorderedWeight, Seating, Segment
+from mint_engine.device import upload
 from mint_engine.kernels import grouped_linear, grouped_outer
 from mint_engine.kernels.grouped_linear import LinearTable, Outer, OuterTable, Product
 
@@ -90,12 +92,10 @@ def expand_gradient(w: BorderedWeight, dy: Tensor, dx: Tensor, seating: Seating)
     return grouped_linear(dy, w.buf, dx, _table("expand_gradient", w, seating, table), add=True)
 
 
-def accumulate(
-    w: BorderedWeight, dy: Tensor, x: Tensor, s_tail: Tensor, seating: Seating, outs: Sequence[Tensor]
-) -> None:
-    """Add dA = dSᵀ X and dB_j = dY_jᵀ S_j; ``outs`` are where each segment's dA begins, with its dB_j behind it."""
+def accumulate_a(w: BorderedWeight, dy: Tensor, x: Tensor, seating: Seating, outs: Sequence[Tensor]) -> None:
+    """Add dA = dSᵀ X; ``outs`` are where each segment's dA begins, with its dB_j behind it."""
 
-    def table_a(segments: Sequence[Segment]) -> OuterTable:
+    def table(segments: Sequence[Segment]) -> OuterTable:
         return OuterTable.of(
             [
                 Outer(i, s.start, s.stop - s.start, w.n, w.m * s.adapter.rank, 0, w.k, 0, w.k)
@@ -104,7 +104,13 @@ def accumulate(
             len(dy), dy.shape[1], x.shape[1], len(segments),
         )  # fmt: skip
 
-    def table_b(segments: Sequence[Segment]) -> OuterTable:
+    grouped_outer(dy, x, outs, _table("dA", w, seating, table))
+
+
+def accumulate_b(w: BorderedWeight, dy: Tensor, s_tail: Tensor, seating: Seating, outs: Sequence[Tensor]) -> None:
+    """Add dB_j = dY_jᵀ S_j; ``outs`` as in :func:`accumulate_a`."""
+
+    def table(segments: Sequence[Segment]) -> OuterTable:
         return OuterTable.of(
             [
                 Outer(i, s.start, s.stop - s.start, row, n, j * r, r, w.m * r * w.k + row * r, r)
@@ -114,8 +120,24 @@ def accumulate(
             len(dy), dy.shape[1], s_tail.shape[1], len(segments),
         )  # fmt: skip
 
-    grouped_outer(dy, x, outs, _table("dA", w, seating, table_a))
-    grouped_outer(dy, s_tail, outs, _table("dB", w, seating, table_b))
+    grouped_outer(dy, s_tail, outs, _table("dB", w, seating, table))
+
+
+def spans(w: BorderedWeight, inner: int, seating: Seating, rows: int) -> Tensor:
+    """What `kernels.bordered_by_tile` wants to know of each tile of rows, on the weight's device.
+
+    ``inner``: columns of the base, behind which S (or dS) sits, as B (or A) does in the weight.
+    """
+
+    def table(segments: Sequence[Segment]) -> Tensor:
+        out = torch.zeros(rows // seating.tile_rows, 3, dtype=torch.int32)
+        for s in segments:
+            at = inner + w.m * s.offset
+            tiles = slice(s.start // seating.tile_rows, s.stop // seating.tile_rows)
+            out[tiles] = torch.tensor([at, at, w.m * s.adapter.rank], dtype=torch.int32)
+        return upload(out, w.buf.device)
+
+    return _table(f"spans of {rows} rows from {inner}", w, seating, table)
 
 
 def _factors_b(w: BorderedWeight, s: Segment) -> list[tuple[int, int, int, int, int]]:

@@ -63,6 +63,8 @@ def run(settings: Settings) -> int:
             store=store,
             deterministic=settings.deterministic,
             sampling_share=settings.sampling_share,
+            masked_logprobs=settings.masked_logprobs,
+            activation_bytes=settings.activation_bytes,
         )
         stack.callback(engine.close)
         for name in settings.models:
