@@ -32,8 +32,7 @@ class EngineCore:
 
     def __init__(
         self, *, dtype: str, device: str | None, home: Path, kv_cache_bytes: int | None, store: Store | None,
-        sampling_share: float = DEFAULT_SAMPLING_SHARE,
-        activation_bytes: int | None,
+        activation_bytes: int | None, sampling_share: float = DEFAULT_SAMPLING_SHARE,
     ) -> None:  # fmt: skip
         if dtype not in DTYPES:
             raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")

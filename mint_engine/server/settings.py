@@ -65,16 +65,16 @@ class Settings(BaseSettings):
         ge=1 << 16,
         description="KV cache of each base model; default a quarter of the machine's memory, or of the GPU's.",
     )
+    activation_bytes: int | None = Field(
+        default=None,
+        ge=1 << 20,
+        description="Memory a training pass may take beside the weights; default 2 GiB. Larger calls take several.",
+    )
     sampling_share: float = Field(
         default=DEFAULT_SAMPLING_SHARE,
         gt=0,
         lt=1,
         description="The part of the device's time that sampling gets while training waits, and training the rest.",
-    )
-    activation_bytes: int | None = Field(
-        default=None,
-        ge=1 << 20,
-        description="Memory a training pass may take beside the weights; default 2 GiB. Larger calls take several.",
     )
     public_url: str | None = Field(
         default=None,
