@@ -194,10 +194,11 @@ class Decoder:
         """Gradient with respect to ``h`` [M, H], given ``dlogprob`` [M, K]; the head adapters' go to ``grads``."""
         ranks = seating.ranks_of(self.head.group)
         x = x[:, : self.head.k + self.head.m * ranks]  # the rows with a gradient may all be of untrained heads
-        spans = seating.columns(self.head.group, len(x))
+        # They only save the CPU's kernel time, and would have to be sent to a GPU.
+        spans = seating.columns(self.head.group, len(x)) if x.is_cpu else None
         dx_ext, d_border = kernels.target_logprob_backward(
             x, self.head.forward_weight(ranks), targets, dlogprob, lse, border=self.head.m * ranks,
-            spans=None if spans is None else upload(spans, self.device),
+            spans=spans,
         )  # fmt: skip
         return self._head_gradients(h, x, dx_ext, d_border, seating, grads)
 
