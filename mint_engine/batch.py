@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mint_engine.kernels.attention import Bounds
-
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -18,7 +16,7 @@ class PackedBatch:
 
     tokens: Tensor
     positions: Tensor
-    cu_seqlens: Tensor | Bounds
+    cu_seqlens: Tensor
 
     @property
     def num_tokens(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -32,7 +32,7 @@ class CudaGraph:
     a capture must not see. Memory that it takes belongs to ``pool``, which programs share: only one runs at a time.
     """
 
-    def __init__(self, launch: Callable[[], None], pool: object) -> None:
+    def __init__(self, launch: Callable[[], None], pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             launch()

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mint_engine.adapters import Adapter
-from mint_engine.batch import PackedBatch
 from mint_engine.borders import Seating, Segment
 from mint_engine.gpu.capture import Capture, NoGraph
 from mint_engine.gpu.layout import TILE_ROWS, Part, Rows, Shape, lay_out
@@ -121,14 +120,14 @@ class Program:
         decoder, shape, scored = self._decoder, self._shape, self._scored.device
         for adapter in self.gradients:
             adapter.params.zero_()
-        batch = PackedBatch(self._tokens.device, self._positions.device, self._bounds)
+        attend = decoder.attend_within(self._bounds)
         saved: list[Saved] | None = [] if shape.backward else None
         some = None if shape.masked else scored
         forward, backward = decoder.hidden, decoder.hidden_backward
         if shape.checkpoint and shape.backward:
             forward, backward = checkpointed.functions(decoder)
         h, p = forward(
-            batch.tokens, batch.positions, self._seating, decoder.packed_attend(batch), saved, rows=some,
+            self._tokens.device, self._positions.device, self._seating, attend, saved, rows=some,
             space=decoder.space, length=shape.rows,
         )  # fmt: skip
         head = (self._seating if shape.masked else self._head).bordered

@@ -135,9 +135,9 @@ def _collect(done: Pending) -> None:
             start += seat.rows
         else:
             at = torch.from_numpy(part.scored)
-            rows = start + (at if seat.scored == seat.rows else torch.arange(len(at)))
-            found = torch.full((part.tokens, done.shape.width), np.nan).index_copy_(0, at, logprobs[rows])
-            losses = torch.zeros(part.tokens, done.shape.width).index_copy_(0, at, values[rows])
+            of = start + (at if seat.scored == seat.rows else torch.arange(len(at)))
+            found = torch.full((part.tokens, done.shape.width), np.nan).index_copy_(0, at, logprobs[of])
+            losses = torch.zeros(part.tokens, done.shape.width).index_copy_(0, at, values[of])
             start += seat.scored
         if part.work.error is None:
             part.work.record(found, losses, part.data, part.first)

@@ -13,6 +13,7 @@ from mint_engine.adapters import LinearGroup
 from mint_engine.batch import PackedBatch
 from mint_engine.borders import DEFAULT_RANKS, BorderedWeight, Borders, Seating
 from mint_engine.device import upload
+from mint_engine.kernels.attention import Bounds
 from mint_engine.models import layer as decoder_layer
 from mint_engine.models import linear
 from mint_engine.models.config import ModelConfig
@@ -231,11 +232,15 @@ class Decoder:
 
     def packed_attend(self, batch: PackedBatch) -> Attend:
         """Causal attention within each sequence of the batch."""
+        return self.attend_within(batch.cu_seqlens)
+
+    def attend_within(self, bounds: Tensor | Bounds) -> Attend:
+        """The same for sequences with these bounds."""
         c = self.config
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
             lse = self.space.take(("lse", layer), (c.num_heads, len(q)), torch.float32)
-            args = (batch.cu_seqlens, c.num_heads, c.num_kv_heads, c.head_dim**-0.5)
+            args = (bounds, c.num_heads, c.num_kv_heads, c.head_dim**-0.5)
             return kernels.attention(q, k, v, *args, out=out, lse=lse)[1]
 
         return attend
