@@ -97,9 +97,9 @@ struct AttentionForward {
         }
     }
 
-    // One key tile's weights exp(s - max), zipped, and the running maximum (times log2 e) and sum; rescales O^T.
+    // One key tile's weights exp(s - max), zipped, and the running maximum and sum; rescales O^T.
     void softmax(int64_t n_keys, int64_t columns, bool first) {
-        const F vscale = S::set1(scale * exp_constants::kLog2e);
+        const F vscale = S::set1(scale);
         for (int64_t c = 0; c < columns; c += S::W) {
             F top = S::load(scores + c);
             for (int64_t j = 1; j < n_keys; ++j) top = S::max(top, S::load(scores + j * kRows + c));
@@ -108,7 +108,7 @@ struct AttentionForward {
             if (!first) {
                 const F before = S::load(row_max + c);
                 top = S::max(top, before);
-                const F shrink = S::exp2(S::sub(before, top));
+                const F shrink = S::exp(S::sub(before, top));
                 earlier = S::mul(S::load(row_sum + c), shrink);
                 for (int64_t i = 0; i < shape.d; ++i) {
                     float* o = output + i * kRows + c;
@@ -118,7 +118,7 @@ struct AttentionForward {
             S::store(row_max + c, top);
             const F shift = S::sub(S::zero(), top);
             const auto weight = [&](int64_t j) __attribute__((always_inline)) {
-                return S::exp2(S::fma(S::load(scores + j * kRows + c), vscale, shift));
+                return S::exp(S::fma(S::load(scores + j * kRows + c), vscale, shift));
             };
             if constexpr (kPairs) {
                 int64_t j = 0;
@@ -133,15 +133,19 @@ struct AttentionForward {
                     X::store_zipped(weights + j / 2 * kRows + c, a, S::zero());
                 }
             } else {
-                for (int64_t j = 0; j < n_keys; ++j) {
-                    const F a = weight(j);
+                float* to = reinterpret_cast<float*>(weights) + c;
+                for (int64_t j = 0; j + 2 <= n_keys; j += 2) {
+                    const F a = weight(j), b = weight(j + 1);
+                    sum = S::add(sum, S::add(a, b));
+                    S::store(to + j * kRows, a);
+                    S::store(to + (j + 1) * kRows, b);
+                }
+                if (n_keys % 2 != 0) {
+                    const F a = weight(n_keys - 1);
                     sum = S::add(sum, a);
-                    S::store(reinterpret_cast<float*>(weights) + j * kRows + c, a);
+                    S::store(to + (n_keys - 1) * kRows, a);
                 }
             }
-            if constexpr (X::kTiles)
-                for (int64_t i = X::words(n_keys); i < X::row_words(n_keys); ++i)
-                    S::store(reinterpret_cast<float*>(weights + i * kRows + c), S::zero());
             S::store(row_sum + c, S::add(earlier, sum));
         }
     }
@@ -175,12 +179,11 @@ struct AttentionForward {
         for (int64_t c = 0; c < n_rows; ++c, next_row(to)) {
             const float* row = reinterpret_cast<const float*>(query_rows) + c * X::pad(d);
             X::write_row(row, d, out + to.token * out_stride + to.head * d);
-            lse[to.head * shape.tokens + to.token] = row_max[c] * exp_constants::kLn2 + std::log(row_sum[c]);
+            lse[to.head * shape.tokens + to.token] = row_max[c] + std::log(row_sum[c]);
         }
     }
 
     void run(const AttentionTask& t) {
-        const typename S::Tiles registers;
         pack_keys(t, (t.end - 1) / shape.group + 1);
         for (int64_t r = t.begin; r < t.end; r += kRows) row_tile(t, r, min64(kRows, t.end - r));
     }

@@ -19,8 +19,7 @@ struct AttentionBackward {
     using X = Tile<S, kPairs>;
     using F = typename S::F;
     static constexpr int64_t kRows = kAttentionRows, kKeys = 64, kLd = kKeys / X::per_word;
-    static constexpr int64_t kLdRows = kRows / X::per_word,
-                             kStep = X::kTiles ? 32 : 2 * X::kMr;  // keys per piece of S^T and dP^T
+    static constexpr int64_t kLdRows = kRows / X::per_word, kStep = 2 * X::kMr;  // keys per piece of S^T and dP^T
 
     const T *d_out, *q, *k, *v, *out;
     const float* lse;
@@ -86,7 +85,7 @@ struct AttentionBackward {
             X::copy_row(q + row.token * q_stride + row.head * d, d, q_rows + c * w);
             X::copy_row(grad, d, do_rows + c * w);
             row_delta[c] = -scale * X::inner(grad, o, d);
-            row_lse[c] = -lse[row.head * shape.tokens + row.token] * exp_constants::kLog2e;
+            row_lse[c] = -lse[row.head * shape.tokens + row.token];
         }
         for (int64_t c = n_rows; c < columns; ++c) row_delta[c] = row_lse[c] = 0.0f;
         std::memset(q_rows + n_rows * w, 0, size_t(columns - n_rows) * w * sizeof(Word));
@@ -97,12 +96,12 @@ struct AttentionBackward {
 
     // P^T and dS^T of keys [j, j + n) of a key tile: rows as A of dV and dK, dS^T zipped as B of dQ^T.
     void weights(int64_t j, int64_t n, int64_t columns) {
-        const F vscale = S::set1(scale), vscale2 = S::set1(scale * exp_constants::kLog2e);
+        const F vscale = S::set1(scale);
         for (int64_t c = 0; c < columns; c += S::W) {
             const F vlse = S::load(row_lse + c), vdelta = S::load(row_delta + c);
             F previous = S::zero();
             for (int64_t i = 0; i < n; ++i) {
-                const F weight = S::exp2(S::fma(S::load(scores + i * kRows + c), vscale2, vlse));
+                const F weight = S::exp(S::fma(S::load(scores + i * kRows + c), vscale, vlse));
                 const F grad = S::mul(weight, S::fma(S::load(d_weights + i * kRows + c), vscale, vdelta));
                 if constexpr (kPairs) {
                     S::store(reinterpret_cast<T*>(p + (j + i) * kLdRows) + c, weight);
@@ -121,11 +120,10 @@ struct AttentionBackward {
     }
 
     void row_tile(const AttentionTask& t, int64_t row0, int64_t n_rows) {
-        const int64_t d = shape.d, g = shape.group, w = X::row_words(d), dp = X::pad(d);
-        const int64_t columns = X::round_up(X::pad(n_rows), X::per_word * X::kUnit);
+        const int64_t d = shape.d, g = shape.group, w = X::row_words(d), dp = X::pad(d), columns = X::pad(n_rows);
         const int64_t depth = X::words(n_rows), n_keys = (row0 + n_rows - 1) / g + 1;
         pack_rows(t, row0, n_rows, columns);
-        const int64_t zip_to = X::round_up(n_rows, X::per_word * X::kUnit);
+        const int64_t zip_to = (n_rows + X::per_word - 1) / X::per_word * X::per_word;
         const Word* q_b = X::zipped(q_rows, zip_to, d, q_zip);
         const Word* do_b = X::zipped(do_rows, zip_to, d, do_zip);
         const Word* ds_b = kPairs ? ds_zip : ds;
@@ -138,12 +136,6 @@ struct AttentionBackward {
                 if ((j0 + j + step - 1) * g > row0) mask_future<S>(scores, step, j0 + j, row0, g, columns);
                 weights(j, step, columns);
             }
-            if constexpr (X::kTiles) {  // whole tiles of keys
-                const int64_t rows = X::pad(n) - n, from = X::words(n), to = X::row_words(n);
-                std::memset(p + n * kLdRows, 0, size_t(rows * kLdRows) * sizeof(Word));
-                std::memset(ds + n * kLdRows, 0, size_t(rows * kLdRows) * sizeof(Word));
-                std::memset(ds_zip + from * kRows, 0, size_t((to - from) * kRows) * sizeof(Word));
-            }
             X::gemm(p, kLdRows, do_b, dp, dv_sum + j0 * dp, dp, n, dp, depth, true);
             X::gemm(ds, kLdRows, q_b, dp, dk_sum + j0 * dp, dp, n, dp, depth, true);
             X::gemm(keys_t + j0 / kKeys * dp * kLd, kLd, ds_b, kRows, dq_sum, kRows, d, columns, X::words(n), j0 > 0);
@@ -155,7 +147,6 @@ struct AttentionBackward {
     }
 
     void run(const AttentionTask& t) {
-        const typename S::Tiles registers;
         const int64_t d = shape.d, n_keys = (t.end - 1) / shape.group + 1;
         pack_keys(t, n_keys);
         for (int64_t r = t.begin; r < t.end; r += kRows) row_tile(t, r, min64(kRows, t.end - r));

@@ -4,8 +4,6 @@
 // the ISA multiplies bf16 pairs (Pairs), else one fp32 element: one text, two arithmetics, `per_word` elements a word.
 //     A [m][k words]   row major, read one word at a time and broadcast
 //     B [k words][n]   row major, read as vectors; n is a multiple of the vector width
-// An ISA that multiplies whole tiles of pairs (kTiles) reads m up to whole vectors and k up to kUnit words: there A and
-// B must be zeros beyond their last k, and c has room beyond its last row.
 // "Zipping" turns rows of B's contracted index into words: out[r / 2][c] = (row r [c], row r + 1 [c]).
 #pragma once
 #include "simd/bf16.h"
@@ -19,8 +17,6 @@ template <class I, bool Pairs>
 struct Tile {
     using F = typename I::F;
     static constexpr int per_word = Pairs ? 2 : 1;
-    static constexpr bool kTiles = Pairs && I::kTiles;
-    static constexpr int kUnit = kTiles ? I::W : 1;
     // The register tile. Four vectors are the 64 rows of an AVX-512 tile of attention, so nothing is left over.
     static constexpr int kMr = I::W == 1 ? 4 : 6, kNv = I::W == 8 ? 2 : 4;
 
@@ -83,13 +79,6 @@ struct Tile {
     // c[m][n] = (accumulate ? c : 0) + a[m][k words] b[k words][n], in fp32.
     static void gemm(const Word* a, int64_t lda, const Word* b, int64_t ldb, float* c, int64_t ldc, int64_t m,
                      int64_t n, int64_t k, bool accumulate) {
-        if constexpr (kTiles) {
-            for (int64_t i = 0; i < m; i += 32)
-                for (int64_t j = 0; j < n; j += 32)
-                    I::multiply_tiles(m - i, n - j, reinterpret_cast<const char*>(a + i * lda), lda * 4, nullptr, b + j,
-                                      ldb, c + i * ldc + j, ldc, (k + kUnit - 1) / kUnit, accumulate, [] {});
-            return;
-        }
         for (; k > kDepth; k -= kDepth, a += kDepth, b += kDepth * ldb, accumulate = true)
             multiply(a, lda, b, ldb, c, ldc, m, n, kDepth, accumulate);
         multiply(a, lda, b, ldb, c, ldc, m, n, k, accumulate);

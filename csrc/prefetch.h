@@ -36,6 +36,11 @@ class Lines {  // inlined everywhere: see MINT_INLINE
 // store that waits for its line took as long as a third of the multiplications in tiles.)
 struct Prefetch {
     Lines reads, writes;
+
+    Prefetch() = default;
+    __attribute__((always_inline)) Prefetch(const void* first, int64_t rows, int64_t stride, int64_t bytes,
+                                            int64_t calls)
+        : reads(first, rows, stride, bytes, calls) {}
     __attribute__((always_inline)) void some() { reads.some<false>(), writes.some<true>(); }
 };
 

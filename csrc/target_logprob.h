@@ -1,17 +1,15 @@
 // Fused unembedding + log-softmax at the targets, and the gradient of its logits.
 //
-// The vocabulary is cut into blocks whose packed weight fits in half an L2. A thread packs a block once (or leaves it
-// where it lies and turns the product, see gemm_turned) and runs all rows of x past it; a tile of logits lives only in
-// cache, as exact fp32 sums. Forward: each (row, block) leaves its maximum and its sum of exponentials, and a last pass
-// merges them in block order, so that neither the thread count nor the schedule changes a bit. Backward: the tile is
-// computed again and becomes dlogits in place.
+// The vocabulary is cut into blocks whose packed weight fits in half an L2. A thread packs a block once and runs all
+// rows of x past it; a tile of logits lives only in cache, as exact fp32 sums. Forward: each (row, block) leaves its
+// maximum and its sum of exponentials, and a last pass merges them in block order, so that neither the thread count
+// nor the schedule changes a bit. Backward: the tile is computed again and becomes dlogits in place.
 #pragma once
 #include <cmath>
 #include <limits>
 
 #include "check.h"
 #include "gemm.h"
-#include "logits.h"    // dot_block
 #include "rms_norm.h"  // for_vectors
 
 namespace mint {
@@ -34,34 +32,35 @@ void for_logit_tiles(const T* x, int64_t x_stride, const T* weight, int64_t w_st
                      int64_t width, Tile tile) {
     using Q = Panel<S, T>;
     const int64_t block = vocab_block<S, T>(width), blocks = ceil_div(vocab, block), depth = Q::depth(width);
-    const bool dots = by_dots<S, T>(rows), turned = better_turned<S, T>(rows, vocab, width), packs = !dots && !turned;
+    const bool turned = better_turned<S, T>(rows, vocab, width);
     Rows left{};
     typename Q::P* panels = nullptr;
-    if (packs) left = left_rows<S, T>(x, x_stride, 1, rows, width, Slot::kShared);
     if (turned) {
         panels = panel_scratch<S, T>(Slot::kShared, ceil_div(rows, Q::kCols) * Q::kCols * depth);
         pack_panels<S, T>(x, x_stride, 1, rows, width, panels);
+    } else {
+        left = left_rows<S, T>(x, x_stride, 1, rows, width, Slot::kShared);
     }
     std::atomic<int64_t> claimed{0};
 #pragma omp parallel if (blocks > 1)
     for_claimed(blocks, claimed, [&](int64_t b, int64_t following) {
         const int64_t v0 = b * block, cols = min64(block, vocab - v0), v1 = following * block;
         float* c = static_cast<float*>(scratch(Slot::kTile, size_t(kTileRows * (block + Q::kRows)) * 4));
-        auto* pb = panel_scratch<S, T>(Slot::kPanelsB, packs ? block * depth : 16);
-        if (packs) pack_panels<S, T>(weight + v0 * w_stride, w_stride, 1, cols, width, pb);
+        auto* pb = panel_scratch<S, T>(Slot::kPanelsB, turned ? 16 : block * depth);
+        Rows weight_rows{};
+        if (turned) {
+            weight_rows = left_rows<S, T>(weight + v0 * w_stride, w_stride, 1, cols, width, Slot::kPanelsA);
+        } else {
+            pack_panels<S, T>(weight + v0 * w_stride, w_stride, 1, cols, width, pb);
+        }
         Prefetch next;
-        if (!dots && v1 < vocab) {
+        if (v1 < vocab)
             next.reads = panels_ahead(weight + v1 * w_stride, w_stride, 1, min64(block, vocab - v1), width,
                                       prefetch_calls<S, T>(rows, cols, depth));
-        }
-        Rows weight_rows{};
-        if (turned) weight_rows = left_rows<S, T>(weight + v0 * w_stride, w_stride, 1, cols, width, Slot::kPanelsA);
+        const typename S::Tiles registers;
         for (int64_t m0 = 0; m0 < rows; m0 += kTileRows) {
             const int64_t n = min64(kTileRows, rows - m0);
-            if (dots) {
-                dot_block<S, T, kDotRows>(n, x, x_stride, weight + v0 * w_stride, w_stride, cols, width, c, block);
-            } else if (turned) {
-                const typename S::Tiles registers;
+            if (turned) {
                 float* sums = c + kTileRows * block;
                 for (int64_t v = 0; v < cols; v += Q::kRows) {
                     const int64_t count = min64(Q::kRows, cols - v);
@@ -70,7 +69,6 @@ void for_logit_tiles(const T* x, int64_t x_stride, const T* weight, int64_t w_st
                     turn<S>(sums, kTileRows, count, n, c + v, block);
                 }
             } else {
-                const typename S::Tiles registers;
                 for (int64_t i = 0; i < n; i += Q::kRows)
                     multiply_rows<S, T>(left.at(m0 + i), min64(Q::kRows, n - i), pb, cols, depth, c + i * block, block,
                                         false, &next);
@@ -99,7 +97,6 @@ void target_logprob(const T* x, int64_t x_stride, const T* weight, int64_t w_str
     const int64_t blocks = ceil_div(vocab, vocab_block<S, T>(width));
     float* peak = static_cast<float*>(scratch(Slot::kPartials, size_t(2 * blocks * rows + 1) * 4));
     float* total = peak + blocks * rows;
-    const auto log2e = S::set1(exp_constants::kLog2e);
     for_logit_tiles<S, T>(x, x_stride, weight, w_stride, rows, vocab, width,
                           [=](int64_t b, int64_t m0, int64_t n, int64_t v0, int64_t cols, const float* c, int64_t ld) {
                               const int64_t padded = ceil_div(cols, S::W) * S::W;
@@ -109,16 +106,13 @@ void target_logprob(const T* x, int64_t x_stride, const T* weight, int64_t w_str
                                   for (int64_t v = S::W; v < padded; v += S::W) high = S::max(high, S::load(row + v));
                                   const float top = S::hmax(high);
                                   const auto shift = S::set1(top == -INFINITY ? 0.0f : top);  // inf - inf is NaN
-                                  const auto weight = [=](int64_t v) __attribute__((always_inline)) {
-                                      return S::exp2(S::mul(S::sub(S::load(row + v), shift), log2e));
-                                  };
                                   auto sum = S::zero(), sum2 = S::zero();
                                   int64_t v = 0;
                                   for (; v + 2 * S::W <= padded; v += 2 * S::W) {
-                                      sum = S::add(sum, weight(v));
-                                      sum2 = S::add(sum2, weight(v + S::W));
+                                      sum = S::add(sum, S::exp(S::sub(S::load(row + v), shift)));
+                                      sum2 = S::add(sum2, S::exp(S::sub(S::load(row + v + S::W), shift)));
                                   }
-                                  if (v < padded) sum = S::add(sum, weight(v));
+                                  if (v < padded) sum = S::add(sum, S::exp(S::sub(S::load(row + v), shift)));
                                   const int64_t m = m0 + i;
                                   peak[m * blocks + b] = top;
                                   total[m * blocks + b] = S::sum(S::add(sum, sum2));
@@ -188,7 +182,6 @@ void target_dlogits(const T* x, int64_t x_stride, const T* weight, int64_t w_str
     float* xb = static_cast<float*>(scratch(Slot::kPartials, size_t(rows * border + 1) * 4));
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t c = 0; c < border; ++c) xb[m * border + c] = to_float(x[m * x_stride + width - border + c]);
-    const auto log2e = S::set1(exp_constants::kLog2e);
     for_logit_tiles<S, T>(x, x_stride, weight, w_stride, rows, vocab, width,
                           [=](int64_t, int64_t m0, int64_t n, int64_t v0, int64_t cols, float* c, int64_t ld) {
                               for (int64_t i = 0; i < n; ++i) {
@@ -198,8 +191,7 @@ void target_dlogits(const T* x, int64_t x_stride, const T* weight, int64_t w_str
                                   for (int64_t j = m * k; j < (m + 1) * k; ++j) sum += dlogprob[j];
                                   const auto shift = S::set1(lse[m]), scale = S::set1(-sum);
                                   for (int64_t v = 0; v < cols; v += S::W)
-                                      S::store(row + v,
-                                               S::mul(scale, S::exp2(S::mul(S::sub(S::load(row + v), shift), log2e))));
+                                      S::store(row + v, S::mul(scale, S::exp(S::sub(S::load(row + v), shift))));
                                   for (int64_t j = m * k; j < (m + 1) * k; ++j)
                                       if (targets[j] >= v0 && targets[j] < v0 + cols)
                                           row[targets[j] - v0] += dlogprob[j];

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mint_engine.datums import Limits
+from mint_engine.gpu.memory import free_bytes
 from mint_engine.models.config import ModelConfig, load_config
-from mint_engine.models.decoder import Decoder
+from mint_engine.models.decoder import ACTIVATION_BYTES, Decoder
 from mint_engine.models.hub import ModelFiles, resolve_model
 from mint_engine.models.tokenizer import load_tokenizer
 from mint_engine.models.weights import WeightReader, validate
@@ -82,13 +83,15 @@ class BaseModels:
         dtype: torch.dtype,
         device: torch.device,
         cache_bytes: int,
-        activation_bytes: int,
+        activation_bytes: int | None,
         on_load: Callable[[Sampler], None],
         wake: Callable[[], None],
+        *,
+        int8: bool = False,
     ) -> None:
         self._home, self._dtype, self._device = home, dtype, device
         self._cache_bytes, self._activation_bytes = cache_bytes, activation_bytes
-        self._on_load, self._wake = on_load, wake
+        self._on_load, self._wake, self._int8 = on_load, wake, int8
         self._lock = threading.Lock()
         self._loading: dict[str, Future[Base]] = {}
 
@@ -140,9 +143,12 @@ class BaseModels:
             names = set(reader.names())
             progress.update(task, total=len(names))
             decoder = Decoder(
-                config, reader, self._dtype, device=self._device, activation_bytes=self._activation_bytes,
+                config, reader, self._dtype, device=self._device, int8=self._int8,
                 on_tensor=lambda _: progress.advance(task),
+                activation_bytes=self._activation_bytes or ACTIVATION_BYTES,
             )  # fmt: skip
         sampler = Sampler(decoder, self._cache_bytes, self._wake)
+        if self._device.type == "cuda" and not self._activation_bytes:
+            decoder.activation_bytes = free_bytes(self._device)  # now that weights and KV cache have theirs
         self._on_load(sampler)
         return Base(files, config, decoder, sampler)

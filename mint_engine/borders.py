@@ -26,12 +26,26 @@ class BorderedWeight:
         self.group = group
         self.n, self.k, self.m = group.out_features, group.in_features, len(group.modules)
         self.bias: Tensor | None = None
+        self.int8: tuple[Tensor, Tensor] | None = None  # W as decode steps read it: values [N, K] and scales [N]
         self.buf = torch.zeros(self.n + self.m * ranks, self.k + self.m * ranks, dtype=dtype, device=device)
 
     @property
     def weight(self) -> Tensor:
         """The frozen W, [N, K]."""
         return self.buf[: self.n, : self.k]
+
+    def set_rows(self, start: int, rows: Tensor, int8: bool = False) -> None:
+        """Set rows ``start, ...`` of W. ``int8``: to int8 values times a scale for each row, kept beside W."""
+        stop = start + len(rows)
+        if int8:
+            if self.int8 is None:
+                values = torch.zeros(self.n, self.k, dtype=torch.int8, device=self.buf.device)
+                self.int8 = values, torch.zeros(self.n, dtype=torch.float32, device=self.buf.device)
+            scales = rows.float().abs().amax(1).clamp(min=1e-30) / 127
+            values = (rows.float() / scales[:, None]).round()
+            self.int8[0][start:stop], self.int8[1][start:stop] = values.to(torch.int8), scales
+            rows = values * scales[:, None]
+        self.weight[start:stop].copy_(rows)
 
     def widen(self, ranks: int) -> None:
         """Make room for ``ranks`` ranks. What sat in the border is forgotten."""
@@ -89,12 +103,16 @@ class Seating:
     """Where a pass's adapters sit: its segments in row order, and the ranks of border in use (0: base model only).
 
     ``grouped``: the rows meet their own adapter only (`models/company.py`), instead of all that sit in the border.
+    ``tile_rows``: so they do, but in the base's own product (`kernels/bordered_by_tile`); segments are whole tiles.
+    ``known``: rows, and the seating of these rows, made beforehand: `select` need not look at what they are.
     """
 
     segments: tuple[Segment, ...] = ()
     ranks: int = 0
     grouped: bool = False
     tables: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)  # of `models/company.py`
+    tile_rows: int = 0
+    known: tuple[Tensor, Seating] | None = field(default=None, repr=False, compare=False)
 
     def of(self, group: LinearGroup) -> tuple[Segment, ...]:
         """The segments whose adapter trains this group."""
@@ -115,7 +133,9 @@ class Seating:
         return out
 
     def select(self, rows: Tensor) -> Seating:
-        """The same seating for a pass over the given rows (int64, ascending) of this one."""
+        """The same seating for a pass over the given rows (int64, ascending, on the CPU) of this one."""
+        if self.known is not None and self.known[0] is rows:
+            return self.known[1]
         cuts = torch.tensor([[s.start, s.stop] for s in self.segments], dtype=rows.dtype).reshape(-1)
         found = torch.searchsorted(rows, cuts).reshape(-1, 2).tolist()
         return Seating(

@@ -94,8 +94,6 @@ struct Avx2 {
         return mul(mul(p, _mm256_castsi256_ps(a)), _mm256_castsi256_ps(b));
     }
 
-    MINT_INLINE F exp2(F x) { return exp(mul(x, set1(exp_constants::kLn2))); }
-
     MINT_INLINE void transpose(const void* source, int64_t src_bytes, void* target, int64_t dst_stride) {
         const char* src = static_cast<const char*>(source);
         float* dst = static_cast<float*>(target);

@@ -64,9 +64,6 @@ struct Scalar {
         return p * bits_to_float(uint32_t(half + 127) << 23) * bits_to_float(uint32_t(n - half + 127) << 23);
     }
 
-    // 2^x, for softmaxes: relative error about 1e-7 (1 + |x|).
-    MINT_INLINE F exp2(F x) { return exp(x * exp_constants::kLn2); }
-
     // W x W transpose of 32-bit words: dst[c * dst_stride + r] = word c at src + r * src_bytes (any alignment).
     MINT_INLINE void transpose(const void* src, int64_t, void* dst, int64_t) { std::memcpy(dst, src, 4); }
 };
