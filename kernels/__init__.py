@@ -12,9 +12,16 @@ from mint_engine.kernels.paged_attention import paged_attention
 from mint_engine.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward
 from mint_engine.kernels.rms_norm import rms_norm, rms_norm_backward
 from mint_engine.kernels.swiglu import swiglu, swiglu_backward
-from mint_engine.kernels.target_logprob import logits, target_logprob, target_logprob_backward
+from mint_engine.kernels.target_logprob import (
+    Labels,
+    logits,
+    target_logprob,
+    target_logprob_backward,
+    target_logprob_with_gradient,
+)
 
 __all__ = [
+    "Labels",
     "LayerAdapters",
     "adamw_",
     "attention",
@@ -43,4 +50,5 @@ __all__ = [
     "swiglu_backward",
     "target_logprob",
     "target_logprob_backward",
+    "target_logprob_with_gradient",
 ]

@@ -68,9 +68,9 @@ def outer_tall() -> None:
 def by_tile() -> None:
     spans = torch.empty(ROWS // 128, 3, dtype=torch.int32, device="meta")
     x, w = bf16(ROWS, HIDDEN + BORDER), bf16(2 * FFN + BORDER, HIDDEN + BORDER)
-    kernels.bordered_by_tile(x, w[: 2 * FFN], spans, k=HIDDEN, tile_rows=128, face="triton")
+    kernels.bordered_by_tile(x, w[: 2 * FFN], spans, k=HIDDEN, tile_rows=128, step=64, face="triton")
     dy = bf16(ROWS, 2 * FFN + BORDER)
-    kernels.bordered_by_tile_backward(dy, w[:, :HIDDEN], spans, n=2 * FFN, tile_rows=128, face="triton")
+    kernels.bordered_by_tile_backward(dy, w[:, :HIDDEN], spans, n=2 * FFN, tile_rows=128, step=64, face="triton")
 
 
 def head() -> None:
@@ -78,6 +78,16 @@ def head() -> None:
     targets = torch.empty(ROWS, 1, dtype=torch.int64, device="meta")
     _, lse = kernels.target_logprob(x, w, targets, face="triton")
     kernels.target_logprob_backward(x, w, targets, fp32(ROWS, 1), lse, border=BORDER, face="triton")
+
+
+def head_at_once() -> None:
+    """Raw labels of some rows, with the gradient from the exponentials that the forward left."""
+    x, w, rows = bf16(ROWS, HIDDEN + BORDER), bf16(151936, HIDDEN + BORDER), torch.empty(ROWS, dtype=torch.int64)
+    bounds = torch.empty(9, dtype=torch.int32, device="meta")
+    labels = kernels.Labels(torch.empty(32768, dtype=torch.int64, device="meta"), bounds, rows.to("meta"))
+    kernels.target_logprob_with_gradient(
+        x, w, labels, lambda _, logprob: torch.empty_like(logprob), border=BORDER, face="triton"
+    )  # fmt: skip
 
 
 def head_logits() -> None:
@@ -105,5 +115,6 @@ CASES: dict[str, Callable[[], None]] = {
     "attention 128": lambda: attention(128),
     "attention 256": lambda: attention(256),
     "target_logprob": head,
+    "target_logprob with gradient": head_at_once,
     "logits 16 rows": head_logits,
 }
