@@ -17,6 +17,7 @@
 #include "peak.h"
 #include "qk_norm_rope.h"
 #include "rms_norm.h"
+#include "sample_rows.h"
 #include "swiglu.h"
 #include "target_logprob.h"
 
@@ -36,7 +37,9 @@
     X(qk_norm_rope_backward) \
     X(rms_norm)              \
     X(rms_norm_backward)     \
+    X(sample_rows)           \
     X(swiglu)                \
     X(swiglu_backward)       \
     X(target_dlogits)        \
-    X(target_logprob)
+    X(target_logprob)        \
+    X(top_logprobs)

@@ -11,6 +11,7 @@ from mint_engine.kernels.outer_accumulate import outer_accumulate
 from mint_engine.kernels.paged_attention import paged_attention
 from mint_engine.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward
 from mint_engine.kernels.rms_norm import rms_norm, rms_norm_backward
+from mint_engine.kernels.sample_rows import sample_rows, top_logprobs
 from mint_engine.kernels.swiglu import swiglu, swiglu_backward
 from mint_engine.kernels.target_logprob import (
     Labels,
@@ -45,10 +46,12 @@ __all__ = [
     "qk_norm_rope_backward",
     "rms_norm",
     "rms_norm_backward",
+    "sample_rows",
     "shrink",
     "swiglu",
     "swiglu_backward",
     "target_logprob",
     "target_logprob_backward",
     "target_logprob_with_gradient",
+    "top_logprobs",
 ]

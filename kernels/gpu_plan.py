@@ -31,7 +31,7 @@ class Tunable:
         self, name: str, choices: Mapping[str, Sequence[int]], *, cases: Sequence[int] = (0,),
         shared: Callable[[Row, int], int] = lambda row, case: 0,
     ) -> None:  # fmt: skip
-        """``choices``: parameter -> values a row may have. ``shared(row, case)``: an estimate of its bytes of memory."""
+        """``choices``: parameter -> values a row may have. ``shared(row, case)``: about its bytes of memory."""
         self.name, self.choices, self.cases, self.shared = name, dict(choices), tuple(cases), shared
         _tunables[name] = self
 

@@ -45,7 +45,7 @@ class Adapter:
 
     _ids = itertools.count()
 
-    def __init__(self, groups: tuple[LinearGroup, ...], lora: LoraConfig) -> None:
+    def __init__(self, groups: tuple[LinearGroup, ...], lora: LoraConfig, device: torch.device | str = "cpu") -> None:
         self.lora = lora
         self.rank = lora.rank
         self.scale = lora.scale
@@ -55,7 +55,10 @@ class Adapter:
         size = sum(self.rank * (len(g.modules) * g.in_features + g.out_features) for g in self.groups)
         self.params = torch.zeros(size, dtype=torch.float32)
         self.factors = self.views(self.params)
-        self._init_a(lora.seed)
+        self._init_a(lora.seed)  # on the CPU: the same seed gives the same weights on every device
+        if self.params.device != torch.device(device):
+            self.params = self.params.to(device)
+            self.factors = self.views(self.params)
 
     def views(self, flat: Tensor) -> dict[str, GroupFactors]:
         """``flat`` [size] cut into the factors of each group, by group name."""

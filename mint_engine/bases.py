@@ -37,6 +37,7 @@ class BaseInfo:
     directory: Path
     architecture: str
     dtype: str
+    device: str
     num_layers: int
     vocab_size: int
     max_context_length: int
@@ -59,6 +60,7 @@ class Base:
             directory=self.directory,
             architecture=self.config.architecture,
             dtype=str(self.decoder.dtype).removeprefix("torch."),
+            device=str(self.decoder.device),
             num_layers=self.config.num_layers,
             vocab_size=self.config.vocab_size,
             max_context_length=self.config.max_context_length,
@@ -78,11 +80,12 @@ class BaseModels:
         self,
         home: Path,
         dtype: torch.dtype,
+        device: torch.device,
         cache_bytes: int,
         on_load: Callable[[Sampler], None],
         wake: Callable[[], None],
     ) -> None:
-        self._home, self._dtype, self._cache_bytes = home, dtype, cache_bytes
+        self._home, self._dtype, self._device, self._cache_bytes = home, dtype, device, cache_bytes
         self._on_load, self._wake = on_load, wake
         self._lock = threading.Lock()
         self._loading: dict[str, Future[Base]] = {}
@@ -134,7 +137,9 @@ class BaseModels:
             task = progress.add_task(f"loading {name}", total=None)
             names = set(reader.names())
             progress.update(task, total=len(names))
-            decoder = Decoder(config, reader, self._dtype, on_tensor=lambda _: progress.advance(task))
+            decoder = Decoder(
+                config, reader, self._dtype, device=self._device, on_tensor=lambda _: progress.advance(task)
+            )
         sampler = Sampler(decoder, self._cache_bytes, self._wake)
         self._on_load(sampler)
         return Base(files, config, decoder, sampler)

@@ -22,11 +22,11 @@ DEFAULT_RANKS = 16  # room made at load time; the border grows when more is aske
 class BorderedWeight:
     """``buf [N + m*R, K + m*R]`` = ``[[W, B], [A, 0]]`` for a group of m stacked modules and R ranks of room."""
 
-    def __init__(self, group: LinearGroup, dtype: torch.dtype, ranks: int, bias: Tensor | None = None) -> None:
+    def __init__(self, group: LinearGroup, dtype: torch.dtype, ranks: int, device: torch.device) -> None:
         self.group = group
         self.n, self.k, self.m = group.out_features, group.in_features, len(group.modules)
-        self.bias = bias
-        self.buf = torch.zeros(self.n + self.m * ranks, self.k + self.m * ranks, dtype=dtype)
+        self.bias: Tensor | None = None
+        self.buf = torch.zeros(self.n + self.m * ranks, self.k + self.m * ranks, dtype=dtype, device=device)
 
     @property
     def weight(self) -> Tensor:
@@ -36,7 +36,7 @@ class BorderedWeight:
     def widen(self, ranks: int) -> None:
         """Make room for ``ranks`` ranks. What sat in the border is forgotten."""
         old = self.weight
-        self.buf = torch.zeros(self.n + self.m * ranks, self.k + self.m * ranks, dtype=old.dtype)
+        self.buf = old.new_zeros(self.n + self.m * ranks, self.k + self.m * ranks)
         self.weight.copy_(old)
 
     def forward_weight(self, ranks: int) -> Tensor:

@@ -1,7 +1,8 @@
 """One thread per device that runs whatever is ready: training operations in each model's order, and decode steps.
 
 Work is event-driven (DESIGN.md 2.9): the thread sleeps only when nothing is ready. Policy: owners take turns, one
-operation each, and so do the models of an owner; between any two operations every sampler with work takes one step.
+operation each, and so do the models of an owner. While samplers have work too, they and the operations each get their
+part of the device's time (`fair_share.py`).
 
 An operation whose turn it is may take others along that are next in their lanes (`joint.py`): they run as one. Brief
 operations go first, and who was answered a moment ago has a moment to ask again, so that clients which are out of step
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 import torch
 
 from mint_engine.errors import EngineClosedError
+from mint_engine.fair_share import FairShare
 from mint_engine.joint import Joint, Operation, Queued
 from mint_engine.turns import Turns
 
@@ -64,9 +66,10 @@ class Lane:
 
 
 class Executor:
-    """Owns the device thread."""
+    """Owns the device thread. ``share``: of its time, between the steppers and the operations."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, share: FairShare | None = None) -> None:
+        self._share = share or FairShare()
         self._wake = threading.Condition()
         self._ready: Turns[Lane] = Turns()
         self._steppers: list[Stepper] = []
@@ -172,17 +175,29 @@ class Executor:
         return bool(self._ready) and (self._draining or not self._closed)
 
     def _turn(self) -> bool:
-        """One operation of the next model, one step of every sampler. False if there was nothing to do."""
+        """One operation of the next model, or one step of every sampler. False if there was nothing to do."""
         with self._wake:
             resumed = self._resumed.popleft() if self._resumed else None
-            lane = self._ready.pop() if self._may_start() else None
             steppers = [] if self._closed else list(self._steppers)
+            sample = bool(steppers) and (self._share.samplers_turn or not self._may_start())
+            lane = self._ready.pop() if self._may_start() and not sample else None
+            waiting = bool(self._ready)
+        begun = time.perf_counter()
         if resumed is not None:
             resumed()
         if lane is not None:
             self._start_next(lane)
-        stepped = [self._step(stepper) for stepper in steppers]
-        return resumed is not None or lane is not None or any(stepped)
+        if resumed is not None or lane is not None:
+            self._share.trained(time.perf_counter() - begun)
+            begun = time.perf_counter()
+        if not sample:
+            return resumed is not None or lane is not None
+        worked = [self._step(stepper) for stepper in steppers]
+        if any(worked):
+            self._share.sampled(time.perf_counter() - begun, others_waited=waiting)
+            return True
+        self._share.forget()
+        return resumed is not None or waiting
 
     def _step(self, stepper: Stepper) -> bool:
         try:

@@ -17,8 +17,10 @@ BLOCK_TOKENS = 32
 _MAX_BLOCKS = 1 << 16  # keeps the free list of a tiny test model short
 
 
-def default_bytes() -> int:
-    """A quarter of the machine's memory."""
+def default_bytes(device: torch.device) -> int:
+    """A quarter of the memory of the machine or of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1] // 4
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
@@ -38,12 +40,14 @@ class KVCache:
     touched, hence only taken from the system, when they are used.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, max_bytes: int) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, max_bytes: int, device: torch.device | str = "cpu"
+    ) -> None:
         width = config.num_kv_heads * config.head_dim
         self.block_bytes = 2 * config.num_layers * BLOCK_TOKENS * width * dtype.itemsize
         self.num_blocks = max(1, min(max_bytes // self.block_bytes, _MAX_BLOCKS))
         shape = (config.num_layers, self.num_blocks, BLOCK_TOKENS, width)
-        self.k, self.v = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self._pool = BlockPool(self.num_blocks)
 
     @property

@@ -58,7 +58,7 @@ def revive_model(directory: Path, base: Base) -> tuple[Adapter, TrainState]:
         lora = LoraConfig.model_validate_json((directory / LORA).read_text())
     except (OSError, ValidationError) as error:
         raise CheckpointError(f"{directory / LORA}: missing or damaged ({error})") from error
-    adapter = Adapter(base.decoder.groups, lora)
+    adapter = Adapter(base.decoder.groups, lora, base.decoder.device)
     state = TrainState(adapter)
     adapter.load(stored.tensors, adapter.params, str(directory))
     for tensors, flat in (

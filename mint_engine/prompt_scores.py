@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mint_engine.borders import Seating
 from mint_engine.models.decoder import Decoder
-from mint_engine.sampling import UniformStream, choose, tempered_logprobs
+from mint_engine.sampling import Draw, UniformStream, alternatives, sample
 from mint_engine.types import PromptAltTokens, TensorData
 
 if TYPE_CHECKING:
@@ -70,26 +70,21 @@ class PromptScorer:
         if query.targets is not None:
             assert self._targets is not None
             wanted = torch.from_numpy(query.targets[start:stop])
-            self._targets[start:stop] = decoder.target_logprob(x, wanted, seating)[0].numpy()
+            self._targets[start:stop] = decoder.target_logprob(x, wanted, seating)[0].cpu().numpy()
         if query.topk > 0 or query.alternatives > 0:
             for first in range(0, len(x), _ROWS):
                 rows = torch.arange(first, min(first + _ROWS, len(x)))
-                self._add_logits(decoder.logits(x[rows], seating.select(rows)), start + first)
+                self._add_logits(decoder.logits(x[rows], seating.select(rows)).cpu(), start + first)
 
     def _add_logits(self, logits: Tensor, start: int) -> None:
         n = len(logits)
         if self._query.topk > 0:
-            values, ids = torch.log_softmax(logits, -1).topk(min(self._query.topk, logits.shape[1]))
-            pairs = zip(ids.tolist(), values.tolist(), strict=True)
-            self._topk += [list(zip(i, v, strict=True)) for i, v in pairs]
-        if not self._streams:
-            return
+            self._topk += alternatives(logits, [Draw(1.0, -1, 1.0)] * n, self._query.topk)
         draws = [self._request.draw] * n
-        tempered = tempered_logprobs(logits, draws)
         for k, stream in enumerate(self._streams):
-            chosen = choose(tempered, draws, [stream.next() for _ in range(n)])
-            self._alt_tokens[start : start + n, k] = chosen.numpy()
-            self._alt_logprobs[start : start + n, k] = tempered.gather(1, chosen[:, None])[:, 0].numpy()
+            tokens, logprobs = sample(logits, draws, [stream.next() for _ in range(n)])
+            self._alt_tokens[start : start + n, k] = tokens.cpu().numpy()
+            self._alt_logprobs[start : start + n, k] = logprobs.cpu().numpy()
 
     def result(self) -> dict[str, Any]:
         """The fields that were asked for."""

@@ -162,8 +162,8 @@ def _one_pass(
             own_part, other_part = seating.select(part), other_seating.select(part)
             logits = decoder.logits(x[part], own_part)
             value, gradient = kl_and_gradient(logits, reference.decoder.logits(target[part], other_part), temperature)
-            kl[active[part]] = value.double()
-            gradient.mul_(weights[active[part], None])
+            kl[active[part]] = value.double().to(kl.device)
+            gradient.mul_(weights[active[part], None].to(gradient.device))
             dh[rows[part]] = decoder.head_backward_logits(own_rows[part], x[part], gradient, own_part, grads)
         p.cu_seqlens = own.cu_seqlens
         decoder.hidden_backward(dh, saved, p, grads)

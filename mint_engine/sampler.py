@@ -7,8 +7,10 @@ the steps. Who is next, and who holds which blocks of the cache, is ``schedule.p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from itertools import islice
 
 import numpy as np
 import torch
@@ -21,10 +23,11 @@ from mint_engine.executor import settle
 from mint_engine.kv_cache import KVCache, blocks_for
 from mint_engine.models.decoder import Decoder
 from mint_engine.requests import MAX_VALUES, Request, check_product
-from mint_engine.sampling import choose, tempered_logprobs
+from mint_engine.sampling import alternatives, sample
 from mint_engine.sampling_pass import Piece, compute
 from mint_engine.sampling_rows import Job, Row, adapter_order
 from mint_engine.schedule import MAX_ALL_ROWS, MAX_ROWS, Schedule
+from mint_engine.speculation import drafts
 from mint_engine.types import SampledSequence, StopReason
 
 __all__ = ["MAX_ALL_ROWS", "MAX_ROWS", "Sampler"]
@@ -40,17 +43,20 @@ class Sampler:
 
     ``tokens_sampled`` and ``tokens_prefilled`` count since the beginning; the device thread alone changes them.
     ``chunk_beside_rows`` and ``chunk_alone``: tokens of a prompt pass, with samples being decoded and without.
+    ``speculation``: tokens a sample may propose per step (`speculation.py`); 0 for none.
     """
 
     def __init__(
         self, decoder: Decoder, max_cache_bytes: int, wake: Callable[[], None], *,
         chunk_beside_rows: int = CHUNK_BESIDE_ROWS, chunk_alone: int = CHUNK_ALONE,
+        speculation: int = 0,
     ) -> None:  # fmt: skip
         self._decoder = decoder
-        self._cache = KVCache(decoder.config, decoder.dtype, max_cache_bytes)
+        self._cache = KVCache(decoder.config, decoder.dtype, max_cache_bytes, decoder.device)
         self._schedule = Schedule(self._cache)
         self._wake = wake
         self._chunk_beside_rows, self._chunk_alone = chunk_beside_rows, chunk_alone
+        self._speculation = speculation
         self._open: dict[Future, Request] = {}  # accepted and not answered yet
         self.tokens_sampled = self.tokens_prefilled = 0
         self._closed: BaseException | None = None
@@ -243,7 +249,8 @@ class Sampler:
         if drawn:
             rows = torch.tensor(list(drawn.values()))
             own = seating.select(rows)
-            logits = self._decoder.logits(self._decoder.head_input(h[rows], own), own)
+            x = self._decoder.head_input(h[rows], own)
+            logits = self._decoder.logits(x, own).cpu()  # tokens are drawn on the host
         for job in last:
             self._schedule.finish_job(job)
             if not job.rows:
@@ -264,47 +271,61 @@ class Sampler:
         self._finish_jobs({job: len(h) - 1}, h, seating)
 
     def _decode(self, rows: list[Row]) -> None:
-        """One token for every running row, whatever its adapter."""
-        pieces = []
-        for row in rows:
-            token = np.array(row.tokens[-1:], dtype=np.int64)
-            pieces.append(Piece(row.request.adapter, row.cache, token, row.cache.length))
-            row.cache.length += 1
+        """The next token of every running row, whatever its adapter, and more where a proposal was right."""
+        pieces, proposed = [], drafts(rows, self._speculation)
+        for row, draft in zip(rows, proposed, strict=True):
+            tokens = np.array([row.tokens[-1], *draft], dtype=np.int64)
+            pieces.append(Piece(row.request.adapter, row.cache, tokens, row.cache.length))
+            row.cache.length += 1  # the proposed ones count when they have been drawn
         h, seating = compute(self._decoder, self._cache, [], pieces)
-        self._extend(rows, self._decoder.logits(self._decoder.head_input(h, seating), seating))
+        self._extend(rows, self._decoder.logits(self._decoder.head_input(h, seating), seating).cpu(), proposed)
 
-    def _extend(self, rows: list[Row], logits: Tensor) -> None:
-        """Draw each row's next token from ``logits`` fp32 [R, V]; finished rows leave."""
-        finite = torch.isfinite(logits.amax(1)).tolist()  # NaN and +inf both show in the maximum
-        if not all(finite):
-            for row, fine in zip(rows, finite, strict=True):
-                if not fine:
-                    self._cache.retract(row.cache.blocks)  # whoever asks again shall not find these numbers
-                    self._drop(
-                        row.request, NonFiniteError("logits: not finite; the adapter or the base model is broken")
-                    )
-            alive = [i for i, row in enumerate(rows) if not row.request.future.done()]
-            rows, logits = [rows[i] for i in alive], logits[alive]
-        draws = [row.request.draw for row in rows]
-        logprobs = tempered_logprobs(logits, draws)
-        tokens = choose(logprobs, draws, [row.stream.next() for row in rows])
-        chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
-        for i, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), chosen, strict=True)):
+    def _extend(self, rows: list[Row], logits: Tensor, proposed: Sequence[Sequence[int]] | None = None) -> None:
+        """Draw each row's next token from ``logits`` fp32 [R, V]; finished rows leave.
+
+        Behind a row's own logits are those of the tokens it ``proposed``, one after the other.
+        """
+        proposed = [()] * len(rows) if proposed is None else proposed
+        draws, uniforms = [], []
+        for row, draft in zip(rows, proposed, strict=True):
+            draws += [row.request.draw] * (1 + len(draft))
+            uniforms += row.stream.peek(1 + len(draft))
+        tokens, logprobs = sample(logits, draws, uniforms)
+        drawn = zip(tokens.tolist(), logprobs.tolist(), logits, strict=True)
+        for row, draft in zip(rows, proposed, strict=True):
+            self._take(row, draft, list(islice(drawn, 1 + len(draft))))
+
+    def _take(self, row: Row, draft: Sequence[int], drawn: Sequence[tuple[int, float, Tensor]]) -> None:
+        """Give a row its next token, and the one after that while what it proposed is what was drawn."""
+        accepted = 0
+        for i, (token, logprob, logits) in enumerate(drawn):
+            broken = not math.isfinite(logprob)
+            if broken:
+                self._cache.retract(row.cache.blocks)  # whoever asks again shall not find these numbers
             if row.request.future.done():
-                continue  # another sample of the same call has just failed, or the call was cancelled
+                return  # another sample of the same call has just failed, or the call was cancelled
             try:
-                self._append(row, token, logprob, logprobs[i])
+                if broken:
+                    raise NonFiniteError("logits: not finite; the adapter or the base model is broken")
+                row.stream.next()
+                if row.request.topk:
+                    row.topk += alternatives(logits[None], [row.request.draw], row.request.topk)
+                self._append(row, token, logprob)
             except Exception as error:
                 self._drop(row.request, error)
+                return
+            if row.index in row.request.finished or i == len(draft) or token != draft[i]:
+                break
+            row.cache.length += 1
+            accepted += 1
+        if row.lookup is not None:
+            row.lookup.learn(len(draft), accepted)
 
-    def _append(self, row: Row, token: int, logprob: float, distribution: Tensor) -> None:
+    def _append(self, row: Row, token: int, logprob: float) -> None:
         """Give a row its next token, and end it if that was the last."""
         row.tokens.append(token)
         row.logprobs.append(logprob)
         self.tokens_sampled += 1
-        if row.request.topk:
-            values, ids = distribution.topk(min(row.request.topk, distribution.numel()))
-            row.topk.append(list(zip(ids.tolist(), values.tolist(), strict=True)))
         if row.request.on_token is not None:
             row.request.on_token(row.index, token, logprob)
         if row.request.stop.reached(row.tokens):

@@ -18,6 +18,7 @@ from torch import Tensor
 from mint_engine import kernels
 from mint_engine.adapters import Adapter
 from mint_engine.borders import Seating
+from mint_engine.device import upload
 from mint_engine.kv_cache import CachedSequence, KVCache
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.layer import Attend
@@ -49,7 +50,7 @@ def compute(
     rows = _Rows(
         tokens=torch.from_numpy(np.concatenate([p.tokens for p in pieces])),
         positions=torch.from_numpy(np.concatenate([np.arange(p.start, p.stop) for p in pieces])),
-        slots=torch.from_numpy(np.concatenate([cache.slots(p.cache, p.start, p.stop) for p in pieces])),
+        slots=upload(_slots(cache, [(p, p.start) for p in pieces]), decoder.device),
         seating=decoder.borders.seat(
             [(p.adapter, a, b) for p, a, b in zip(pieces, bounds[:-1], bounds[1:], strict=True)]
         ),
@@ -123,7 +124,7 @@ def _prompt_attend(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) ->
     cu_keys, held = cu_seqlens, None
     if any(p.start for p in pieces):
         cu_keys = _cumulative([p.stop for p in pieces])
-        held = torch.from_numpy(np.concatenate([cache.slots(p.cache, 0, p.stop) for p in pieces]))
+        held = upload(_slots(cache, [(p, 0) for p in pieces]), decoder.device)
     heads = decoder.config.num_heads, decoder.config.num_kv_heads, decoder.config.head_dim**-0.5
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
@@ -135,13 +136,18 @@ def _prompt_attend(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) ->
 
 def _sampled_attend(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) -> Attend:
     """Each row attends alone to the blocks of its sequence, up to itself."""
-    table, lengths = _context(cache, pieces)
+    table, lengths = (upload(t, decoder.device) for t in _context(cache, pieces))
     heads = decoder.config.num_heads, decoder.config.num_kv_heads, decoder.config.head_dim**-0.5
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         kernels.paged_attention(q, cache.k[layer], cache.v[layer], table, lengths, *heads, out=out)
 
     return attend
+
+
+def _slots(cache: KVCache, pieces: Sequence[tuple[Piece, int]]) -> Tensor:
+    """The cells of each piece's tokens from the given position on, int64."""
+    return torch.from_numpy(np.concatenate([cache.slots(p.cache, start, p.stop) for p, start in pieces]))
 
 
 def _cumulative(counts: list[int]) -> Tensor:

@@ -13,6 +13,7 @@ from mint_engine.kv_cache import BLOCK_TOKENS, CachedSequence
 from mint_engine.prompt_scores import PromptScorer
 from mint_engine.requests import Request
 from mint_engine.sampling import UniformStream
+from mint_engine.speculation import PromptLookup
 
 
 @dataclass(eq=False)
@@ -27,6 +28,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     topk: list[list[tuple[int, float]] | None] = field(default_factory=list)
+    lookup: PromptLookup | None = None  # made when something is to be proposed
 
     @property
     def age(self) -> tuple[int, int]:

@@ -60,7 +60,7 @@ def load_adapter(directory: Path, base: Base, what: str) -> Adapter:
     """
     meta, tensors = read_adapter(directory)
     _check_base(meta, base, what)
-    adapter = Adapter(base.decoder.groups, lora_of(meta, what))
+    adapter = Adapter(base.decoder.groups, lora_of(meta, what), base.decoder.device)
     adapter.load(tensors, adapter.params, what)
     return adapter
 

@@ -94,3 +94,10 @@ def assert_drawn(decoder: Decoder, asked: Request, got: SampleResponse) -> None:
         end = p.cumsum(1).gather(1, tokens)[:, 0]
         begin = end - p.gather(1, tokens)[:, 0]
         assert ((begin - 1e-4 <= uniforms) & (uniforms <= end + 1e-4)).all()
+
+
+def chi_squared_p(observed: np.ndarray, expected: np.ndarray, freedom: int) -> float:
+    """How likely counts are at least so far from the ``expected`` ones, with so many degrees of freedom."""
+    statistic = float(((observed - expected) ** 2 / expected).sum())
+    half = torch.tensor([freedom / 2, statistic / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(half[0], half[1]))

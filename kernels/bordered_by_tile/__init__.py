@@ -107,6 +107,6 @@ def _check_spans(
             outside = min(source, border, width) < 0 or source + width > x.shape[1] or border + width > end
             if outside or source % step or border % step or width % step:
                 raise ValueError(
-                    f"spans: expected multiples of {step} within {x.shape[1]} and {end} columns, got {source}, {border} "
-                    f"and a width of {width} in row {i} ({op})"
+                    f"spans: expected multiples of {step} within {x.shape[1]} and {end} columns, got {source}, "
+                    f"{border} and a width of {width} in row {i} ({op})"
                 )

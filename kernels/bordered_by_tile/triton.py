@@ -60,10 +60,7 @@ def _persistent(
             x_at = tl.where(in_border, source + (i - base) * BK, i * BK)
             w_at = tl.where(in_border, border + (i - base) * BK, i * BK)
             a = x.load([tile_m * BM, x_at])
-            if TRANSPOSED:
-                b = w.load([tile_n * BN, w_at]).T
-            else:
-                b = w.load([w_at, tile_n * BN])
+            b = w.load([tile_n * BN, w_at]).T if TRANSPOSED else w.load([w_at, tile_n * BN])
             acc = dot(a, b, acc, UPCAST)
         if bias is not None:
             column = tile_n * BN + tl.arange(0, BN)

@@ -21,8 +21,9 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def open_engine(
-    *, base_url: str | None, api_key: str | None, dtype: str | None, http_options: Mapping[str, Any] | None = None
-) -> ClientEngine:
+    *, base_url: str | None, api_key: str | None, dtype: str | None, device: str | None = None,
+    http_options: Mapping[str, Any] | None = None,
+) -> ClientEngine:  # fmt: skip
     """The engine on the server that `base_url` or MINT_BASE_URL names; without either, this process's own.
 
     `http_options`: see `address_of`. An engine in the process has no use for them.
@@ -31,10 +32,12 @@ def open_engine(
     if url:
         if dtype is not None:
             raise UserError(f"dtype: expected None for the server {url}, which has its own, got {dtype!r}")
+        if device is not None:
+            raise UserError(f"device: expected None for the server {url}, which has its own, got {device!r}")
         return connect(address_of(url, api_key, http_options))
     from mint_engine.engine import get_engine  # imports torch: a client of a server can do without
 
-    return get_engine(dtype)
+    return get_engine(dtype, device=device)
 
 
 def registry_of(engine: ClientEngine) -> Registry:

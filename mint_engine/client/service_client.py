@@ -43,6 +43,7 @@ class ServiceClient:
         base_url: a server; default MINT_BASE_URL. Without one the engine runs in this process.
         api_key: for a server; default MINT_API_KEY. A local engine asks for none.
         dtype: compute dtype of an engine in this process, "bfloat16" or "float32"; default MINT_DTYPE, else bfloat16.
+        device: of an engine in this process, "cpu", "cuda" or "cuda:1"; default MINT_DEVICE, else a GPU if any.
         engine: an engine of your own, instead of the process's.
         http_options: timeout (seconds until a server must have answered), max_retries, default_headers,
             default_headers_overrides, default_query.
@@ -63,6 +64,7 @@ class ServiceClient:
         base_url: str | None = None,
         api_key: str | None = None,
         dtype: str | None = None,
+        device: str | None = None,
         display_name: str | None = None,
         engine: ClientEngine | None = None,
         **http_options: Any,
@@ -72,7 +74,9 @@ class ServiceClient:
             raise TypeError(f"ServiceClient() got unexpected keyword arguments: {', '.join(unknown)}")
         check_metadata(user_metadata)
         if engine is None:
-            engine = open_engine(base_url=base_url, api_key=api_key, dtype=dtype, http_options=http_options)
+            engine = open_engine(
+                base_url=base_url, api_key=api_key, dtype=dtype, device=device, http_options=http_options
+            )
         self._engine = engine
         session_id = engine.create_session(
             user_metadata=user_metadata, project_id=project_id, display_name=display_name

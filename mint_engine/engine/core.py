@@ -11,9 +11,11 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from mint_engine.bases import BaseModels
+from mint_engine.device import resolve
 from mint_engine.engine.residents import Model, Residents, SamplerEntry, session_of
 from mint_engine.errors import UserError
 from mint_engine.executor import Executor, Lane
+from mint_engine.fair_share import DEFAULT_SAMPLING_SHARE, FairShare
 from mint_engine.kv_cache import default_bytes
 from mint_engine.stats import Recorder
 from mint_engine.store import Store
@@ -28,14 +30,18 @@ Steps: TypeAlias = Generator[Callable[[], Any], Any, T]
 class EngineCore:
     """Base of the engine's sides."""
 
-    def __init__(self, *, dtype: str, home: Path, kv_cache_bytes: int | None, store: Store | None) -> None:
+    def __init__(
+        self, *, dtype: str, device: str | None, home: Path, kv_cache_bytes: int | None, store: Store | None,
+        sampling_share: float = DEFAULT_SAMPLING_SHARE,
+    ) -> None:  # fmt: skip
         if dtype not in DTYPES:
             raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-        self.dtype, self.home = dtype, home
+        self.dtype, self.device, self.home = dtype, resolve(device), home
         self.store = Store(home) if store is None else store
-        self._executor = Executor("mint-engine")
-        cache_bytes = kv_cache_bytes or default_bytes()
-        self._bases = BaseModels(home, DTYPES[dtype], cache_bytes, self._executor.add_stepper, self._executor.notify)
+        self._executor = Executor("mint-engine", FairShare(sampling_share))
+        cache_bytes = kv_cache_bytes or default_bytes(self.device)
+        add, wake = self._executor.add_stepper, self._executor.notify
+        self._bases = BaseModels(home, DTYPES[dtype], self.device, cache_bytes, add, wake)
         self._residents = Residents(self._executor.lane)
         self._recorder = Recorder()
         self._owners: dict[str, str] = {}

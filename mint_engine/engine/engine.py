@@ -21,6 +21,7 @@ from mint_engine.engine.models import Models
 from mint_engine.engine.parking import Parking
 from mint_engine.engine.together import Together
 from mint_engine.engine.training import Training
+from mint_engine.fair_share import DEFAULT_SAMPLING_SHARE
 from mint_engine.stats import EngineStats, OnOperation, rss_bytes
 from mint_engine.store import Store
 from mint_engine.types import GetServerCapabilitiesResponse, SupportedModel
@@ -36,19 +37,26 @@ class Engine(Models, Training, Checkpoints, Parking):
 
     Args:
         dtype: "bfloat16" or "float32", the compute dtype. Masters, moments and log-probabilities are always fp32.
+        device: "cpu", "cuda" or "cuda:1", where base models, adapters, optimiser state and KV cache live; default
+            MINT_DEVICE, else a GPU if there is one. One that the machine lacks is refused with UserError.
         home: where runs, checkpoints and converted models are kept.
-        kv_cache_bytes: size of each base model's KV cache; default a quarter of the machine's memory.
+        kv_cache_bytes: size of each base model's KV cache; default a quarter of the machine's (the GPU's) memory.
         store: where metadata and checkpoints go; default a store under ``home``.
         deterministic: whether a training call's numbers are to be the same bits in any company. If not, calls of
             different clients share passes over the base model (`trainer.run_together`), which is several times faster
             for many small ones and moves their numbers by roundings. Default: in float32, which is for exactness.
+        sampling_share: the part of the device's time that decode steps get while training operations wait, between 0
+            and 1; the operations get the rest while there is something to sample. Who is alone gets everything.
     """
 
     def __init__(
-        self, *, dtype: str = "bfloat16", home: Path, kv_cache_bytes: int | None = None, store: Store | None = None,
-        deterministic: bool | None = None,
+        self, *, dtype: str = "bfloat16", device: str | None = None, home: Path, kv_cache_bytes: int | None = None,
+        store: Store | None = None, deterministic: bool | None = None, sampling_share: float = DEFAULT_SAMPLING_SHARE,
     ) -> None:  # fmt: skip
-        EngineCore.__init__(self, dtype=dtype, home=home, kv_cache_bytes=kv_cache_bytes, store=store)
+        EngineCore.__init__(
+            self, dtype=dtype, device=device, home=home, kv_cache_bytes=kv_cache_bytes, store=store,
+            sampling_share=sampling_share,
+        )  # fmt: skip
         self.deterministic = dtype == "float32" if deterministic is None else deterministic
         self._together = Together(self._residents, self._recorder, share=not self.deterministic)
         self._references = OrderedDict()

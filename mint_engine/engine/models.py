@@ -27,7 +27,7 @@ class Models(EngineCore):
 
         def build(store: Store) -> Steps[tuple[Base, Adapter, TrainState]]:
             base = yield lambda: self._bases.get(base_model)
-            adapter = Adapter(base.decoder.groups, lora)
+            adapter = Adapter(base.decoder.groups, lora, base.decoder.device)
             return base, adapter, TrainState(adapter)
 
         return self._create(session_id, seq, build, user_metadata)

@@ -1,4 +1,4 @@
-"""The engines of this process: one per dtype and home, closed at exit, never used across a fork."""
+"""The engines of this process: one per dtype, device and home, closed at exit, never used across a fork."""
 
 from __future__ import annotations
 
@@ -7,28 +7,44 @@ import os
 import threading
 from pathlib import Path
 
+import torch
+
+from mint_engine.device import resolve
 from mint_engine.engine.engine import Engine, alive
 from mint_engine.errors import UserError
+from mint_engine.fair_share import DEFAULT_SAMPLING_SHARE
 
-_engines: dict[tuple[str, Path], Engine] = {}
+_engines: dict[tuple[str, torch.device, Path], Engine] = {}
 _engines_lock = threading.Lock()
 
 
-def get_engine(dtype: str | None = None, home: Path | None = None) -> Engine:
-    """The process's engine for a compute dtype and a home directory, made on first use.
+def get_engine(dtype: str | None = None, home: Path | None = None, *, device: str | None = None) -> Engine:
+    """The process's engine for a compute dtype, a device and a home directory, made on first use.
 
-    Defaults: MINT_DTYPE or "bfloat16"; MINT_HOME or ``~/.mint-engine``; MINT_KV_CACHE_BYTES or a quarter of
-    the machine's memory (touched only as it is used).
+    Defaults: MINT_DTYPE or "bfloat16"; MINT_DEVICE or a GPU if there is one; MINT_HOME or ``~/.mint-engine``;
+    MINT_KV_CACHE_BYTES or a quarter of the machine's memory (touched only as it is used), on a GPU of the GPU's;
+    MINT_SAMPLING_SHARE or a half.
     """
     dtype = dtype or os.environ.get("MINT_DTYPE") or "bfloat16"
     home = Path(home or os.environ.get("MINT_HOME") or Path.home() / ".mint-engine").expanduser().resolve()
+    key = (dtype, resolve(device), home)
     with _engines_lock:
-        if (dtype, home) not in _engines:
+        if key not in _engines:
             given = os.environ.get("MINT_KV_CACHE_BYTES") or "0"
             if not given.isdecimal():
                 raise UserError(f"MINT_KV_CACHE_BYTES: expected a number of bytes, got {given!r}")
-            _engines[dtype, home] = Engine(dtype=dtype, home=home, kv_cache_bytes=int(given))
-        return _engines[dtype, home]
+            _engines[key] = Engine(
+                dtype=dtype, device=str(key[1]), home=home, kv_cache_bytes=int(given), sampling_share=_sampling_share()
+            )
+        return _engines[key]
+
+
+def _sampling_share() -> float:
+    given = os.environ.get("MINT_SAMPLING_SHARE")
+    try:
+        return float(given) if given else DEFAULT_SAMPLING_SHARE
+    except ValueError:
+        raise UserError(f"MINT_SAMPLING_SHARE: expected a number between 0 and 1, got {given!r}") from None
 
 
 def close_engines() -> None:

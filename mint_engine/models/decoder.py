@@ -11,6 +11,7 @@ from mint_engine import kernels
 from mint_engine.adapters import LinearGroup
 from mint_engine.batch import PackedBatch
 from mint_engine.borders import DEFAULT_RANKS, BorderedWeight, Borders, Seating
+from mint_engine.device import upload
 from mint_engine.models import layer as decoder_layer
 from mint_engine.models import linear
 from mint_engine.models.config import ModelConfig
@@ -23,18 +24,19 @@ class Decoder:
     """One resident copy of a base model in the compute dtype; any number of adapters pass through its borders."""
 
     def __init__(self, config: ModelConfig, reader: WeightReader, dtype: torch.dtype, *,
+                 device: torch.device | str = "cpu",
                  on_tensor: Callable[[str], None] = lambda name: None) -> None:  # fmt: skip
-        """Read the weights. ``on_tensor(name)`` is called after each, for a progress bar."""
-        self.config, self.dtype = config, dtype
-        self.rope = RopeTable(config)
+        """Read the weights to ``device``. ``on_tensor(name)`` is called after each, for a progress bar."""
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.rope = RopeTable(config, self.device)
 
         def read(name: str) -> Tensor:
-            tensor = reader.get(name).to(dtype)
+            tensor = reader.get(name).to(self.device).to(dtype)
             on_tensor(name)
             return tensor
 
         def bordered(group: LinearGroup, bias: bool = False) -> BorderedWeight:
-            weight = BorderedWeight(group, dtype, DEFAULT_RANKS)
+            weight = BorderedWeight(group, dtype, DEFAULT_RANKS, self.device)
             row = 0
             for module, n in group.modules:
                 name = module if not (module == "lm_head" and config.tie_word_embeddings) else "model.embed_tokens"
@@ -96,7 +98,7 @@ class Decoder:
         """The residual stream after the last layer, [M, H]; what a backward needs is appended to ``saved``."""
         cos, sin = self.rope.rows(positions)
         p = Pass(self.config, seating, cos, sin, attend)
-        delta, h = self.embedding[tokens], None
+        delta, h = self.embedding[upload(tokens, self.device)], None
         for la in self.layers:
             delta, h, kept = decoder_layer.forward(la, delta, h, p, saved is not None)
             if saved is not None and kept is not None:
@@ -120,7 +122,8 @@ class Decoder:
 
     def target_logprob(self, x: Tensor, targets: Tensor, seating: Seating) -> tuple[Tensor, Tensor]:
         """fp32 (log-probabilities [M, K], log-sum-exp [M]) of ``targets`` given :meth:`head_input`'s rows."""
-        return kernels.target_logprob(x, self.head.forward_weight(seating.ranks_of(self.head.group)), targets)
+        weight = self.head.forward_weight(seating.ranks_of(self.head.group))
+        return kernels.target_logprob(x, weight, upload(targets, self.device))
 
     def head_backward(
         self, h: Tensor, x: Tensor, targets: Tensor, dlogprob: Tensor, lse: Tensor, seating: Seating,
@@ -129,9 +132,10 @@ class Decoder:
         """Gradient with respect to ``h`` [M, H], given ``dlogprob`` [M, K]; the head adapters' go to ``grads``."""
         ranks = seating.ranks_of(self.head.group)
         x = x[:, : self.head.k + self.head.m * ranks]  # the rows with a gradient may all be of untrained heads
+        spans = seating.columns(self.head.group, len(x))
         dx_ext, d_border = kernels.target_logprob_backward(
             x, self.head.forward_weight(ranks), targets, dlogprob, lse, border=self.head.m * ranks,
-            spans=seating.columns(self.head.group, len(x)),
+            spans=None if spans is None else upload(spans, self.device),
         )  # fmt: skip
         return self._head_gradients(h, x, dx_ext, d_border, seating, grads)
 

@@ -31,7 +31,7 @@ def _tail(w: BorderedWeight, seating: Seating) -> int:
 
 def input_buffer(w: BorderedWeight, rows: int, seating: Seating) -> Tensor:
     """An uninitialised ``[rows, K + p]``: the caller writes X into the first K columns, then :func:`shrink_tail` S."""
-    return torch.empty(rows, w.k + _tail(w, seating), dtype=w.buf.dtype)
+    return torch.empty(rows, w.k + _tail(w, seating), dtype=w.buf.dtype, device=w.buf.device)
 
 
 def shrink_tail(w: BorderedWeight, x: Tensor, seating: Seating) -> None:
@@ -58,7 +58,7 @@ def forward(w: BorderedWeight, x: Tensor, seating: Seating) -> Tensor:
 
 def gradient_buffer(w: BorderedWeight, rows: int, seating: Seating) -> Tensor:
     """An uninitialised ``[rows, N + p]``: the caller writes dY into the first N columns."""
-    return torch.empty(rows, w.n + _tail(w, seating), dtype=w.buf.dtype)
+    return torch.empty(rows, w.n + _tail(w, seating), dtype=w.buf.dtype, device=w.buf.device)
 
 
 def shrink_gradient(w: BorderedWeight, dy: Tensor, seating: Seating) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mint_engine.device import upload
 from mint_engine.errors import ModelError
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class RopeTable:
         return angles.cos() * self._scale, angles.sin() * self._scale
 
     def rows(self, positions: torch.Tensor, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gather the rows of ``positions`` (int64 ``[M]``): (cos, sin), each fp32 ``[M, head_dim / 2]``.
+        """Gather the rows of ``positions`` (int64 ``[M]``): (cos, sin), each fp32 ``[M, head_dim / 2]``, on the device.
 
         ``length``: a bound above every position, if the caller knows it; on a GPU this saves the synchronisation
         that finding it costs. Raises ValueError for a negative position.
@@ -191,6 +192,7 @@ class RopeTable:
             if lowest < 0:
                 raise ValueError(f"positions: expected values >= 0, got {lowest}")
             length = highest + 1
+        positions = upload(positions, self._frequencies.device)
         cos, sin = self._table
         if length > cos.shape[0]:
             # Doubling keeps the cost of a decode that grows token by token linear.

@@ -57,10 +57,12 @@ def run(settings: Settings) -> int:
             torch.set_num_threads(settings.threads)
         engine = Engine(
             dtype=settings.dtype,
+            device=settings.device,
             home=settings.home_directory,
             kv_cache_bytes=settings.kv_cache_bytes,
             store=store,
             deterministic=settings.deterministic,
+            sampling_share=settings.sampling_share,
         )
         stack.callback(engine.close)
         for name in settings.models:

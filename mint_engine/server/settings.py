@@ -17,6 +17,7 @@ from pydantic_settings import (
 )
 
 from mint_engine.errors import UserError
+from mint_engine.fair_share import DEFAULT_SAMPLING_SHARE
 
 ENV_PREFIX = "MINT_SERVER_"
 
@@ -35,6 +36,10 @@ class Settings(BaseSettings):
         "once; clients can name no other.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Compute dtype: bfloat16 or float32.")
+    device: str | None = Field(
+        default=None,
+        description="Where to compute: cpu, cuda or cuda:1; default MINT_DEVICE, else a GPU if there is one.",
+    )
     deterministic: bool | None = Field(
         default=None,
         description="Give a training call the same bits in any company, one client per pass; default only in float32.",
@@ -51,7 +56,15 @@ class Settings(BaseSettings):
         default=None, ge=1, description="CPU threads of the kernels; default torch's own choice."
     )
     kv_cache_bytes: int | None = Field(
-        default=None, ge=1 << 16, description="KV cache of each base model; default a quarter of the machine's memory."
+        default=None,
+        ge=1 << 16,
+        description="KV cache of each base model; default a quarter of the machine's memory, or of the GPU's.",
+    )
+    sampling_share: float = Field(
+        default=DEFAULT_SAMPLING_SHARE,
+        gt=0,
+        lt=1,
+        description="The part of the device's time that sampling gets while training waits, and training the rest.",
     )
     public_url: str | None = Field(
         default=None,

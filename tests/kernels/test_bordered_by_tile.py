@@ -109,10 +109,14 @@ def test_backward_is_each_adapters_gradient(face: str, dtype: torch.dtype, group
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [16 * 7, 16 * 6 + 5])
-def test_tiles_that_tma_loads_give_the_same(face: str, dtype: torch.dtype, rows: int) -> None:
-    """Everything in multiples of 64: the persistent kernel, with more tiles of y than programs, forward and backward."""
+def test_tiles_that_tma_loads_give_the_same(
+    face: str, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything in multiples of 64: the persistent kernel, more tiles of y than programs, forward and backward."""
     if dtype is torch.float16 and face.startswith("cpu"):
         pytest.skip("the C++ has no float16")
+    if face == "triton":
+        monkeypatch.setattr("mint_engine.kernels.bordered_by_tile.triton.matmul", None)  # not the one with pointers
     k, n, widths = 128, 192, [64, 64, 0, 128, 128, 64, 0]
     spans = torch.tensor([(k, k + at, w) for at, w in zip([0, 64, 0, 0, 64, 128, 0], widths, strict=True)])
     spans_back = torch.tensor([(n, n + at, w) for at, w in zip([0, 64, 0, 0, 64, 128, 0], widths, strict=True)])

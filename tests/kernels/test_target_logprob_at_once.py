@@ -132,6 +132,6 @@ def test_what_does_not_fit_is_named() -> None:
         target_logprob(torch.zeros(3, 2), torch.zeros(5, 2), labels)
     x, weight = torch.zeros(4, 2), torch.zeros(5, 2)
     with pytest.raises(
-        ValueError, match=r"gradient's result: expected torch.float32 \[4, 1\], got torch.float32 \[4\]"
+        ValueError, match=r"gradient's result: expected torch.float32 \[4, 1\], got .* \[4\]"
     ):
         target_logprob_with_gradient(x, weight, labels, lambda rows, _: torch.zeros(4))

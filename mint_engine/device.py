@@ -1,0 +1,42 @@
+"""Which device an engine computes on, and how what the host has made gets there."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from mint_engine.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def resolve(device: str | torch.device | None = None) -> torch.device:
+    """The device by the name of ``device``: "cpu", "cuda" or "cuda:1". None: MINT_DEVICE, else a GPU if there is one.
+
+    Raises:
+        UserError: it is no such name, or the machine does not have it.
+    """
+    asked = device if device is not None else os.environ.get("MINT_DEVICE") or None
+    if asked is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+    try:
+        found = torch.device(asked)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise UserError(f'device: expected "cpu", "cuda" or "cuda:<index>", got {str(asked)!r}')
+    if found.type == "cpu":
+        return CPU
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = found.index or 0
+    if index >= count:
+        has = "no GPU that torch can use" if count == 0 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
+        raise UserError(f"device: expected one this machine has, got {str(asked)!r}; it has {has}")
+    return torch.device("cuda", index)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on ``device``: itself on the CPU, else a copy through pinned memory that nobody waits for."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,48 @@
+"""Naming a device, and saying so where it is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mint_engine.device import resolve, upload
+from mint_engine.engine import Engine
+from mint_engine.errors import UserError
+from mint_engine.server.settings import Settings
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@without_gpu
+def test_the_cpu_is_the_device_where_there_is_no_gpu() -> None:
+    assert resolve() == torch.device("cpu")
+    assert resolve("cpu") == torch.device("cpu")
+
+
+@without_gpu
+@pytest.mark.parametrize("asked", ["cuda", "cuda:1"])
+def test_a_gpu_that_is_not_there_is_an_error(asked: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"device: expected one this machine has, got '{asked}'; it has no GPU"):
+        Engine(device=asked, home=tmp_path)
+    monkeypatch.setenv("MINT_DEVICE", asked)
+    with pytest.raises(UserError, match=f"got '{asked}'"):
+        resolve()
+
+
+@pytest.mark.parametrize("asked", ["gpu", "meta", "cuda:x", "mps"])
+def test_another_name_is_an_error(asked: str) -> None:
+    with pytest.raises(UserError, match=f"device: expected .* got '{asked}'"):
+        resolve(asked)
+
+
+def test_the_server_takes_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings(models=["m"]).device is None
+    monkeypatch.setenv("MINT_SERVER_DEVICE", "cuda:1")
+    assert Settings(models=["m"]).device == "cuda:1"
+
+
+def test_a_tensor_that_is_on_the_cpu_stays_itself() -> None:
+    tensor = torch.arange(3)
+    assert upload(tensor, torch.device("cpu")) is tensor

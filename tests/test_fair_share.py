@@ -1,0 +1,103 @@
+"""Training operations and decode steps share the device's time, and neither starves."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mint_engine.engine import Engine
+from mint_engine.errors import UserError
+from mint_engine.executor import Executor
+from mint_engine.fair_share import FairShare
+
+
+def times(share: FairShare, operations: list[float], steps: list[float]) -> tuple[float, float]:
+    """(seconds of sampling, of training) while both have work, up to the last of either."""
+    sampled = trained = 0.0
+    while operations and steps:
+        if share.samplers_turn:
+            sampled += (seconds := steps.pop())
+            share.sampled(seconds, others_waited=True)
+        else:
+            trained += (seconds := operations.pop())
+            share.trained(seconds)
+    return sampled, trained
+
+
+durations = st.lists(st.floats(0.001, 5), min_size=1, max_size=60)
+
+
+@given(sampling=st.floats(0.05, 0.95), operations=durations, steps=durations)
+def test_each_side_gets_its_part_up_to_one_turn(sampling: float, operations: list, steps: list) -> None:
+    longest = max(operations) * sampling, max(steps) * (1 - sampling)
+    sampled, trained = times(FairShare(sampling), list(operations), list(steps))
+    owed = trained * sampling - sampled * (1 - sampling)
+    assert -longest[1] - 1e-9 <= owed <= longest[0] + 1e-9
+
+
+def test_time_alone_is_not_held_against_anybody() -> None:
+    share = FairShare()
+    for _ in range(1000):
+        share.sampled(1.0, others_waited=False)
+    share.trained(0.1)
+    assert share.samplers_turn, "an operation has just had its turn"
+    share.forget()
+    for _ in range(1000):
+        share.trained(1.0)
+        share.forget()
+    assert not share.samplers_turn
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, float("nan")])
+def test_a_share_starves_nobody(share: float, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="sampling_share: expected a number between 0 and 1"):
+        Engine(home=tmp_path, sampling_share=share)
+
+
+class Busy:
+    """A sampler that always has work, ``seconds`` a step."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.steps, self.stop = seconds, 0, False
+
+    def step(self) -> bool:
+        if self.stop:
+            return False
+        time.sleep(self.seconds)
+        self.steps += 1
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        raise AssertionError(error)
+
+    def close(self, error: BaseException) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("step", "operation"), [(0.002, 0.04), (0.04, 0.002)])
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_a_queue_of_operations_and_a_busy_sampler_both_go_on(step: float, operation: float, share: float) -> None:
+    """Whichever is the longer, sampling gets its part of the time. Sleeps stand for work: the machine may be busy."""
+    executor, sampler = Executor("test", FairShare(share)), Busy(step)
+    ran: list[float] = []
+
+    def work() -> None:
+        begun = time.perf_counter()
+        time.sleep(operation)
+        ran.append(time.perf_counter() - begun)
+
+    lane = executor.lane()
+    futures: list[Future] = [lane.submit(work) for _ in range(round(0.4 / operation))]
+    executor.add_stepper(sampler)
+    executor.notify()
+    for future in futures:
+        future.result(timeout=60)
+    steps, sampler.stop = sampler.steps, True
+    executor.close()
+    expected = sum(ran) * share / (1 - share) / step
+    assert 0.5 * expected - 2 <= steps <= 1.2 * expected + 2
