@@ -131,7 +131,5 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match=r"targets: expected labels for 3 rows, got 4 \(target_logprob\)"):
         target_logprob(torch.zeros(3, 2), torch.zeros(5, 2), labels)
     x, weight = torch.zeros(4, 2), torch.zeros(5, 2)
-    with pytest.raises(
-        ValueError, match=r"gradient's result: expected torch.float32 \[4, 1\], got .* \[4\]"
-    ):
+    with pytest.raises(ValueError, match=r"gradient's result: expected torch.float32 \[4, 1\], got .* \[4\]"):
         target_logprob_with_gradient(x, weight, labels, lambda rows, _: torch.zeros(4))
