@@ -1,10 +1,11 @@
 """The engine's kernels: one folder per op, each with a plain-torch reference and faster faces (see ``op.py``)."""
 
-from mint_engine.kernels.adamw import adamw_
+from mint_engine.kernels.adamw import Places, adamw_, adamw_places_, hyperparameters
 from mint_engine.kernels.attention import attention, attention_backward
 from mint_engine.kernels.bordered_by_tile import bordered_by_tile, bordered_by_tile_backward
 from mint_engine.kernels.bordered_linear import bordered_linear, bordered_linear_backward, expand_backward, shrink
 from mint_engine.kernels.decode_layer import LayerAdapters, decode_layer, decode_layer_supported
+from mint_engine.kernels.embedding import embedding
 from mint_engine.kernels.grouped_linear import grouped_linear, grouped_outer
 from mint_engine.kernels.op import faces, force_face, isa
 from mint_engine.kernels.outer_accumulate import outer_accumulate
@@ -24,7 +25,9 @@ from mint_engine.kernels.target_logprob import (
 __all__ = [
     "Labels",
     "LayerAdapters",
+    "Places",
     "adamw_",
+    "adamw_places_",
     "attention",
     "attention_backward",
     "bordered_by_tile",
@@ -33,11 +36,13 @@ __all__ = [
     "bordered_linear_backward",
     "decode_layer",
     "decode_layer_supported",
+    "embedding",
     "expand_backward",
     "faces",
     "force_face",
     "grouped_linear",
     "grouped_outer",
+    "hyperparameters",
     "isa",
     "logits",
     "outer_accumulate",

@@ -18,8 +18,6 @@ import triton.language as tl
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 UPCAST = INTERPRETED
 
-GROUP = 8  # rows of tiles of a GEMM that are worked on together
-
 DEVICES = {"cuda", "cpu"} if INTERPRETED else {"cuda"}  # the offline compiler adds "meta"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -65,11 +63,6 @@ def tma_reason(*matrices: torch.Tensor) -> str | None:
         if t.data_ptr() % 16 or t.stride(0) * t.element_size() % 16:
             return f"a matrix begins or continues off a multiple of 16 bytes: row stride {t.stride(0)} of {t.dtype}"
     return None
-
-
-def stages(dtype: torch.dtype) -> int:
-    """Steps of a GEMM held in shared memory: float32, for tests, is twice as wide."""
-    return 2 if dtype is torch.float32 else 3
 
 
 def power_of_2(n: int, least: int = 1) -> int:

@@ -16,7 +16,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mint_engine.kernels.bordered_linear.triton import matmul
 from mint_engine.kernels.gpu_plan import Row, Tunable
-from mint_engine.kernels.triton_common import UPCAST, architecture, dot, processors, tma_reason, triton_reason
+from mint_engine.kernels.triton_common import (
+    UPCAST,
+    architecture,
+    dot,
+    power_of_2,
+    processors,
+    tma_reason,
+    triton_reason,
+)
 
 ROWS = (16, 32, 64, 128, 256)  # a program's rows: those of a tile of the table
 
@@ -28,7 +36,7 @@ def _shared(row: Row, tile_rows: int) -> int:
 PERSISTENT = Tunable(
     "bordered_by_tile.persistent",
     {"BN": (64, 128, 256), "BK": (64, 128), "GROUP": (4, 8, 16), "warps": (4, 8), "stages": (2, 3, 4)},
-    cases=ROWS, shared=_shared,
+    cases=ROWS, shared=_shared, oldest=90,
 )  # fmt: skip
 
 
@@ -76,10 +84,10 @@ def _by_tile(
     (m, n), arch = out.shape, architecture()
     if not (m and n):
         return
-    row = PERSISTENT.meta(arch, tile_rows)
-    bn, bk = min(row["BN"], max(triton.next_power_of_2(n), 16)), row["BK"]
-    fits = arch >= 90 and k % bk == 0 and step % bk == 0 and k > 0 and x.dtype is not torch.float32
-    if not fits or tma_reason(x, w, out) is not None or tile_rows not in ROWS:
+    fits = arch >= PERSISTENT.oldest and k > 0 and x.dtype is not torch.float32 and tile_rows in ROWS
+    row = PERSISTENT.meta(arch, tile_rows) if fits else {"BN": 0, "BK": 1}
+    bn, bk = min(row["BN"], power_of_2(n, 16)), row["BK"]
+    if not fits or k % bk or step % bk or tma_reason(x, w, out) is not None:
         matmul(x, w.T if transposed else w, out, k=k, bias=bias, spans=spans, tile_rows=tile_rows)
         return
     tiles = triton.cdiv(m, tile_rows) * triton.cdiv(n, bn)
