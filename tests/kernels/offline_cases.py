@@ -49,6 +49,17 @@ def adamw() -> None:
 RANK, BORDER = 16, 64
 
 
+def adamw_places() -> None:
+    """A and B of one linear, written into its border."""
+    p, buf = fp32(RANK * (HIDDEN + FFN)), bf16(FFN + BORDER, HIDDEN + BORDER)
+    views = buf[FFN : FFN + RANK, :HIDDEN], buf[:FFN, HIDDEN : HIDDEN + RANK]
+    kernels.adamw_places_(p, p, p, p, fp32(8), kernels.Places([(v.numel(), v) for v in views], "meta"), face="triton")
+
+
+def embedding() -> None:
+    kernels.embedding(torch.empty(ROWS, dtype=torch.int64, device="meta"), bf16(151936, HIDDEN), face="triton")
+
+
 def narrow() -> None:
     """S and dS of a stack, and the gradients of A and B."""
     x, a, b = bf16(ROWS, HIDDEN + BORDER), bf16(RANK, HIDDEN + BORDER), bf16(FFN, HIDDEN + BORDER)
@@ -71,6 +82,13 @@ def by_tile() -> None:
     kernels.bordered_by_tile(x, w[: 2 * FFN], spans, k=HIDDEN, tile_rows=128, step=64, face="triton")
     dy = bf16(ROWS, 2 * FFN + BORDER)
     kernels.bordered_by_tile_backward(dy, w[:, :HIDDEN], spans, n=2 * FFN, tile_rows=128, step=64, face="triton")
+
+
+def by_tile_with_pointers() -> None:
+    """Borders of 16 columns: less than a tile of TMA."""
+    spans = torch.empty(ROWS // 128, 3, dtype=torch.int32, device="meta")
+    x, w = bf16(ROWS, HIDDEN + BORDER), bf16(2 * FFN, HIDDEN + BORDER)
+    kernels.bordered_by_tile(x, w, spans, k=HIDDEN, tile_rows=128, face="triton")
 
 
 def head() -> None:
@@ -107,10 +125,13 @@ CASES: dict[str, Callable[[], None]] = {
     "swiglu": swiglu,
     "qk_norm_rope": rope,
     "adamw": adamw,
+    "adamw into places": adamw_places,
+    "embedding": embedding,
     "shrink, expand": narrow,
     "outer_accumulate dA": outer,
     "outer_accumulate dB": outer_tall,
     "bordered_by_tile": by_tile,
+    "bordered_by_tile with pointers": by_tile_with_pointers,
     "attention 64": lambda: attention(64),
     "attention 128": lambda: attention(128),
     "attention 256": lambda: attention(256),

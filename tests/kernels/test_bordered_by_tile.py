@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from check import normal, poisoned, strided, surroundings_untouched, within_budget
@@ -116,7 +118,8 @@ def test_tiles_that_tma_loads_give_the_same(
     if dtype is torch.float16 and face.startswith("cpu"):
         pytest.skip("the C++ has no float16")
     if face == "triton":
-        monkeypatch.setattr("mint_engine.kernels.bordered_by_tile.triton.matmul", None)  # not the one with pointers
+        module = import_module("mint_engine.kernels.bordered_by_tile.triton")
+        monkeypatch.setattr(module, "matmul", None)  # not the one with pointers
     k, n, widths = 128, 192, [64, 64, 0, 128, 128, 64, 0]
     spans = torch.tensor([(k, k + at, w) for at, w in zip([0, 64, 0, 0, 64, 128, 0], widths, strict=True)])
     spans_back = torch.tensor([(n, n + at, w) for at, w in zip([0, 64, 0, 0, 64, 128, 0], widths, strict=True)])
