@@ -3,10 +3,17 @@
 from mint_engine.kernels.adamw import Places, adamw_, adamw_places_, hyperparameters
 from mint_engine.kernels.attention import attention, attention_backward
 from mint_engine.kernels.bordered_by_tile import bordered_by_tile, bordered_by_tile_backward
-from mint_engine.kernels.bordered_linear import bordered_linear, bordered_linear_backward, expand_backward, shrink
+from mint_engine.kernels.bordered_linear import (
+    Shrink,
+    bordered_linear,
+    bordered_linear_backward,
+    expand_backward,
+    shrink,
+)
 from mint_engine.kernels.decode_layer import LayerAdapters, decode_layer, decode_layer_supported
 from mint_engine.kernels.embedding import embedding
 from mint_engine.kernels.grouped_linear import grouped_linear, grouped_outer
+from mint_engine.kernels.lora_gradients import lora_gradients
 from mint_engine.kernels.op import faces, force_face, isa
 from mint_engine.kernels.outer_accumulate import outer_accumulate
 from mint_engine.kernels.paged_attention import paged_attention
@@ -26,6 +33,7 @@ __all__ = [
     "Labels",
     "LayerAdapters",
     "Places",
+    "Shrink",
     "adamw_",
     "adamw_places_",
     "attention",
@@ -45,6 +53,7 @@ __all__ = [
     "hyperparameters",
     "isa",
     "logits",
+    "lora_gradients",
     "outer_accumulate",
     "paged_attention",
     "qk_norm_rope",

@@ -82,10 +82,12 @@ class BaseModels:
         dtype: torch.dtype,
         device: torch.device,
         cache_bytes: int,
+        activation_bytes: int,
         on_load: Callable[[Sampler], None],
         wake: Callable[[], None],
     ) -> None:
-        self._home, self._dtype, self._device, self._cache_bytes = home, dtype, device, cache_bytes
+        self._home, self._dtype, self._device = home, dtype, device
+        self._cache_bytes, self._activation_bytes = cache_bytes, activation_bytes
         self._on_load, self._wake = on_load, wake
         self._lock = threading.Lock()
         self._loading: dict[str, Future[Base]] = {}
@@ -138,8 +140,9 @@ class BaseModels:
             names = set(reader.names())
             progress.update(task, total=len(names))
             decoder = Decoder(
-                config, reader, self._dtype, device=self._device, on_tensor=lambda _: progress.advance(task)
-            )
+                config, reader, self._dtype, device=self._device, activation_bytes=self._activation_bytes,
+                on_tensor=lambda _: progress.advance(task),
+            )  # fmt: skip
         sampler = Sampler(decoder, self._cache_bytes, self._wake)
         self._on_load(sampler)
         return Base(files, config, decoder, sampler)

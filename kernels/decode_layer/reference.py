@@ -36,7 +36,9 @@ def decode_layer(
 ) -> tuple[Tensor, Tensor]:
     m = len(x)
     d = layer.o.k // n_q
-    x1, h1 = rms_norm(x, layer.attention_norm, eps, residual, torch.empty_like(x))
+    x1, x2 = torch.empty_like(x), torch.empty_like(x)
+    h1, h = x if residual is None else torch.empty_like(x), torch.empty_like(x)
+    rms_norm(x, layer.attention_norm, eps, residual, x1, h1, None)
     qkv = _linear(layer.qkv, x1, adapters, 1)
     qk = torch.empty(m, (n_q + n_kv) * d, dtype=x.dtype)
     qk_norm_rope(qkv, cos, sin, n_q, n_kv, layer.q_norm, layer.k_norm, eps, qk)
@@ -44,10 +46,10 @@ def decode_layer(
     v_pool.view(-1, n_kv * d)[slots] = qkv[:, qk.shape[1] :]
     heads = torch.empty(m, n_q * d, dtype=x.dtype)
     paged_attention(qk[:, : n_q * d], k_pool, v_pool, block_table, lengths, n_q, n_kv, scale, heads)
-    x2, h = rms_norm(_linear(layer.o, heads, adapters, 2), layer.mlp_norm, eps, h1, torch.empty_like(x))
+    rms_norm(_linear(layer.o, heads, adapters, 2), layer.mlp_norm, eps, h1, x2, h, None)
     gate_up = _linear(layer.gate_up, x2, adapters, 4)
     a = torch.empty(m, layer.down.k, dtype=x.dtype)
-    swiglu(gate_up, a)
+    swiglu(gate_up, a, None)
     return _linear(layer.down, a, adapters, 8), h
 
 
@@ -63,4 +65,5 @@ def _linear(w: Linear, x: Tensor, adapters: LayerAdapters | None, group: int) ->
                 a = w.buf[w.n + columns.start : w.n + columns.stop, : w.k]
                 tail[start:stop, columns] = (x[start:stop] @ a.T) * scale
     used = w.k + tail.shape[1] if bool(tail.any()) else w.k
-    return bordered.bordered_linear(torch.cat([x, tail], 1)[:, :used], w.buf[: w.n, :used], w.bias)
+    out = torch.empty(len(x), w.n, dtype=x.dtype)
+    return bordered.bordered_linear(torch.cat([x, tail], 1)[:, :used], w.buf[: w.n, :used], w.bias, out)

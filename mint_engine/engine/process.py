@@ -23,20 +23,33 @@ def get_engine(dtype: str | None = None, home: Path | None = None, *, device: st
 
     Defaults: MINT_DTYPE or "bfloat16"; MINT_DEVICE or a GPU if there is one; MINT_HOME or ``~/.mint-engine``;
     MINT_KV_CACHE_BYTES or a quarter of the machine's memory (touched only as it is used), on a GPU of the GPU's;
-    MINT_SAMPLING_SHARE or a half.
+    MINT_ACTIVATION_BYTES or 2 GiB; MINT_MASKED_LOGPROBS or "true"; MINT_SAMPLING_SHARE or a half.
     """
     dtype = dtype or os.environ.get("MINT_DTYPE") or "bfloat16"
     home = Path(home or os.environ.get("MINT_HOME") or Path.home() / ".mint-engine").expanduser().resolve()
     key = (dtype, resolve(device), home)
     with _engines_lock:
         if key not in _engines:
-            given = os.environ.get("MINT_KV_CACHE_BYTES") or "0"
-            if not given.isdecimal():
-                raise UserError(f"MINT_KV_CACHE_BYTES: expected a number of bytes, got {given!r}")
             _engines[key] = Engine(
-                dtype=dtype, device=str(key[1]), home=home, kv_cache_bytes=int(given), sampling_share=_sampling_share()
-            )
+                dtype=dtype, device=str(key[1]), home=home, kv_cache_bytes=_bytes("MINT_KV_CACHE_BYTES"),
+                activation_bytes=_bytes("MINT_ACTIVATION_BYTES"), masked_logprobs=_flag("MINT_MASKED_LOGPROBS", True),
+                sampling_share=_sampling_share(),
+            )  # fmt: skip
         return _engines[key]
+
+
+def _bytes(name: str) -> int:
+    given = os.environ.get(name) or "0"
+    if not given.isdecimal():
+        raise UserError(f"{name}: expected a number of bytes, got {given!r}")
+    return int(given)
+
+
+def _flag(name: str, default: bool) -> bool:
+    given = os.environ.get(name) or str(default)
+    if given.lower() not in ("true", "false"):
+        raise UserError(f"{name}: expected true or false, got {given!r}")
+    return given.lower() == "true"
 
 
 def _sampling_share() -> float:

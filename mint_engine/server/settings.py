@@ -44,6 +44,11 @@ class Settings(BaseSettings):
         default=None,
         description="Give a training call the same bits in any company, one client per pass; default only in float32.",
     )
+    masked_logprobs: bool = Field(
+        default=True,
+        description="Report the log-probabilities of positions that a loss masks; without them (NaN instead) "
+        "forward_backward is faster.",
+    )
     home: Path | None = Field(
         default=None,
         description="Where runs, checkpoints, database and keys are kept; default MINT_HOME, else ~/.mint-engine.",
@@ -59,6 +64,11 @@ class Settings(BaseSettings):
         default=None,
         ge=1 << 16,
         description="KV cache of each base model; default a quarter of the machine's memory, or of the GPU's.",
+    )
+    activation_bytes: int | None = Field(
+        default=None,
+        ge=1 << 20,
+        description="Memory a training pass may take beside the weights; default 2 GiB. Larger calls take several.",
     )
     sampling_share: float = Field(
         default=DEFAULT_SAMPLING_SHARE,
