@@ -10,6 +10,7 @@ from mint_engine import kernels
 
 ROWS = 8192
 HIDDEN, FFN, N_Q, N_KV, D = 1024, 3072, 16, 8, 128
+RANK, BORDER = 16, 64
 
 
 def bf16(*shape: int) -> torch.Tensor:
@@ -24,6 +25,23 @@ def norm(width: int) -> None:
     x, w = bf16(ROWS, width), bf16(width)
     kernels.rms_norm(x, w, 1e-6, residual=x, face="triton")
     kernels.rms_norm_backward(x, x, w, 1e-6, dresidual=x, face="triton")
+
+
+def shrinks(ranks: int) -> None:
+    """norm + residual + S, SwiGLU + S."""
+    x, a, w = bf16(ROWS, HIDDEN + BORDER), bf16(ranks, FFN), bf16(HIDDEN)
+    shrink = kernels.Shrink(a[:, :HIDDEN], 2.0, bf16(ROWS, ranks))
+    kernels.rms_norm(x[:, :HIDDEN], w, 1e-6, residual=bf16(ROWS, HIDDEN), shrink=shrink, face="triton")
+    kernels.swiglu(bf16(ROWS, 2 * FFN), shrink=kernels.Shrink(a, 2.0, bf16(ROWS, ranks)), face="triton")
+
+
+def lora(rank: int) -> None:
+    """dS and dB of gate and up, dA of both."""
+    dy, s, ds = bf16(ROWS, 2 * FFN + BORDER), bf16(ROWS, 2 * rank), bf16(ROWS, 2 * rank)
+    b, db = [bf16(FFN, rank)] * 2, [fp32(FFN, rank)] * 2
+    kernels.lora_gradients(
+        dy[:, : 2 * FFN], s, b, 2.0, ds=ds, db=db, x=bf16(ROWS, HIDDEN), da=fp32(2 * rank, HIDDEN), face="triton"
+    )  # fmt: skip
 
 
 def swiglu() -> None:
@@ -44,9 +62,6 @@ def adamw() -> None:
     p = fp32(10_000_000)
     hyper = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "step": 3}
     kernels.adamw_(p, p, p, p, **hyper, face="triton")
-
-
-RANK, BORDER = 16, 64
 
 
 def adamw_places() -> None:
@@ -123,6 +138,10 @@ CASES: dict[str, Callable[[], None]] = {
     "rms_norm 1024": lambda: norm(1024),
     "rms_norm 4096": lambda: norm(4096),
     "swiglu": swiglu,
+    "norm, swiglu with S of 48": lambda: shrinks(48),
+    "norm, swiglu with S of 256": lambda: shrinks(256),
+    "lora_gradients 16": lambda: lora(16),
+    "lora_gradients 64": lambda: lora(64),
     "qk_norm_rope": rope,
     "adamw": adamw,
     "adamw into places": adamw_places,

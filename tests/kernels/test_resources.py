@@ -15,7 +15,11 @@ from check import TRITON
 HERE = Path(__file__).parent
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes a program may have
 OLD = "3.6.0"
-FEW_ROWS = {"logits 16 rows: matmul"}  # too small a tile for the instructions of a whole warp group
+# Too few rows a tile for the instructions of a whole warp group: those of a warp (HMMA) do.
+FEW_ROWS = {
+    "logits 16 rows: matmul",
+    *(f"norm, swiglu with S of {r}: {op}_shrink" for r in (48, 256) for op in ("norm", "swiglu")),
+}
 BY_TMA = ("bordered_by_tile: persistent", "target_logprob: tile", "target_logprob with gradient: tile")
 Resources = dict[str, dict[str, int]]  # case and kernel -> resources
 
