@@ -159,6 +159,7 @@ CASES: dict[str, Callable[[], None]] = {
     "rms_norm 1024": lambda: norm(1024),
     "rms_norm 4096": lambda: norm(4096),
     "swiglu": swiglu,
+    "norm, swiglu with S of 16": lambda: shrinks(16),
     "norm, swiglu with S of 48": lambda: shrinks(48),
     "norm, swiglu with S of 256": lambda: shrinks(256),
     "lora_gradients 16": lambda: lora(16),

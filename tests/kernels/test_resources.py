@@ -18,7 +18,7 @@ OLD = "3.6.0"
 # Too few rows a tile for the instructions of a whole warp group: those of a warp (HMMA) do.
 FEW_ROWS = {
     "logits 16 rows: matmul",
-    *(f"norm, swiglu with S of {r}: {op}_shrink" for r in (48, 256) for op in ("norm", "swiglu")),
+    *(f"norm, swiglu with S of {r}: {op}_shrink" for r in (16, 48, 256) for op in ("norm", "swiglu")),
 }
 BY_TMA = ("bordered_by_tile: persistent", "target_logprob: tile", "target_logprob with gradient: tile")
 Resources = dict[str, dict[str, int]]  # case and kernel -> resources
