@@ -125,7 +125,7 @@ class Decoder:
         cos, sin = self.rope.rows(positions)
         p = Pass(self.config, seating, cos, sin, attend, self.space)
         delta = self.space.take("embedded", (len(tokens), self.config.hidden_size), self.dtype)
-        torch.index_select(self.embedding, 0, upload(tokens, self.device), out=delta)
+        kernels.embedding(upload(tokens, self.device), self.embedding, out=delta)
         h = None
         for la in self.layers:
             some = rows if la is self.layers[-1] else None

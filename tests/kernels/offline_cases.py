@@ -100,10 +100,19 @@ def by_tile() -> None:
     kernels.bordered_by_tile_backward(dy, w[:, :HIDDEN], spans, n=2 * FFN, tile_rows=128, step=64, face="triton")
 
 
-def by_tile_with_pointers() -> None:
-    """Borders of 16 columns: less than a tile of TMA."""
+def by_narrow_tile() -> None:
+    """Borders of 16 columns: less than a tile of K."""
     spans = torch.empty(ROWS // 128, 3, dtype=torch.int32, device="meta")
-    x, w = bf16(ROWS, HIDDEN + BORDER), bf16(2 * FFN, HIDDEN + BORDER)
+    x, w = bf16(ROWS, HIDDEN + BORDER), bf16(2 * FFN + BORDER, HIDDEN + BORDER)
+    kernels.bordered_by_tile(x, w[: 2 * FFN], spans, k=HIDDEN, tile_rows=128, face="triton")
+    dy = bf16(ROWS, 2 * FFN + BORDER)
+    kernels.bordered_by_tile_backward(dy, w[:, :HIDDEN], spans, n=2 * FFN, tile_rows=128, face="triton")
+
+
+def by_tile_with_pointers() -> None:
+    """Strides that are no multiples of 16 bytes."""
+    spans = torch.empty(ROWS // 128, 3, dtype=torch.int32, device="meta")
+    x, w = bf16(ROWS, HIDDEN + 17), bf16(2 * FFN, HIDDEN + 17)
     kernels.bordered_by_tile(x, w, spans, k=HIDDEN, tile_rows=128, face="triton")
 
 
@@ -172,6 +181,7 @@ CASES: dict[str, Callable[[], None]] = {
     "outer_accumulate dA": outer,
     "outer_accumulate dB": outer_tall,
     "bordered_by_tile": by_tile,
+    "bordered_by_tile of 16": by_narrow_tile,
     "bordered_by_tile with pointers": by_tile_with_pointers,
     "grouped_linear": grouped,
     "attention 64": lambda: attention(64),

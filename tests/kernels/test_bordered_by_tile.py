@@ -111,22 +111,27 @@ def test_backward_is_each_adapters_gradient(face: str, dtype: torch.dtype, group
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [16 * 7, 16 * 6 + 5])
+@pytest.mark.parametrize("step", [64, 16])
 def test_tiles_that_tma_loads_give_the_same(
-    face: str, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+    face: str, dtype: torch.dtype, rows: int, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everything in multiples of 64: the persistent kernel, more tiles of y than programs, forward and backward."""
+    """Persistent, with more tiles of y than programs, or with a loop for the border; forward and backward."""
     if dtype is torch.float16 and face.startswith("cpu"):
         pytest.skip("the C++ has no float16")
     if face == "triton":
         module = import_module("mint_engine.kernels.bordered_by_tile.triton")
         monkeypatch.setattr(module, "matmul", None)  # not the one with pointers
-    k, n, widths = 128, 192, [64, 64, 0, 128, 128, 64, 0]
-    spans = torch.tensor([(k, k + at, w) for at, w in zip([0, 64, 0, 0, 64, 128, 0], widths, strict=True)])
-    spans_back = torch.tensor([(n, n + at, w) for at, w in zip([0, 64, 0, 0, 64, 128, 0], widths, strict=True)])
+    k, n, seats = (
+        128,
+        192,
+        [(0, 1), (1, 1), (0, 0), (0, 2), (1, 2), (2, 1), (0, 0)],
+    )  # where a tile's border is, how wide
+    spans = torch.tensor([(k, k + step * at, step * w) for at, w in seats])
+    spans_back = torch.tensor([(n, n + step * at, step * w) for at, w in seats])
     x, dy = normal(rows, k + 128, seed=1, dtype=dtype), normal(rows, n + 128, seed=2, dtype=dtype)
     w, bias = normal(n + 192, k + 192, seed=3, dtype=dtype, scale=k**-0.5), normal(n, seed=4, dtype=dtype)
     y, dx = poisoned(rows, n, dtype, pad=8), poisoned(rows, k, dtype, pad=8)
-    options = {"tile_rows": TILE, "step": 64, "face": face}
+    options = {"tile_rows": TILE, "step": step, "face": face}
     bordered_by_tile(x, w[:n], spans.int(), k=k, bias=bias, out=y, **options)
     bordered_by_tile_backward(dy, w[:, :k], spans_back.int(), n=n, out=dx, **options)
     for got, left, right, table, inner, plus in (

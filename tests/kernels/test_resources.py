@@ -20,7 +20,12 @@ FEW_ROWS = {
     "logits 16 rows: matmul",
     *(f"norm, swiglu with S of {r}: {op}_shrink" for r in (16, 48, 256) for op in ("norm", "swiglu")),
 }
-BY_TMA = ("bordered_by_tile: persistent", "target_logprob: tile", "target_logprob with gradient: tile")
+BY_TMA = (
+    "bordered_by_tile: persistent",
+    "bordered_by_tile of 16: two_loops",
+    "target_logprob: tile",
+    "target_logprob with gradient: tile",
+)
 Resources = dict[str, dict[str, int]]  # case and kernel -> resources
 
 
