@@ -10,7 +10,7 @@ from mint_engine.kernels.bordered_linear import (
     expand_backward,
     shrink,
 )
-from mint_engine.kernels.decode_layer import LayerAdapters, decode_layer, decode_layer_supported
+from mint_engine.kernels.decode_step import StepAdapters, StepModel, decode_step, decode_step_supported
 from mint_engine.kernels.grouped_linear import grouped_linear, grouped_outer
 from mint_engine.kernels.lora_gradients import lora_gradients
 from mint_engine.kernels.op import faces, force_face, isa
@@ -23,8 +23,9 @@ from mint_engine.kernels.swiglu import swiglu, swiglu_backward
 from mint_engine.kernels.target_logprob import logits, target_logprob, target_logprob_backward
 
 __all__ = [
-    "LayerAdapters",
     "Shrink",
+    "StepAdapters",
+    "StepModel",
     "adamw_",
     "attention",
     "attention_backward",
@@ -32,8 +33,8 @@ __all__ = [
     "bordered_by_tile_backward",
     "bordered_linear",
     "bordered_linear_backward",
-    "decode_layer",
-    "decode_layer_supported",
+    "decode_step",
+    "decode_step_supported",
     "expand_backward",
     "faces",
     "force_face",
