@@ -84,9 +84,10 @@ class BaseModels:
         cache_bytes: int,
         on_load: Callable[[Sampler], None],
         wake: Callable[[], None],
+        speculation: int = 0,
     ) -> None:
         self._home, self._dtype, self._device, self._cache_bytes = home, dtype, device, cache_bytes
-        self._on_load, self._wake = on_load, wake
+        self._on_load, self._wake, self._speculation = on_load, wake, speculation
         self._lock = threading.Lock()
         self._loading: dict[str, Future[Base]] = {}
 
@@ -140,6 +141,6 @@ class BaseModels:
             decoder = Decoder(
                 config, reader, self._dtype, device=self._device, on_tensor=lambda _: progress.advance(task)
             )
-        sampler = Sampler(decoder, self._cache_bytes, self._wake)
+        sampler = Sampler(decoder, self._cache_bytes, self._wake, speculation=self._speculation)
         self._on_load(sampler)
         return Base(files, config, decoder, sampler)

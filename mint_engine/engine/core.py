@@ -32,16 +32,18 @@ class EngineCore:
 
     def __init__(
         self, *, dtype: str, device: str | None, home: Path, kv_cache_bytes: int | None, store: Store | None,
-        sampling_share: float = DEFAULT_SAMPLING_SHARE,
+        sampling_share: float = DEFAULT_SAMPLING_SHARE, speculation: int = 0,
     ) -> None:  # fmt: skip
         if dtype not in DTYPES:
             raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         self.dtype, self.device, self.home = dtype, resolve(device), home
         self.store = Store(home) if store is None else store
+        if isinstance(speculation, bool) or not isinstance(speculation, int) or speculation < 0:
+            raise UserError(f"speculation: expected an integer of at least 0, got {speculation!r}")
         self._executor = Executor("mint-engine", FairShare(sampling_share))
         cache_bytes = kv_cache_bytes or default_bytes(self.device)
         add, wake = self._executor.add_stepper, self._executor.notify
-        self._bases = BaseModels(home, DTYPES[dtype], self.device, cache_bytes, add, wake)
+        self._bases = BaseModels(home, DTYPES[dtype], self.device, cache_bytes, add, wake, speculation)
         self._residents = Residents(self._executor.lane)
         self._recorder = Recorder()
         self._owners: dict[str, str] = {}

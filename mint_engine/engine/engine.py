@@ -47,15 +47,18 @@ class Engine(Models, Training, Checkpoints, Parking):
             for many small ones and moves their numbers by roundings. Default: in float32, which is for exactness.
         sampling_share: the part of the device's time that decode steps get while training operations wait, between 0
             and 1; the operations get the rest while there is something to sample. Who is alone gets everything.
+        speculation: tokens that a sample may propose in a step, from text that repeats itself (docs/sampling.md);
+            0 for none. What is sampled does not change.
     """
 
     def __init__(
         self, *, dtype: str = "bfloat16", device: str | None = None, home: Path, kv_cache_bytes: int | None = None,
         store: Store | None = None, deterministic: bool | None = None, sampling_share: float = DEFAULT_SAMPLING_SHARE,
+        speculation: int = 0,
     ) -> None:  # fmt: skip
         EngineCore.__init__(
             self, dtype=dtype, device=device, home=home, kv_cache_bytes=kv_cache_bytes, store=store,
-            sampling_share=sampling_share,
+            sampling_share=sampling_share, speculation=speculation,
         )  # fmt: skip
         self.deterministic = dtype == "float32" if deterministic is None else deterministic
         self._together = Together(self._residents, self._recorder, share=not self.deterministic)

@@ -23,20 +23,30 @@ def get_engine(dtype: str | None = None, home: Path | None = None, *, device: st
 
     Defaults: MINT_DTYPE or "bfloat16"; MINT_DEVICE or a GPU if there is one; MINT_HOME or ``~/.mint-engine``;
     MINT_KV_CACHE_BYTES or a quarter of the machine's memory (touched only as it is used), on a GPU of the GPU's;
-    MINT_SAMPLING_SHARE or a half.
+    MINT_SAMPLING_SHARE or a half;
+    MINT_SPECULATION or 0.
     """
     dtype = dtype or os.environ.get("MINT_DTYPE") or "bfloat16"
     home = Path(home or os.environ.get("MINT_HOME") or Path.home() / ".mint-engine").expanduser().resolve()
     key = (dtype, resolve(device), home)
     with _engines_lock:
         if key not in _engines:
-            given = os.environ.get("MINT_KV_CACHE_BYTES") or "0"
-            if not given.isdecimal():
-                raise UserError(f"MINT_KV_CACHE_BYTES: expected a number of bytes, got {given!r}")
             _engines[key] = Engine(
-                dtype=dtype, device=str(key[1]), home=home, kv_cache_bytes=int(given), sampling_share=_sampling_share()
+                dtype=dtype,
+                device=str(key[1]),
+                home=home,
+                kv_cache_bytes=_whole("MINT_KV_CACHE_BYTES", "bytes"),
+                sampling_share=_sampling_share(),
+                speculation=_whole("MINT_SPECULATION", "tokens"),
             )
         return _engines[key]
+
+
+def _whole(variable: str, what: str) -> int:
+    given = os.environ.get(variable) or "0"
+    if not given.isdecimal():
+        raise UserError(f"{variable}: expected a number of {what}, got {given!r}")
+    return int(given)
 
 
 def _sampling_share() -> float:

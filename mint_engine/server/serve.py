@@ -63,6 +63,7 @@ def run(settings: Settings) -> int:
             store=store,
             deterministic=settings.deterministic,
             sampling_share=settings.sampling_share,
+            speculation=settings.speculation,
         )
         stack.callback(engine.close)
         for name in settings.models:
