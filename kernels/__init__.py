@@ -4,7 +4,7 @@ from mint_engine.kernels.adamw import adamw_
 from mint_engine.kernels.attention import attention, attention_backward
 from mint_engine.kernels.bordered_by_tile import bordered_by_tile, bordered_by_tile_backward
 from mint_engine.kernels.bordered_linear import bordered_linear, bordered_linear_backward, expand_backward, shrink
-from mint_engine.kernels.decode_layer import LayerAdapters, decode_layer, decode_layer_supported
+from mint_engine.kernels.decode_step import StepAdapters, StepModel, decode_step, decode_step_supported
 from mint_engine.kernels.grouped_linear import grouped_linear, grouped_outer
 from mint_engine.kernels.op import faces, force_face, isa
 from mint_engine.kernels.outer_accumulate import outer_accumulate
@@ -16,7 +16,8 @@ from mint_engine.kernels.swiglu import swiglu, swiglu_backward
 from mint_engine.kernels.target_logprob import logits, target_logprob, target_logprob_backward
 
 __all__ = [
-    "LayerAdapters",
+    "StepAdapters",
+    "StepModel",
     "adamw_",
     "attention",
     "attention_backward",
@@ -24,8 +25,8 @@ __all__ = [
     "bordered_by_tile_backward",
     "bordered_linear",
     "bordered_linear_backward",
-    "decode_layer",
-    "decode_layer_supported",
+    "decode_step",
+    "decode_step_supported",
     "expand_backward",
     "faces",
     "force_face",

@@ -15,13 +15,16 @@ stored: bytes moved are those of the arguments and results, plus K and V once pe
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from mint_engine.kernels import args
+from mint_engine.kernels.attention.bounds import Bounds
 from mint_engine.kernels.op import Op
 
-__all__ = ["attention", "attention_backward"]
+__all__ = ["Bounds", "attention", "attention_backward"]
 
 _op = Op("attention")
 
@@ -30,12 +33,12 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | Bounds,
     n_q: int,
     n_kv: int,
     scale: float,
     *,
-    cu_keys: Tensor | None = None,
+    cu_keys: Tensor | Bounds | None = None,
     out: Tensor | None = None,
     face: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -44,7 +47,8 @@ def attention(
     Args:
         q: ``[M, n_q*d]`` float32 or bfloat16 (the reference takes float64 too), any row stride; d is even.
         k, v: ``[M, n_kv*d]`` (``[keys, n_kv*d]`` with ``cu_keys``), the dtype of q, any row stride.
-        cu_seqlens: ``[n_seqs + 1]`` int32 on the CPU, rising or level from 0 to M.
+        cu_seqlens: ``[n_seqs + 1]`` int32 on the CPU, rising or level from 0 to M; or `Bounds`, whose contents
+            may change between replays of a captured call.
         n_q, n_kv: heads; n_q is a multiple of n_kv.
         scale: what the scores are multiplied with, above 0.
         cu_keys: ``[n_seqs + 1]`` int32 like cu_seqlens, where sequences have more keys than queries: sequence i's keys
@@ -63,11 +67,15 @@ def attention(
     if cu_keys is None:
         cu_keys = cu_seqlens
     else:
+        if isinstance(cu_seqlens, Bounds) or isinstance(cu_keys, Bounds):
+            raise ValueError("cu_keys: expected None with Bounds, got bounds of their own (attention)")
         _check_bounds("attention", "cu_keys", cu_keys)
         args.tensor("attention", "cu_keys", cu_keys, (len(cu_seqlens),), torch.int32)
     out = args.writable("attention", "out", out, q, shape)
     lse = torch.empty(n_q, shape[0], dtype=args.statistics_dtype(q.dtype), device=q.device)
-    _op.pick(face, q, k, v, out).attention(q, k, v, cu_seqlens, cu_keys, n_q, n_kv, scale, out, lse)
+    chosen = _op.pick(face, q, k, v, out)
+    queries, keys = (_bounds_for(chosen, bounds, q) for bounds in (cu_seqlens, cu_keys))
+    chosen.attention(q, k, v, queries, keys, n_q, n_kv, scale, out, lse)
     return out, lse
 
 
@@ -78,7 +86,7 @@ def attention_backward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | Bounds,
     n_q: int,
     n_kv: int,
     scale: float,
@@ -112,13 +120,14 @@ def attention_backward(
     dq = args.writable(op, "dq", dq, q, shape)
     dk = args.writable(op, "dk", dk, k, (shape[0], k.shape[1]))
     dv = args.writable(op, "dv", dv, v, (shape[0], v.shape[1]))
-    run = _op.pick(face, q, do, k, v, o, dq, dk, dv).attention_backward
-    run(do, q, k, v, o, lse.contiguous(), cu_seqlens, n_q, n_kv, scale, dq, dk, dv)
+    chosen = _op.pick(face, q, do, k, v, o, dq, dk, dv)
+    bounds = _bounds_for(chosen, cu_seqlens, q)
+    chosen.attention_backward(do, q, k, v, o, lse.contiguous(), bounds, n_q, n_kv, scale, dq, dk, dv)
     return dq, dk, dv
 
 
 def _check(
-    op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, n_q: int, n_kv: int, scale: float, keys: int
+    op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | Bounds, n_q: int, n_kv: int, scale: float, keys: int
 ) -> tuple[int, int]:
     """The shape of q, after checks of everything both directions take."""
     m, width = args.matrix(op, "q", q)
@@ -134,7 +143,18 @@ def _check(
     return m, width
 
 
-def _check_bounds(op: str, name: str, bounds: Tensor) -> None:
+def _bounds_for(face: ModuleType, bounds: Tensor | Bounds, q: Tensor) -> Tensor | Bounds:
+    """The bounds as the face takes them. One that reads them on the host must not run where a replay would not."""
+    if not isinstance(bounds, Bounds) or getattr(face, "TAKES_BOUNDS", False):
+        return bounds
+    if not q.is_cpu:
+        raise ValueError(f"cu_seqlens: {face.__name__} takes no Bounds on {q.device} (attention)")
+    return bounds.host
+
+
+def _check_bounds(op: str, name: str, bounds: Tensor | Bounds) -> None:
+    if isinstance(bounds, Bounds):
+        return  # checked when they were written
     if bounds.dim() != 1 or len(bounds) < 1 or bounds.dtype is not torch.int32 or not bounds.is_cpu:
         raise ValueError(
             f"{name}: expected torch.int32 [n_seqs + 1] on the CPU, got {bounds.dtype} {list(bounds.shape)} on "

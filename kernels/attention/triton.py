@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mint_engine.kernels.attention.bounds import Bounds
 from mint_engine.kernels.attention.triton_kernels import backward_kv, backward_q, forward
 from mint_engine.kernels.triton_common import INTERPRETED, UPCAST, architecture, power_of_2, triton_reason
 
@@ -38,19 +39,36 @@ def supports(*tensors: Tensor | None) -> str | None:
     return triton_reason(*tensors)
 
 
-@lru_cache(maxsize=64)
-def _tiles(queries: bytes, keys: bytes, rows: int, device: torch.device, by_keys: bool) -> Tensor:
-    """``[tiles, 4]`` int32 on ``device``, most work first: first key, end of the queries, first row, keys - queries.
+TAKES_BOUNDS = True  # sequence bounds that change between replays
 
-    A tile of queries works on the keys before it; one of keys (``by_keys``) on the queries after it.
+
+def _table(cu: np.ndarray, cu_keys: np.ndarray, rows: int, by_keys: bool) -> np.ndarray:
+    """``[tiles, 4]`` int32, most work first: first key, end of the queries, first row, keys - queries.
+
+    A tile of queries works on the keys before it; one of keys (``by_keys``) on the queries after it. A tile of zeros
+    is empty.
     """
-    cu, cu_keys = (np.frombuffer(b, dtype=np.int32) for b in (queries, keys))
     spans = [np.arange(a, b, rows, dtype=np.int32) for a, b in pairwise(cu)]
     counts = [len(s) for s in spans]
     start = np.concatenate(spans) if spans else np.empty(0, np.int32)
     first, end, shift = (np.repeat(x, counts) for x in (cu_keys[:-1], cu[1:], cu_keys[1:] - cu[1:]))
     order = np.argsort(start - end if by_keys else first - shift - start, kind="stable")
-    return torch.from_numpy(np.stack([first, end, start, shift], axis=1)[order]).to(device)
+    return np.stack([first, end, start, shift], axis=1)[order]
+
+
+@lru_cache(maxsize=64)
+def _cached_tiles(queries: bytes, keys: bytes, rows: int, device: torch.device, by_keys: bool) -> Tensor:
+    cu, cu_keys = (np.frombuffer(b, dtype=np.int32) for b in (queries, keys))
+    return torch.from_numpy(_table(cu, cu_keys, rows, by_keys)).to(device)
+
+
+def _tiles(op: str, bounds: Tensor | Bounds, cu_keys: Tensor | Bounds, q: Tensor, k: Tensor, rows: int, by_keys: bool
+) -> Tensor:  # fmt: skip
+    if isinstance(bounds, Bounds):
+        return bounds.tiles(rows, by_keys, lambda cu, rows, by_keys: _table(cu, cu, rows, by_keys))
+    assert not isinstance(cu_keys, Bounds)
+    queries, keys = _bounds(op, "cu_seqlens", bounds, q.shape[0]), _bounds(op, "cu_keys", cu_keys, k.shape[0])
+    return _cached_tiles(queries, keys, rows, q.device, by_keys)
 
 
 def _bounds(op: str, name: str, cumulative: Tensor, rows: int) -> bytes:
@@ -75,8 +93,8 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
-    cu_keys: Tensor,
+    cu_seqlens: Tensor | Bounds,
+    cu_keys: Tensor | Bounds,
     n_q: int,
     n_kv: int,
     scale: float,
@@ -85,13 +103,12 @@ def attention(
 ) -> None:
     """Sequence i's keys are rows ``cu_keys[i]:cu_keys[i+1]`` of k and v; its queries are those of its last tokens."""
     m, d = q.shape[0], q.shape[1] // n_q
-    queries = _bounds("attention", "cu_seqlens", cu_seqlens, m)
-    keys = _bounds("attention", "cu_keys", cu_keys, k.shape[0])
-    for i, (n, own) in enumerate(zip(np.diff(cu_seqlens.numpy()), np.diff(cu_keys.numpy()), strict=True)):
-        if own < n:
-            raise ValueError(f"cu_keys: expected at least {n} keys, got {own} (attention, sequence {i})")
     meta = _meta("forward", d, q.dtype)
-    tiles = _tiles(queries, keys, meta["BM"], q.device, False)
+    tiles = _tiles("attention", cu_seqlens, cu_keys, q, k, meta["BM"], False)
+    if isinstance(cu_seqlens, Tensor) and isinstance(cu_keys, Tensor) and cu_keys is not cu_seqlens:
+        for i, (n, own) in enumerate(zip(np.diff(cu_seqlens.numpy()), np.diff(cu_keys.numpy()), strict=True)):
+            if own < n:
+                raise ValueError(f"cu_keys: expected at least {n} keys, got {own} (attention, sequence {i})")
     if len(tiles):
         forward[(len(tiles), n_q)](
             q, q.stride(0), k, k.stride(0), v, v.stride(0), out, out.stride(0), lse, tiles, m, d, n_q // n_kv,
@@ -106,7 +123,7 @@ def attention_backward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | Bounds,
     n_q: int,
     n_kv: int,
     scale: float,
@@ -115,8 +132,8 @@ def attention_backward(
     dv: Tensor,
 ) -> None:
     m, d = q.shape[0], q.shape[1] // n_q
-    meta, bounds = _meta("backward_q", d, q.dtype), _bounds("attention_backward", "cu_seqlens", cu_seqlens, m)
-    tiles = _tiles(bounds, bounds, meta["BM"], q.device, False)
+    meta = _meta("backward_q", d, q.dtype)
+    tiles = _tiles("attention_backward", cu_seqlens, cu_seqlens, q, k, meta["BM"], False)
     if not len(tiles):
         return
     delta = torch.empty_like(lse)  # do . o of each row, left by the first kernel for the second
@@ -125,7 +142,7 @@ def attention_backward(
         *shared, o, o.stride(0), lse, delta, dq, dq.stride(0), tiles, m, d, n_q // n_kv, float(scale), **meta,
     )  # fmt: skip
     meta = _meta("backward_kv", d, q.dtype)
-    tiles = _tiles(bounds, bounds, meta["BN"], q.device, True)
+    tiles = _tiles("attention_backward", cu_seqlens, cu_seqlens, q, k, meta["BN"], True)
     backward_kv[(len(tiles), n_kv)](
         *shared, lse, delta, dk, dk.stride(0), dv, dv.stride(0), tiles, m, d, n_q // n_kv, float(scale), **meta,
     )  # fmt: skip

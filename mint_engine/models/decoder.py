@@ -24,7 +24,7 @@ class Decoder:
     """One resident copy of a base model in the compute dtype; any number of adapters pass through its borders."""
 
     def __init__(self, config: ModelConfig, reader: WeightReader, dtype: torch.dtype, *,
-                 device: torch.device | str = "cpu",
+                 device: torch.device | str = "cpu", int8: bool = False,
                  on_tensor: Callable[[str], None] = lambda name: None) -> None:  # fmt: skip
         """Read the weights to ``device``. ``on_tensor(name)`` is called after each, for a progress bar."""
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
@@ -40,7 +40,7 @@ class Decoder:
             row = 0
             for module, n in group.modules:
                 name = module if not (module == "lm_head" and config.tie_word_embeddings) else "model.embed_tokens"
-                weight.weight[row : row + n].copy_(read(f"{name}.weight"))
+                weight.set_rows(row, read(f"{name}.weight"), int8)
                 row += n
             if bias:
                 weight.bias = torch.cat([read(f"{module}.bias") for module, _ in group.modules])
@@ -68,6 +68,7 @@ class Decoder:
         self.borders = Borders(
             [w for la in self.layers for w in (la.qkv, la.o, la.gate_up, la.down)] + [self.head], DEFAULT_RANKS
         )
+        self._step_model: tuple[int, kernels.StepModel] | None = None
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
@@ -165,6 +166,16 @@ class Decoder:
     def logits(self, x: Tensor, seating: Seating) -> Tensor:
         """fp32 logits [M, V] of a few rows of :meth:`head_input`."""
         return kernels.logits(x, self.head.forward_weight(seating.ranks_of(self.head.group)))
+
+    def step_model(self) -> kernels.StepModel:
+        """The weights as ``kernels.decode_step`` takes them: made again when the borders have grown."""
+        if self._step_model is None or self._step_model[0] != self.borders.capacity:
+            c = self.config
+            model = kernels.StepModel(
+                self.layers, self.norm, self.head, self.embedding, c.num_heads, c.num_kv_heads, c.rms_norm_eps
+            )
+            self._step_model = self.borders.capacity, model
+        return self._step_model[1]
 
     def packed_attend(self, batch: PackedBatch) -> Attend:
         """Causal attention within each sequence of the batch."""
