@@ -42,9 +42,10 @@ class Engine(Models, Training, Checkpoints, Parking):
         home: where runs, checkpoints and converted models are kept.
         kv_cache_bytes: size of each base model's KV cache; default a quarter of the machine's (the GPU's) memory.
         store: where metadata and checkpoints go; default a store under ``home``.
-        deterministic: whether a training call's numbers are to be the same bits in any company. If not, calls of
-            different clients share passes over the base model (`trainer.run_together`), which is several times faster
-            for many small ones and moves their numbers by roundings. Default: in float32, which is for exactness.
+        deterministic: whether a training call's numbers are to be the same bits in any company, as samples always are
+            where the C++ kernels run. If not, calls of different clients share passes over the base model
+            (`trainer.run_together`), which is several times faster for many small ones and moves their numbers by
+            roundings. Default: in float32, which is for exactness.
         sampling_share: the part of the device's time that decode steps get while training operations wait, between 0
             and 1; the operations get the rest while there is something to sample. Who is alone gets everything.
         speculation: tokens that a sample may propose in a step, from text that repeats itself (docs/sampling.md);
