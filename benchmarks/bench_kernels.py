@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from benchmarks.timing import copy_bandwidth, fma_peak
 from mint_engine import kernels
 
-M, H, FFN, V, N_Q, N_KV, D = 378, 576, 1536, 49152, 9, 3, 64
+M, H, FFN, V, N_Q, N_KV, D, RANK = 378, 576, 1536, 49152, 9, 3, 64, 16
 BF16 = torch.bfloat16
 
 
@@ -50,6 +50,54 @@ def norm() -> Case:
 def swiglu() -> Case:
     gate_up = normal(M, 2 * FFN)
     return lambda: kernels.swiglu(gate_up), lambda: F.silu(gate_up[:, :FFN]) * gate_up[:, FFN:], 0, 6 * M * FFN
+
+
+def norm_shrink() -> Case:
+    x, r, w, a, out = normal(M, H), normal(M, H), normal(H), normal(3 * RANK, H), normal(M, H + 3 * RANK)
+    s = out[:, H:]
+
+    def theirs() -> None:
+        out[:, :H] = F.rms_norm(x + r, (H,), w, 1e-5)
+        torch.mm(out[:, :H], a.T, out=s)
+
+    def ours() -> None:
+        kernels.rms_norm(x, w, 1e-5, residual=r, y=out[:, :H], shrink=kernels.Shrink(a, 2.0, s))
+
+    return ours, theirs, 2 * M * H * 3 * RANK, 8 * M * H
+
+
+def swiglu_shrink() -> Case:
+    gate_up, a, out = normal(M, 2 * FFN), normal(RANK, FFN), normal(M, FFN + RANK)
+    s = out[:, FFN:]
+
+    def theirs() -> None:
+        torch.mul(F.silu(gate_up[:, :FFN]), gate_up[:, FFN:], out=out[:, :FFN])
+        torch.mm(out[:, :FFN], a.T, out=s)
+
+    def ours() -> None:
+        kernels.swiglu(gate_up, out=out[:, :FFN], shrink=kernels.Shrink(a, 2.0, s))
+
+    return ours, theirs, 2 * M * FFN * RANK, 6 * M * FFN
+
+
+def gradients() -> Case:
+    """gate and up's: dS, dA and dB."""
+    dy, x, s = normal(M, 2 * FFN + 2 * RANK), normal(M, H), normal(M, 2 * RANK)
+    b = [normal(FFN, RANK), normal(FFN, RANK)]
+    db, da = [torch.zeros(FFN, RANK), torch.zeros(FFN, RANK)], torch.zeros(2 * RANK, H)
+    ds = dy[:, 2 * FFN :]
+
+    def theirs() -> None:
+        for j in range(2):
+            part, columns = dy[:, j * FFN : (j + 1) * FFN], slice(j * RANK, (j + 1) * RANK)
+            torch.mm(part, b[j], out=ds[:, columns])
+            db[j].add_(part.T @ s[:, columns])
+        da.add_(ds.T @ x)
+
+    def ours() -> None:
+        kernels.lora_gradients(dy[:, : 2 * FFN], s, b, 2.0, ds=ds, db=db, x=x, da=da)
+
+    return ours, theirs, 2 * M * RANK * (2 * 2 * FFN + 2 * H), 2 * M * (2 * FFN + H)
 
 
 def attention(sequences: int, length: int) -> Case:
@@ -94,6 +142,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "bordered_linear 8 rows": lambda: bordered(8, 0),
     "rms_norm + residual": norm,
     "swiglu": swiglu,
+    "rms_norm + residual + S": norm_shrink,
+    "swiglu + S": swiglu_shrink,
+    "lora_gradients": gradients,
     "attention 16 x 24": lambda: attention(16, 24),
     "attention 1 x 2048": lambda: attention(1, 2048),
     "target_logprob": logprob,

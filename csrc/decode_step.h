@@ -63,11 +63,18 @@ struct StepAdapters {
     }
 };
 
+// What the threads of a step share: the next piece of a product or of the attention is claimed.
+struct StepTeam {
+    Meeting meeting;
+    std::atomic<int64_t> claimed{0};
+};
+
 template <class S, class T>
 struct DecodeStep {
     using X = FewRows<S, T>;
     static constexpr int64_t C = X::C;
 
+    StepTeam* team;
     StepAdapters adapters;
     int64_t rows, hidden, ffn, n_q, n_kv, d;
     float eps;
@@ -94,7 +101,7 @@ struct DecodeStep {
 
     // What a thread reads first of a product with n columns.
     static Prefetch begin_of(const StepLinear<T>& w, int64_t n, int64_t k, int64_t calls) {
-        const int64_t j = my_rows(ceil_div(n, C)).begin * C;
+        const int64_t j = omp_get_thread_num() * C;
         return j < n ? w.rows().ahead(j, min64(C, n - j), k, calls) : Prefetch();
     }
 
@@ -124,9 +131,7 @@ struct DecodeStep {
                 }
             }
         }
-        if (any) {
-#pragma omp barrier
-        }
+        if (any) team->meeting.wait();
     }
 
     // The rows in groups of one adapter each, for a linear.
@@ -152,14 +157,14 @@ struct DecodeStep {
         auto* groups =
             static_cast<RowGroup<T>*>(scratch(Slot::kGroups, size_t(2 * adapters.count + 1) * sizeof(RowGroup<T>)));
         const int64_t n_groups = groups_of(w, group, m, count, groups);
-        const Range mine = my_rows(ceil_div(n, C));
-        if (mine.begin < mine.end && count > 0) {
+        const int64_t panels = ceil_div(n, C), threads = omp_get_num_threads();
+        if (omp_get_thread_num() < panels && count > 0) {
             const X left(in, stride, k, groups, n_groups, w.scales != nullptr, 2);
             float *c = left.sums(), *c2 = left.sums(1);
-            for (int64_t p = mine.begin; p < mine.end; ++p) {
-                const int64_t j = p * C, cols = min64(C, n - j);
-                const bool last = p + 1 == mine.end;
-                Prefetch ahead = last ? after : w.rows().ahead(j + C, min64(C, n - j - C), k, X::prefetch_calls(k));
+            for (int64_t p = omp_get_thread_num(), following; p < panels; p = following) {
+                following = threads + team->claimed++;  // the first of each thread is its own
+                const int64_t j = p * C, cols = min64(C, n - j), j1 = following * C;
+                Prefetch ahead = j1 < n ? w.rows().ahead(j1, min64(C, n - j1), k, X::prefetch_calls(k)) : after;
                 if (pairs) {
                     Prefetch second = w.rows().ahead(n + j, cols, k, X::prefetch_calls(k));
                     left.multiply(w.rows(), j, cols, c, &second);
@@ -170,7 +175,12 @@ struct DecodeStep {
                 out(j, cols, c, c2);
             }
         }
-#pragma omp barrier
+        meet();
+    }
+
+    // Ends what pieces were claimed of.
+    void meet() {
+        team->meeting.wait([&] { team->claimed = 0; });
     }
 
     // Rounds c (+ bias) to y [count, n] from column j on.
@@ -196,7 +206,7 @@ struct DecodeStep {
                            x1 + mine.begin * x1_stride, x1_stride, n, hidden);
         };
         norm(l.attention_norm, !first);
-#pragma omp barrier
+        team->meeting.wait();
         product(l.qkv, 1, 3, x1, x1_stride, rows, qkv_width, hidden, false,
                 begin_of(l.o, hidden, q_width, X::prefetch_calls(hidden)),
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
@@ -211,16 +221,17 @@ struct DecodeStep {
             std::memcpy(v_cells + slots[i] * kv_width, projected + i * qkv_width + qk_width,
                         size_t(kv_width) * sizeof(T));
         }
-#pragma omp barrier
+        team->meeting.wait();
         attention.q = rotated, attention.k_pool = k_cells, attention.v_pool = v_cells;
-        paged_attention_team(attention, heads, heads_stride);
+        paged_attention_share(attention, team->claimed, heads, heads_stride);
+        meet();
         product(l.o, 2, 1, heads, heads_stride, rows, hidden, q_width, false,
                 begin_of(l.gate_up, ffn, hidden, X::prefetch_calls(q_width)),
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(l.o.bias, c, j, cols, x, hidden, rows);
                 });
         norm(l.mlp_norm, true);
-#pragma omp barrier
+        team->meeting.wait();
         product(l.gate_up, 4, 2, x1, x1_stride, rows, ffn, hidden, true,
                 begin_of(l.down, hidden, ffn, X::prefetch_calls(hidden)),
                 [&](int64_t j, int64_t cols, const float* gate, const float* up) {
@@ -248,7 +259,7 @@ struct DecodeStep {
             rms_norm<S, T>(x + i * hidden, hidden, h + i * hidden, hidden, sum, hidden, head.norm, eps,
                            x1 + w * x1_stride, x1_stride, 1, hidden);
         }
-#pragma omp barrier
+        team->meeting.wait();
         product(head.linear, 16, 1, x1, x1_stride, n_wanted, vocab, hidden, false, Prefetch(),
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     for (int64_t w = 0; w < n_wanted; ++w)
@@ -291,7 +302,9 @@ void decode_step(const int64_t* tokens, const T* embedding, int64_t embedding_st
     attention.table = table, attention.table_stride = table_stride, attention.lengths = lengths;
     attention.rows = rows, attention.block = block, attention.n_q = n_q, attention.n_kv = n_kv, attention.d = d,
     attention.scale = scale;
+    StepTeam team;
     DecodeStep<S, T> step{};
+    step.team = &team;
     step.adapters = {segments, scales, n_segments};
     step.rows = rows, step.hidden = hidden, step.ffn = ffn, step.n_q = n_q, step.n_kv = n_kv, step.d = d;
     step.eps = eps, step.cos = cos, step.sin = sin, step.cos_stride = cos_stride, step.sin_stride = sin_stride;

@@ -11,6 +11,7 @@
 #include "decode_step.h"
 #include "grouped_linear.h"
 #include "logits.h"
+#include "lora_gradients.h"
 #include "matmul.h"
 #include "outer_accumulate.h"
 #include "paged_attention.h"
@@ -18,6 +19,7 @@
 #include "qk_norm_rope.h"
 #include "rms_norm.h"
 #include "sample_rows.h"
+#include "shrink.h"
 #include "swiglu.h"
 #include "target_logprob.h"
 
@@ -29,6 +31,7 @@
     X(grouped_linear)        \
     X(grouped_outer)         \
     X(logits)                \
+    X(lora_gradients)        \
     X(matmul)                \
     X(outer_accumulate)      \
     X(paged_attention)       \
@@ -37,9 +40,11 @@
     X(qk_norm_rope_backward) \
     X(rms_norm)              \
     X(rms_norm_backward)     \
+    X(rms_norm_shrink)       \
     X(sample_rows)           \
     X(swiglu)                \
     X(swiglu_backward)       \
+    X(swiglu_shrink)         \
     X(target_dlogits)        \
     X(target_logprob)        \
     X(top_logprobs)

@@ -166,14 +166,14 @@ struct PagedAttention {
     }
 };
 
-// The team's share of all rows, for every thread of a parallel region to call; out is complete when it returns.
+// A thread's share of all rows. `claimed` starts at 0 and is the team's; out is complete when all have come back.
 template <class S, class T>
-void paged_attention_team(PagedAttention<S, T> mine, T* out, int64_t out_stride) {
+void paged_attention_share(PagedAttention<S, T> mine, std::atomic<int64_t>& claimed, T* out, int64_t out_stride) {
     mine.place(static_cast<char*>(scratch(Slot::kTile, mine.place(nullptr))));
     const int64_t group = mine.n_q / mine.n_kv * mine.d;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < mine.rows * mine.n_kv; ++t)
+    for_claimed(mine.rows * mine.n_kv, claimed, [&](int64_t t, int64_t) {
         mine.run(t / mine.n_kv, t % mine.n_kv, out + t / mine.n_kv * out_stride + t % mine.n_kv * group);
+    });
 }
 
 // out [rows, n_q d]. Strides in elements; a pool cell is [n_kv d] contiguous elements.
@@ -193,8 +193,9 @@ void paged_attention(const T* q, int64_t q_stride, const T* k_pool, int64_t k_bl
     shared.validate(n_blocks, max_blocks);
     int64_t tokens = 0;
     for (int64_t m = 0; m < rows; ++m) tokens += lengths[m];
+    std::atomic<int64_t> claimed{0};
 #pragma omp parallel if (rows * n_kv > 1 && tokens * n_q * d > kSerialWork)
-    paged_attention_team(shared, out, out_stride);
+    paged_attention_share(shared, claimed, out, out_stride);
 }
 
 }  // namespace mint

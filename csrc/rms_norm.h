@@ -33,6 +33,32 @@ MINT_INLINE float row_sum(int64_t n, Value value) {
     return S::sum(S::add(S::add(a, b), S::add(c, d)));
 }
 
+// Rows [mine.begin, mine.end).
+template <class S, class T>
+MINT_INLINE void norm_rows(Range mine, const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, T* h,
+                           int64_t h_stride, const T* weight, float eps, T* y, int64_t y_stride, int64_t width) {
+    for (int64_t m = mine.begin; m < mine.end; ++m) {
+        const T* source = x + m * x_stride;
+        if (residual != nullptr) {
+            const T* r = residual + m * residual_stride;
+            T* sum = h + m * h_stride;
+            for_vectors<S>(width, [&](int64_t i, int n) __attribute__((always_inline)) {
+                S::store_n(sum + i, S::add(S::load_n(source + i, n), S::load_n(r + i, n)), n);
+            });
+            source = sum;  // the norm sees the rounded sum, as its backward will
+        }
+        const float squares = row_sum<S>(width, [&](int64_t i, int n) __attribute__((always_inline)) {
+            const auto v = S::load_n(source + i, n);
+            return S::mul(v, v);
+        });
+        const auto scale = S::set1(1.0f / std::sqrt(squares / float(width) + eps));
+        T* out = y + m * y_stride;
+        for_vectors<S>(width, [&](int64_t i, int n) __attribute__((always_inline)) {
+            S::store_n(out + i, S::mul(S::mul(S::load_n(source + i, n), scale), S::load_n(weight + i, n)), n);
+        });
+    }
+}
+
 template <class S, class T>
 void rms_norm(const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, T* h, int64_t h_stride,
               const T* weight, float eps, T* y, int64_t y_stride, int64_t rows, int64_t width) {
@@ -41,29 +67,7 @@ void rms_norm(const T* x, int64_t x_stride, const T* residual, int64_t residual_
     check::row_stride(op, "y", y_stride, rows, width);
     if (residual != nullptr) check::pointer(op, "h", h);
 #pragma omp parallel if (rows > 1 && rows * width > kSerialWork)
-    {
-        const Range mine = my_rows(rows);
-        for (int64_t m = mine.begin; m < mine.end; ++m) {
-            const T* source = x + m * x_stride;
-            if (residual != nullptr) {
-                const T* r = residual + m * residual_stride;
-                T* sum = h + m * h_stride;
-                for_vectors<S>(width, [&](int64_t i, int n) __attribute__((always_inline)) {
-                    S::store_n(sum + i, S::add(S::load_n(source + i, n), S::load_n(r + i, n)), n);
-                });
-                source = sum;  // the norm sees the rounded sum, as its backward will
-            }
-            const float squares = row_sum<S>(width, [&](int64_t i, int n) __attribute__((always_inline)) {
-                const auto v = S::load_n(source + i, n);
-                return S::mul(v, v);
-            });
-            const auto scale = S::set1(1.0f / std::sqrt(squares / float(width) + eps));
-            T* out = y + m * y_stride;
-            for_vectors<S>(width, [&](int64_t i, int n) __attribute__((always_inline)) {
-                S::store_n(out + i, S::mul(S::mul(S::load_n(source + i, n), scale), S::load_n(weight + i, n)), n);
-            });
-        }
-    }
+    norm_rows<S>(my_rows(rows), x, x_stride, residual, residual_stride, h, h_stride, weight, eps, y, y_stride, width);
 }
 
 // dh = dresidual + r (g - h r^2 mean(g h)), g = dy w, r = rsqrt(mean(h^2) + eps).

@@ -13,23 +13,26 @@ MINT_INLINE typename S::F sigmoid(typename S::F x) {
     return S::div(one, S::add(one, S::exp(S::sub(S::zero(), x))));
 }
 
+// Rows [mine.begin, mine.end).
+template <class S, class T>
+MINT_INLINE void swiglu_rows(Range mine, const T* gate_up, int64_t stride, T* out, int64_t out_stride, int64_t width) {
+    for (int64_t m = mine.begin; m < mine.end; ++m) {
+        const T* gate = gate_up + m * stride;
+        const T* up = gate + width;
+        T* a = out + m * out_stride;
+        for_vectors<S>(width, [&](int64_t i, int n) __attribute__((always_inline)) {
+            const auto g = S::load_n(gate + i, n);
+            S::store_n(a + i, S::mul(S::mul(g, sigmoid<S>(g)), S::load_n(up + i, n)), n);
+        });
+    }
+}
+
 template <class S, class T>
 void swiglu(const T* gate_up, int64_t stride, T* out, int64_t out_stride, int64_t rows, int64_t width) {
     check::row_stride("swiglu", "gate_up", stride, rows, 2 * width);
     check::row_stride("swiglu", "out", out_stride, rows, width);
 #pragma omp parallel if (rows > 1 && rows * width > kSerialWork / 4)
-    {
-        const Range mine = my_rows(rows);
-        for (int64_t m = mine.begin; m < mine.end; ++m) {
-            const T* gate = gate_up + m * stride;
-            const T* up = gate + width;
-            T* a = out + m * out_stride;
-            for_vectors<S>(width, [&](int64_t i, int n) __attribute__((always_inline)) {
-                const auto g = S::load_n(gate + i, n);
-                S::store_n(a + i, S::mul(S::mul(g, sigmoid<S>(g)), S::load_n(up + i, n)), n);
-            });
-        }
-    }
+    swiglu_rows<S>(my_rows(rows), gate_up, stride, out, out_stride, width);
 }
 
 template <class S, class T>

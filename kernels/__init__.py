@@ -3,9 +3,16 @@
 from mint_engine.kernels.adamw import adamw_
 from mint_engine.kernels.attention import attention, attention_backward
 from mint_engine.kernels.bordered_by_tile import bordered_by_tile, bordered_by_tile_backward
-from mint_engine.kernels.bordered_linear import bordered_linear, bordered_linear_backward, expand_backward, shrink
+from mint_engine.kernels.bordered_linear import (
+    Shrink,
+    bordered_linear,
+    bordered_linear_backward,
+    expand_backward,
+    shrink,
+)
 from mint_engine.kernels.decode_step import StepAdapters, StepModel, decode_step, decode_step_supported
 from mint_engine.kernels.grouped_linear import grouped_linear, grouped_outer
+from mint_engine.kernels.lora_gradients import lora_gradients
 from mint_engine.kernels.op import faces, force_face, isa
 from mint_engine.kernels.outer_accumulate import outer_accumulate
 from mint_engine.kernels.paged_attention import paged_attention
@@ -16,6 +23,7 @@ from mint_engine.kernels.swiglu import swiglu, swiglu_backward
 from mint_engine.kernels.target_logprob import logits, target_logprob, target_logprob_backward
 
 __all__ = [
+    "Shrink",
     "StepAdapters",
     "StepModel",
     "adamw_",
@@ -34,6 +42,7 @@ __all__ = [
     "grouped_outer",
     "isa",
     "logits",
+    "lora_gradients",
     "outer_accumulate",
     "paged_attention",
     "qk_norm_rope",

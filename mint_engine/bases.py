@@ -82,12 +82,16 @@ class BaseModels:
         dtype: torch.dtype,
         device: torch.device,
         cache_bytes: int,
+        activation_bytes: int,
         on_load: Callable[[Sampler], None],
         wake: Callable[[], None],
+        *,
+        int8: bool = False,
         speculation: int = 0,
     ) -> None:
-        self._home, self._dtype, self._device, self._cache_bytes = home, dtype, device, cache_bytes
-        self._on_load, self._wake, self._speculation = on_load, wake, speculation
+        self._home, self._dtype, self._device = home, dtype, device
+        self._cache_bytes, self._activation_bytes = cache_bytes, activation_bytes
+        self._on_load, self._wake, self._int8, self._speculation = on_load, wake, int8, speculation
         self._lock = threading.Lock()
         self._loading: dict[str, Future[Base]] = {}
 
@@ -139,8 +143,9 @@ class BaseModels:
             names = set(reader.names())
             progress.update(task, total=len(names))
             decoder = Decoder(
-                config, reader, self._dtype, device=self._device, on_tensor=lambda _: progress.advance(task)
-            )
+                config, reader, self._dtype, device=self._device, int8=self._int8,
+                activation_bytes=self._activation_bytes, on_tensor=lambda _: progress.advance(task),
+            )  # fmt: skip
         sampler = Sampler(decoder, self._cache_bytes, self._wake, speculation=self._speculation)
         self._on_load(sampler)
         return Base(files, config, decoder, sampler)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mint_engine.adapters import Adapter, GroupFactors, TrainState
-from mint_engine.datums import CheckedDatum, stack_inputs
+from mint_engine.datums import CheckedDatum, stack_inputs, stack_targets
 from mint_engine.errors import NonFiniteError
 from mint_engine.losses import Loss
+from mint_engine.models.workspace import Workspace
 from mint_engine.types import ForwardBackwardOutput, TensorData
 
 
@@ -30,13 +31,18 @@ class Call:
 class Work:
     """A call while its passes run. Nothing is applied before :meth:`finish`, and nothing at all after an ``error``."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, space: Workspace, index: int) -> None:
+        """``index``: of the call among those of the same passes, which share the memory of ``space``."""
         self.call = call
         # A call that fails half-way leaves no trace: its gradients collect in a buffer of its own, or in the state's if
         # that holds none yet and so can be emptied again.
         self.scratch: Tensor | None = None
         if call.state is not None:
-            self.scratch = torch.zeros_like(call.state.grads) if call.state.has_grads else call.state.grads
+            grads = call.state.grads
+            if call.state.has_grads:
+                self.scratch = space.take(("gradients", index), tuple(grads.shape), grads.dtype).zero_()
+            else:
+                self.scratch = grads
         self.error: NonFiniteError | None = None
         self._logprobs: list[np.ndarray] = []  # of each datum so far, fp32 [N, at least K]
         self._loss, self._weight = 0.0, 0.0
@@ -45,6 +51,12 @@ class Work:
         """Where a backward adds this call's gradients. Only for a call that wants some."""
         assert self.scratch is not None
         return self.call.adapter.views(self.scratch)
+
+    def wanted(self, data: Sequence[CheckedDatum]) -> Tensor:
+        """Which rows of the datums, bool [M], have a gradient that is not known to be zero beforehand."""
+        inputs = stack_inputs(data)
+        padded = stack_targets(data) < 0
+        return ~(self.call.loss.masked(inputs) | padded).all(1)
 
     def evaluate(self, logprobs: Tensor, targets: Tensor, data: Sequence[CheckedDatum], first: int) -> Tensor:
         """Take the log-probabilities of the datums from ``first`` on, and answer d loss / d logprob.

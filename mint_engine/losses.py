@@ -57,7 +57,7 @@ def dro(lp: Tensor, x: Tokens, config: Mapping[str, float]) -> LossAndGradient:
     "no sample", and pulling the prompt's log-probabilities to 0 is nobody's intention.
     """
     a, q, beta = x["advantages"], x["logprobs"], config["beta"]
-    padding = (a == 0) & (q == 0)
+    padding = _dro_padding(x)
     off = torch.where(padding, 0.0, lp - q)
     return torch.where(padding, 0.0, -(lp * a - 0.5 * beta * off * off)), -(a - beta * off)
 
@@ -75,12 +75,28 @@ def _bounds(x: Tokens, config: Mapping[str, float]) -> tuple[Tensor, Tensor]:
     return low, high
 
 
+def _no_weight(x: Tokens) -> Tensor:
+    return x["weights"] == 0
+
+
+def _no_advantage(x: Tokens) -> Tensor:
+    return x["advantages"] == 0
+
+
+def _dro_padding(x: Tokens) -> Tensor:
+    return (x["advantages"] == 0) & (x["logprobs"] == 0)
+
+
 @dataclass(frozen=True)
 class Loss:
-    """What the engine must know of a loss: its inputs beside ``target_tokens``, its config and its function."""
+    """What the engine must know of a loss: its inputs beside ``target_tokens``, its config and its function.
+
+    ``masked(inputs)``: where value and gradient are zero whatever the log-probability is, NaN included.
+    """
 
     name: str
     fn: Callable[[Tensor, Tokens, Mapping[str, float]], LossAndGradient]
+    masked: Callable[[Tokens], Tensor]
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     config: tuple[tuple[str, float], ...] = ()
@@ -113,11 +129,11 @@ _CLIP = (("clip_low_threshold", 0.8), ("clip_high_threshold", 1.2))
 LOSSES: dict[str, Loss] = {
     loss.name: loss
     for loss in (
-        Loss("cross_entropy", cross_entropy, ("weights",), matrix_targets=True),
-        Loss("importance_sampling", importance_sampling, _POLICY),
-        Loss("ppo", ppo, _POLICY, _CLIP_NAMES, _CLIP),
-        Loss("cispo", cispo, _POLICY, _CLIP_NAMES, _CLIP),
-        Loss("dro", dro, _POLICY, config=(("beta", 0.05),)),
+        Loss("cross_entropy", cross_entropy, _no_weight, ("weights",), matrix_targets=True),
+        Loss("importance_sampling", importance_sampling, _no_advantage, _POLICY),
+        Loss("ppo", ppo, _no_advantage, _POLICY, _CLIP_NAMES, _CLIP),
+        Loss("cispo", cispo, _no_advantage, _POLICY, _CLIP_NAMES, _CLIP),
+        Loss("dro", dro, _dro_padding, _POLICY, config=(("beta", 0.05),)),
     )
 }
 

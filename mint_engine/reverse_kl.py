@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mint_engine import trainer
 from mint_engine.adapters import Adapter, TrainState
 from mint_engine.batch import PackedBatch, micro_batches, pack
 from mint_engine.borders import Seating
@@ -111,8 +110,7 @@ def run(
         NonFiniteError: a KL or a gradient is not finite. ``state`` is as it was.
     """
     scratch = torch.zeros_like(state.grads)
-    if max_tokens is None:
-        max_tokens = max(1, trainer.ACTIVATION_BYTES // decoder.activation_bytes_per_token)
+    max_tokens = max_tokens or decoder.max_tokens
     per_row: list[np.ndarray] = []
     for chosen in micro_batches([d.student.size + d.reference.size for d in data], max_tokens):
         pairs = [data[i] for i in chosen]
@@ -157,16 +155,16 @@ def _one_pass(
         x = decoder.head_input(own_rows, seating)
 
         grads = {adapter.uid: adapter.views(scratch)}
-        dh = torch.zeros_like(h)
+        dh = torch.empty_like(own_rows)
         for part in _parts(len(active), decoder.config.vocab_size):
             own_part, other_part = seating.select(part), other_seating.select(part)
             logits = decoder.logits(x[part], own_part)
             value, gradient = kl_and_gradient(logits, reference.decoder.logits(target[part], other_part), temperature)
             kl[active[part]] = value.double().to(kl.device)
             gradient.mul_(weights[active[part], None].to(gradient.device))
-            dh[rows[part]] = decoder.head_backward_logits(own_rows[part], x[part], gradient, own_part, grads)
+            dh[part] = decoder.head_backward_logits(own_rows[part], x[part], gradient, own_part, grads)
         p.cu_seqlens = own.cu_seqlens
-        decoder.hidden_backward(dh, saved, p, grads)
+        decoder.hidden_backward(dh, rows, saved, p, grads)
     per_datum = np.split(kl.numpy(), np.cumsum([len(d.weights) for d in pairs])[:-1])
     for i, values in enumerate(per_datum):
         bad = np.flatnonzero(~np.isfinite(values))

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from mint_engine.adapters import Adapter, TrainState
 from mint_engine.batch import micro_batches, pack
 from mint_engine.calls import Call, Work
 from mint_engine.datums import CheckedDatum, stack_targets
+from mint_engine.device import upload
 from mint_engine.errors import NonFiniteError
 from mint_engine.losses import Loss
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.layer import Saved
 from mint_engine.types import ForwardBackwardOutput
 
-# Activations kept at once; a call that needs more is cut at datum boundaries into passes, with the same sums.
-ACTIVATION_BYTES = 4 << 30
 # Targets of a pass, padded to those of the widest datum: one wide datum must not multiply all the others.
 TARGET_CELLS = 1 << 25
 
@@ -40,8 +40,8 @@ def run(
 ) -> ForwardBackwardOutput:
     """The loss of ``data`` and, when ``state`` is given, its gradients added to ``state.grads``.
 
-    Losses and gradients are sums over tokens and datums (DESIGN.md 2.5). ``max_tokens`` per pass: by default what
-    ACTIVATION_BYTES allow.
+    Losses and gradients are sums over tokens and datums (DESIGN.md 2.5). ``max_tokens`` per pass: by default what the
+    decoder's ``activation_bytes`` allow.
 
     Raises:
         NonFiniteError: the loss or a gradient is not finite. ``state`` is as it was.
@@ -53,7 +53,7 @@ def run(
 
 
 def run_together(
-    decoder: Decoder, calls: Sequence[Call], *, max_tokens: int | None = None
+    decoder: Decoder, calls: Sequence[Call], *, max_tokens: int | None = None, masked_logprobs: bool = True
 ) -> list[ForwardBackwardOutput | NonFiniteError]:
     """Calls of different adapters in shared passes: of each what :func:`run` answers, or the error that it raises.
 
@@ -61,11 +61,16 @@ def run_together(
     of the sums inside a product (more rows and wider borders may be cut into other blocks), so a call's numbers are
     those it gets alone up to roundings of the compute dtype (in float32, 1e-5 relative) and not to the bit. Of two
     runs with the same calls in the same order, and of calls that are alone, every bit is the same.
+
+    Without ``masked_logprobs``, positions that the loss masks (weight or advantage 0) are not computed in calls with a
+    backward: they skip the unembedding and most of the last layer, and their log-probability is reported as NaN.
+    Losses and gradients are the same sums.
     """
     # Calls without a backward go last: the backward is a pass over the rows before them.
-    works = sorted((Work(call) for call in calls), key=lambda work: work.scratch is None)
-    if max_tokens is None:
-        max_tokens = max(1, ACTIVATION_BYTES // decoder.activation_bytes_per_token)
+    works = sorted(
+        (Work(call, decoder.space, i) for i, call in enumerate(calls)), key=lambda work: work.scratch is None
+    )
+    max_tokens = max_tokens or decoder.max_tokens
     datums = [(work, i) for work in works for i in range(len(work.call.data))]
     lengths = [work.call.data[i].tokens.size for work, i in datums]
     widths = [work.call.data[i].targets.shape[1] for work, i in datums]
@@ -73,7 +78,7 @@ def run_together(
         for chosen in micro_batches(lengths, max_tokens, widths, TARGET_CELLS):
             # One that was refused in an earlier pass is over.
             live = (datum for datum in datums[chosen.start : chosen.stop] if datum[0].error is None)
-            _one_pass(decoder, _spans(live))
+            _one_pass(decoder, _spans(live), masked_logprobs)
     except BaseException:
         for work in works:
             work.withdraw()
@@ -105,7 +110,7 @@ def _spans(datums: Iterable[tuple[Work, int]]) -> list[_Span]:
     return spans
 
 
-def _one_pass(decoder: Decoder, spans: Sequence[_Span]) -> None:
+def _one_pass(decoder: Decoder, spans: Sequence[_Span], masked_logprobs: bool) -> None:
     """Forward over all rows, backward over those of the calls that want gradients, which come first."""
     if not spans:
         return
@@ -114,27 +119,50 @@ def _one_pass(decoder: Decoder, spans: Sequence[_Span]) -> None:
     seating = decoder.borders.seat([(s.work.call.adapter, s.start, s.stop) for s in spans], grouped=True)
     training = [s for s in spans if s.work.scratch is not None]
     saved: list[Saved] | None = [] if training else None
-    h, p = decoder.hidden(packed.tokens, packed.positions, seating, decoder.packed_attend(packed), saved)
-    at_head = seating.bordered
-    x = decoder.head_input(h, at_head)
-    logprobs, lse = decoder.target_logprob(x, targets, at_head)
-    gradients = torch.zeros_like(logprobs)
+    rows = None if masked_logprobs else _wanted(spans)
+    if rows is not None and not len(rows):
+        for s in spans:  # a loss of zero, without gradients
+            s.work.evaluate(torch.full((s.stop - s.start, targets.shape[1]), torch.nan), targets[s.start : s.stop],
+                            s.data, s.first)  # fmt: skip
+        return
+    h, p = decoder.hidden(
+        packed.tokens, packed.positions, seating, decoder.packed_attend(packed), saved, rows=rows, space=decoder.space
+    )
+    at_head = seating.bordered if rows is None else seating.bordered.select(rows)
+    x = decoder.head_input(h, at_head, decoder.space)
+    logprobs, lse = decoder.target_logprob(x, targets if rows is None else targets[rows], at_head)
+    reported = logprobs
+    if rows is not None:
+        reported = torch.full(targets.shape, torch.nan, device=logprobs.device)
+        reported[upload(rows, logprobs.device)] = logprobs
+    gradients = torch.zeros_like(reported)
     for s in spans:
-        rows = slice(s.start, s.stop)
-        gradient = s.work.evaluate(logprobs[rows], targets[rows], s.data, s.first)
+        of_span = slice(s.start, s.stop)
+        gradient = s.work.evaluate(reported[of_span], targets[of_span], s.data, s.first)
         if s.work.scratch is not None:
-            gradients[rows, : gradient.shape[1]] = gradient
-    # A row whose gradient is zero costs nothing in the unembedding's backward.
+            gradients[of_span, : gradient.shape[1]] = gradient
+    # A row whose gradient is zero costs nothing in the unembedding's backward, and little in the last layer's.
     active = (gradients != 0).any(1).nonzero().squeeze(1)
     if saved is None or not active.numel():
         return
     grads = {s.work.call.adapter.uid: s.work.gradients() for s in training}
-    end = training[-1].stop
-    dh = torch.zeros_like(h[:end])
-    own, xa = at_head.select(active), x[active]
-    dh[active] = decoder.head_backward(h[active], xa, targets[active], gradients[active], lse[active], own, grads)
-    sequences = sum(len(s.data) for s in training)
+    at = active if rows is None else torch.searchsorted(rows, active)
+    dh = decoder.head_backward(
+        decoder.rows(h, at, "h"), decoder.rows(x, at, "x"), targets[active], gradients[active], lse[at],
+        at_head.select(at), grads,
+    )  # fmt: skip
+    end, sequences = training[-1].stop, sum(len(s.data) for s in training)
     p.cu_seqlens = packed.cu_seqlens[: sequences + 1]
     if end < packed.num_tokens:
         p, saved[:] = p.first(end), [s.first(end) for s in saved]
-    decoder.hidden_backward(dh, saved, p, grads)
+    decoder.hidden_backward(dh, active, saved, p, grads)
+
+
+def _wanted(spans: Sequence[_Span]) -> Tensor | None:
+    """The rows (int64, ascending) of forwards, and those of the others that may have a gradient; None: all rows."""
+    parts = [
+        torch.ones(s.stop - s.start, dtype=torch.bool) if s.work.scratch is None else s.work.wanted(s.data)
+        for s in spans
+    ]
+    wanted = torch.cat(parts)
+    return None if bool(wanted.all()) else wanted.nonzero().squeeze(1)

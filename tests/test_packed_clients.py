@@ -24,6 +24,7 @@ from mint_engine.calls import Call
 from mint_engine.engine import Engine
 from mint_engine.errors import MintError, NonFiniteError, UserError
 from mint_engine.models.decoder import Decoder
+from mint_engine.models.layer import Saved
 from mint_engine.types import Datum, ForwardBackwardOutput, LoraConfig, ModelInput
 
 # The same fp32 sums in another order: some hundred roundings of 2**-24 each.
@@ -267,10 +268,10 @@ def test_a_pass_that_breaks_for_no_ones_fault_is_run_again_for_each(
     models = models_of(engine, tiny_tied, 3)
     hidden, rows = Decoder.hidden_backward, []
 
-    def small(self: Decoder, dh: torch.Tensor, *rest: Any) -> None:
-        rows.append(len(dh))
-        hidden(self, dh, *rest)
-        if len(dh) > 11:
+    def small(self: Decoder, dh: torch.Tensor, active: torch.Tensor, saved: list[Saved], *rest: Any) -> None:
+        rows.append(len(saved[0].h))
+        hidden(self, dh, active, saved, *rest)
+        if len(saved[0].h) > 11:
             raise MemoryError("no room for so many")
 
     monkeypatch.setattr(Decoder, "hidden_backward", small)

@@ -40,6 +40,7 @@ def attention(
     *,
     cu_keys: Tensor | Bounds | None = None,
     out: Tensor | None = None,
+    lse: Tensor | None = None,
     face: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention within each sequence of a packed batch.
@@ -55,6 +56,7 @@ def attention(
             are rows ``cu_keys[i]:cu_keys[i+1]`` of k and v, and its queries are those of its last tokens. The bits of
             a row do not depend on how many queries come with it.
         out: ``[M, n_q*d]`` to write into, any row stride, or None.
+        lse: ``[n_q, M]`` float32, contiguous, to write into, or None.
         face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
@@ -72,7 +74,11 @@ def attention(
         _check_bounds("attention", "cu_keys", cu_keys)
         args.tensor("attention", "cu_keys", cu_keys, (len(cu_seqlens),), torch.int32)
     out = args.writable("attention", "out", out, q, shape)
-    lse = torch.empty(n_q, shape[0], dtype=args.statistics_dtype(q.dtype), device=q.device)
+    if lse is None:
+        lse = torch.empty(n_q, shape[0], dtype=args.statistics_dtype(q.dtype), device=q.device)
+    args.tensor("attention", "lse", lse, (n_q, shape[0]), args.statistics_dtype(q.dtype))
+    if not lse.is_contiguous():
+        raise ValueError("lse: expected a contiguous tensor (attention)")
     chosen = _op.pick(face, q, k, v, out)
     queries, keys = (_bounds_for(chosen, bounds, q) for bounds in (cu_seqlens, cu_keys))
     chosen.attention(q, k, v, queries, keys, n_q, n_kv, scale, out, lse)

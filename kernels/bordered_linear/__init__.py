@@ -13,14 +13,34 @@ others. All tensors are 2-D with unit stride in the last dimension and any row s
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from mint_engine.kernels import args
 from mint_engine.kernels.op import Op
 
-__all__ = ["bordered_linear", "bordered_linear_backward", "expand_backward", "shrink"]
+__all__ = ["Shrink", "bordered_linear", "bordered_linear_backward", "expand_backward", "shrink"]
 
 _op = Op("bordered_linear")
+
+
+class Shrink(NamedTuple):
+    """What an op that writes a linear's input ``x [M, K]`` needs to write S too, while x's rows are in cache:
+    ``s[M, r] = scale * x @ a[r, K]ᵀ``, from the rounded x, in its dtype.
+    """
+
+    a: Tensor
+    scale: float
+    s: Tensor
+
+
+def check_shrink(op: str, shrink: Shrink | None, x: Tensor) -> None:
+    """Raise ValueError unless ``shrink`` fits ``x``."""
+    if shrink is not None:
+        r = args.matrix(op, "shrink.a", shrink.a)[0]
+        args.tensor(op, "shrink.a", shrink.a, (r, x.shape[1]), x.dtype)
+        args.tensor(op, "shrink.s", shrink.s, (x.shape[0], r), x.dtype)
 
 
 def shrink(x: Tensor, a: Tensor, scale: float, *, out: Tensor, face: str | None = None) -> Tensor:
@@ -35,28 +55,37 @@ def shrink(x: Tensor, a: Tensor, scale: float, *, out: Tensor, face: str | None 
     return done
 
 
-def bordered_linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, face: str | None = None) -> Tensor:
+def bordered_linear(
+    x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None, face: str | None = None
+) -> Tensor:
     """``y[M, N] = x[M, K+p] @ weight[N, K+p]ᵀ (+ bias[N])``: base and adapters in one GEMM.
 
-    ``x`` carries S in its last p columns and ``weight`` carries B there. Bytes moved: x, weight and y once.
+    ``x`` carries S in its last p columns and ``weight`` carries B there. ``out`` takes y. Bytes moved: x, weight and y
+    once.
     """
-    (_, k), (n, _) = args.matrix("bordered_linear", "x", x), args.matrix("bordered_linear", "weight", weight)
+    (m, k), (n, _) = args.matrix("bordered_linear", "x", x), args.matrix("bordered_linear", "weight", weight)
     args.tensor("bordered_linear", "weight", weight, (n, k), x.dtype)
     if bias is not None:
         args.tensor("bordered_linear", "bias", bias, (n,), x.dtype)
-    y: Tensor = _op.pick(face, x, weight, bias).bordered_linear(x, weight, bias)
-    return y
+    out = args.writable("bordered_linear", "out", out, x, (m, n))
+    _op.pick(face, x, weight, bias, out).bordered_linear(x, weight, bias, out)
+    return out
 
 
-def bordered_linear_backward(dy: Tensor, weight: Tensor, *, face: str | None = None) -> Tensor:
+def bordered_linear_backward(
+    dy: Tensor, weight: Tensor, *, out: Tensor | None = None, face: str | None = None
+) -> Tensor:
     """``dx[M, K] = dy[M, N+p] @ weight[N+p, K]``.
 
-    ``dy`` carries dS in its last p columns and ``weight`` A in its last p rows. Bytes moved: dy, weight and dx once.
+    ``dy`` carries dS in its last p columns and ``weight`` A in its last p rows. ``out`` takes dx. Bytes moved: dy,
+    weight and dx once.
     """
-    (_, n), (_, k) = args.matrix("bordered_linear", "dy", dy), args.matrix("bordered_linear", "weight", weight)
-    args.tensor("bordered_linear_backward", "weight", weight, (n, k), dy.dtype)
-    dx: Tensor = _op.pick(face, dy, weight).bordered_linear_backward(dy, weight)
-    return dx
+    op = "bordered_linear_backward"
+    (m, n), (_, k) = args.matrix(op, "dy", dy), args.matrix(op, "weight", weight)
+    args.tensor(op, "weight", weight, (n, k), dy.dtype)
+    out = args.writable(op, "out", out, dy, (m, k))
+    _op.pick(face, dy, weight, out).bordered_linear_backward(dy, weight, out)
+    return out
 
 
 def expand_backward(dy: Tensor, b: Tensor, scale: float, *, out: Tensor, face: str | None = None) -> Tensor:

@@ -22,14 +22,14 @@ def shrink(x: Tensor, a: Tensor, scale: float, out: Tensor) -> Tensor:
     return mm(x, a.T, scale=scale, out=out) if plan.ours(x.dtype) else reference.shrink(x, a, scale, out)
 
 
-def bordered_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def bordered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     if x.shape[0] <= FEW_ROWS or plan.ours(x.dtype):
-        return mm(x, weight.T, bias=bias)
-    return reference.bordered_linear(x, weight, bias)
+        return mm(x, weight.T, bias=bias, out=out)
+    return reference.bordered_linear(x, weight, bias, out)
 
 
-def bordered_linear_backward(dy: Tensor, weight: Tensor) -> Tensor:
-    return mm(dy, weight) if plan.ours(dy.dtype) else reference.bordered_linear_backward(dy, weight)
+def bordered_linear_backward(dy: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    return mm(dy, weight, out=out) if plan.ours(dy.dtype) else reference.bordered_linear_backward(dy, weight, out)
 
 
 def expand_backward(dy: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:

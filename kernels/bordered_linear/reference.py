@@ -8,12 +8,12 @@ def shrink(x: Tensor, a: Tensor, scale: float, out: Tensor) -> Tensor:
     return torch.mul(torch.mm(x, a.T), scale, out=out)
 
 
-def bordered_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
+def bordered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
 
 
-def bordered_linear_backward(dy: Tensor, weight: Tensor) -> Tensor:
-    return torch.mm(dy, weight)
+def bordered_linear_backward(dy: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(dy, weight, out=out)
 
 
 def expand_backward(dy: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ def decode_step(
     for i, layer in enumerate(model.layers):
         x, h = _layer(model, layer, x, h, cos, sin, k_pool[i], v_pool[i], slots, block_table, lengths, scale, adapters)
     assert h is not None
-    out, _ = rms_norm((h + x), model.norm, model.eps, None, torch.empty_like(x))
+    out, h = torch.empty_like(x), h + x
+    rms_norm(h, model.norm, model.eps, None, out, h, None)
     x, w = _with_tail(model.head, out, adapters, 16)
     return target_logprob.logits(x[wanted], w)
 
@@ -59,9 +60,12 @@ def _layer(
     m, n_q, n_kv, d, eps = len(x), model.n_q, model.n_kv, model.d, model.eps
 
     def linear(w: Linear, x: Tensor, group: int) -> Tensor:
-        return bordered.bordered_linear(*_with_tail(w, x, adapters, group), w.bias)
+        out = torch.empty(m, w.n, dtype=x.dtype)
+        return bordered.bordered_linear(*_with_tail(w, x, adapters, group), w.bias, out)
 
-    x1, h1 = rms_norm(x, layer.attention_norm, eps, residual, torch.empty_like(x))
+    x1, x2 = torch.empty_like(x), torch.empty_like(x)
+    h1, h = x if residual is None else torch.empty_like(x), torch.empty_like(x)
+    rms_norm(x, layer.attention_norm, eps, residual, x1, h1, None)
     qkv = linear(layer.qkv, x1, 1)
     qk = torch.empty(m, (n_q + n_kv) * d, dtype=x.dtype)
     qk_norm_rope(qkv, cos, sin, n_q, n_kv, layer.q_norm, layer.k_norm, eps, qk)
@@ -69,10 +73,10 @@ def _layer(
     v_pool.view(-1, n_kv * d)[slots] = qkv[:, qk.shape[1] :]
     heads = torch.empty(m, n_q * d, dtype=x.dtype)
     paged_attention(qk[:, : n_q * d], k_pool, v_pool, block_table, lengths, n_q, n_kv, scale, heads)
-    x2, h = rms_norm(linear(layer.o, heads, 2), layer.mlp_norm, eps, h1, torch.empty_like(x))
+    rms_norm(linear(layer.o, heads, 2), layer.mlp_norm, eps, h1, x2, h, None)
     gate_up = linear(layer.gate_up, x2, 4)
     a = torch.empty(m, layer.down.k, dtype=x.dtype)
-    swiglu(gate_up, a)
+    swiglu(gate_up, a, None)
     return linear(layer.down, a, 8), h
 
 

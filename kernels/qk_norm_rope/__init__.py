@@ -45,6 +45,7 @@ def qk_norm_rope(
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
+    out: torch.Tensor | None = None,
     face: str | None = None,
 ) -> torch.Tensor:
     """For each q and k head ``x``: RMSNorm with a weight if given (Qwen3), then rotate-half RoPE (arXiv:2104.09864).
@@ -58,10 +59,11 @@ def qk_norm_rope(
         n_q, n_kv: heads.
         q_weight, k_weight: ``[d]`` in the dtype of ``qkv``, both or neither.
         eps: of the norm.
+        out: ``[M, (n_q + n_kv) * d]`` to write into, or None.
         face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
-        ``qk [M, (n_q + n_kv) * d]``, a new tensor; v is not touched.
+        ``qk [M, (n_q + n_kv) * d]``; v is not touched.
 
     Bytes moved: 2 M (n_q + n_kv) d elements and cos, sin once.
 
@@ -69,8 +71,8 @@ def qk_norm_rope(
         ValueError: a shape or dtype does not match, or ``face`` cannot run.
     """
     m, width = _check("qk_norm_rope", qkv, cos, sin, n_q, n_kv, q_weight, k_weight)
-    out = torch.empty((m, width), dtype=qkv.dtype, device=qkv.device)
-    _op.pick(face, qkv, cos, sin, q_weight, k_weight).qk_norm_rope(
+    out = args.writable("qk_norm_rope", "out", out, qkv, (m, width))
+    _op.pick(face, qkv, cos, sin, q_weight, k_weight, out).qk_norm_rope(
         qkv, cos, sin, n_q, n_kv, q_weight, k_weight, eps, out
     )
     return out

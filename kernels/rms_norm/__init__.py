@@ -1,10 +1,11 @@
-"""RMSNorm with an optional residual add, and its input gradient (the weight is frozen)."""
+"""RMSNorm with an optional residual add, optionally with an adapter's S, and its gradient (the weight is frozen)."""
 
 from __future__ import annotations
 
 import torch
 
 from mint_engine.kernels import args
+from mint_engine.kernels.bordered_linear import Shrink, check_shrink
 from mint_engine.kernels.op import Op
 
 _op = Op("rms_norm")
@@ -17,6 +18,8 @@ def rms_norm(
     *,
     residual: torch.Tensor | None = None,
     y: torch.Tensor | None = None,
+    h: torch.Tensor | None = None,
+    shrink: Shrink | None = None,
     face: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``h = x + residual`` (rounded to the dtype); ``y = h * rsqrt(mean(h^2) + eps) * weight``.
@@ -29,6 +32,8 @@ def rms_norm(
         eps: added to the mean square.
         residual: ``[M, H]`` or None (then ``h`` is ``x`` itself, not a copy).
         y: ``[M, H]`` to write into, or None.
+        h: ``[M, H]`` to write into, or None. Only with ``residual``.
+        shrink: write the S of the adapter of the linear that reads ``y`` (DESIGN.md 2.2), or None.
         face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
@@ -39,15 +44,21 @@ def rms_norm(
     Raises:
         ValueError: a shape or dtype does not match, or ``face`` cannot run.
     """
-    m, h = args.matrix("rms_norm", "x", x)
-    args.tensor("rms_norm", "weight", weight, (h,), x.dtype)
+    op = "rms_norm"
+    m, width = args.matrix(op, "x", x)
+    args.tensor(op, "weight", weight, (width,), x.dtype)
     if residual is not None:
-        args.tensor("rms_norm", "residual", residual, (m, h), x.dtype)
-    y = args.writable("rms_norm", "y", y, x, (m, h))
-    out: tuple[torch.Tensor, torch.Tensor] = _op.pick(face, x, weight, residual, y).rms_norm(
-        x, weight, eps, residual, y
-    )
-    return out
+        args.tensor(op, "residual", residual, (m, width), x.dtype)
+        h = args.writable(op, "h", h, x, (m, width))
+    elif h is not None:
+        raise ValueError(f"h: expected None without a residual: it is x itself ({op})")
+    else:
+        h = x
+    y = args.writable(op, "y", y, x, (m, width))
+    check_shrink(op, shrink, x)
+    tensors = (None, None) if shrink is None else (shrink.a, shrink.s)
+    _op.pick(face, x, weight, residual, y, h, *tensors).rms_norm(x, weight, eps, residual, y, h, shrink)
+    return y, h
 
 
 def rms_norm_backward(
@@ -57,6 +68,7 @@ def rms_norm_backward(
     eps: float,
     *,
     dresidual: torch.Tensor | None = None,
+    dh: torch.Tensor | None = None,
     face: str | None = None,
 ) -> torch.Tensor:
     """The gradient of ``rms_norm`` for ``h``: ``dresidual + r * (g - h * r^2 * mean(g * h))``.
@@ -69,10 +81,11 @@ def rms_norm_backward(
         weight: ``[H]``.
         eps: as in the forward.
         dresidual: ``[M, H]`` or None.
+        dh: ``[M, H]`` to write into, or None. It may be ``dresidual`` itself.
         face: run this face or raise.
 
     Returns:
-        ``dh [M, H]`` in the dtype of ``h``, a new tensor, rounded once.
+        ``dh [M, H]`` in the dtype of ``h``, rounded once.
 
     Bytes moved: ``dy``, ``h``, ``dresidual`` read, ``dh`` written: 4 M H elements.
 
@@ -84,5 +97,6 @@ def rms_norm_backward(
     args.tensor("rms_norm_backward", "weight", weight, (width,), h.dtype)
     if dresidual is not None:
         args.tensor("rms_norm_backward", "dresidual", dresidual, (m, width), h.dtype)
-    out: torch.Tensor = _op.pick(face, h, dy, weight, dresidual).rms_norm_backward(dy, h, weight, eps, dresidual)
-    return out
+    dh = args.writable("rms_norm_backward", "dh", dh, h, (m, width))
+    _op.pick(face, h, dy, weight, dresidual, dh).rms_norm_backward(dy, h, weight, eps, dresidual, dh)
+    return dh

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mint_engine.kernels.bordered_linear import Shrink
+from mint_engine.kernels.bordered_linear.triton import matmul
 from mint_engine.kernels.triton_common import power_of_2, row_warps
 from mint_engine.kernels.triton_common import triton_reason as supports  # noqa: F401
 
@@ -42,28 +44,37 @@ def _backward(dy, dy_row, h, h_row, weight, skip, skip_row, dh, dh_row, width, e
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, y: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    y: torch.Tensor,
+    h: torch.Tensor,
+    shrink: Shrink | None,
+) -> None:
     m, width = x.shape
-    h = x if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     block = power_of_2(width)
     if m:
         _forward[(m,)](
             x, x.stride(0), residual, 0 if residual is None else residual.stride(0), weight, y, y.stride(0),
             h, h.stride(0), width, eps, BLOCK=block, num_warps=row_warps(block),
         )  # fmt: skip
-    return y, h
+    if shrink is not None:
+        matmul(y, shrink.a.T, shrink.s, scale=shrink.scale)
 
 
 def rms_norm_backward(
-    dy: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, eps: float, dresidual: torch.Tensor | None
-) -> torch.Tensor:
+    dy: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    dresidual: torch.Tensor | None,
+    dh: torch.Tensor,
+) -> None:
     m, width = h.shape
-    dh = torch.empty_like(h, memory_format=torch.contiguous_format)
     block = power_of_2(width)
     if m:
         _backward[(m,)](
             dy, dy.stride(0), h, h.stride(0), weight, dresidual, 0 if dresidual is None else dresidual.stride(0),
             dh, dh.stride(0), width, eps, BLOCK=block, num_warps=row_warps(block),
         )  # fmt: skip
-    return dh

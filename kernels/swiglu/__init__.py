@@ -1,10 +1,11 @@
-"""SwiGLU on a stacked gate/up projection, and its gradient."""
+"""SwiGLU on a stacked gate/up projection, optionally with an adapter's S, and its gradient."""
 
 from __future__ import annotations
 
 import torch
 
 from mint_engine.kernels import args
+from mint_engine.kernels.bordered_linear import Shrink, check_shrink
 from mint_engine.kernels.op import Op
 
 _op = Op("swiglu")
@@ -17,12 +18,15 @@ def _half(op: str, gate_up: torch.Tensor) -> tuple[int, int]:
     return m, width // 2
 
 
-def swiglu(gate_up: torch.Tensor, *, out: torch.Tensor | None = None, face: str | None = None) -> torch.Tensor:
+def swiglu(
+    gate_up: torch.Tensor, *, out: torch.Tensor | None = None, shrink: Shrink | None = None, face: str | None = None
+) -> torch.Tensor:
     """``silu(gate) * up`` with ``gate = gate_up[:, :F]``, ``up = gate_up[:, F:]`` (Shazeer 2020, arXiv:2002.05202).
 
     Args:
         gate_up: ``[M, 2F]`` float32 or bfloat16, any row stride.
         out: ``[M, F]`` to write into, or None.
+        shrink: write the S of the adapter of the linear that reads ``out`` (DESIGN.md 2.2), or None.
         face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
@@ -35,7 +39,9 @@ def swiglu(gate_up: torch.Tensor, *, out: torch.Tensor | None = None, face: str 
     """
     m, f = _half("swiglu", gate_up)
     out = args.writable("swiglu", "out", out, gate_up, (m, f))
-    _op.pick(face, gate_up, out).swiglu(gate_up, out)
+    check_shrink("swiglu", shrink, out)
+    tensors = (None, None) if shrink is None else (shrink.a, shrink.s)
+    _op.pick(face, gate_up, out, *tensors).swiglu(gate_up, out, shrink)
     return out
 
 

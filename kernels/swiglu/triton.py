@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mint_engine.kernels.bordered_linear import Shrink
+from mint_engine.kernels.bordered_linear.triton import matmul
 from mint_engine.kernels.triton_common import power_of_2, row_warps
 from mint_engine.kernels.triton_common import triton_reason as supports  # noqa: F401
 
@@ -40,13 +42,15 @@ def _backward(da, da_row, gate_up, gate_up_row, dgate_up, dgate_up_row, a, a_row
     tl.store(dgate_up + row * dgate_up_row + width + columns, (d * silu).to(dtype), mask=inside)
 
 
-def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+def swiglu(gate_up: torch.Tensor, out: torch.Tensor, shrink: Shrink | None) -> None:
     m, f = out.shape
     block = min(MAX_BLOCK, power_of_2(f))
     if m and f:
         _forward[(m, triton.cdiv(f, block))](
             gate_up, gate_up.stride(0), out, out.stride(0), f, BLOCK=block, num_warps=row_warps(block)
         )
+    if shrink is not None:
+        matmul(out, shrink.a.T, shrink.s, scale=shrink.scale)
 
 
 def swiglu_backward(da: torch.Tensor, gate_up: torch.Tensor, dgate_up: torch.Tensor, a: torch.Tensor) -> None:

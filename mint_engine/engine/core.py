@@ -17,6 +17,7 @@ from mint_engine.errors import UserError
 from mint_engine.executor import Executor, Lane
 from mint_engine.fair_share import DEFAULT_SAMPLING_SHARE, FairShare
 from mint_engine.kv_cache import default_bytes
+from mint_engine.models.decoder import ACTIVATION_BYTES
 from mint_engine.stats import Recorder
 from mint_engine.store import Store
 
@@ -32,18 +33,24 @@ class EngineCore:
 
     def __init__(
         self, *, dtype: str, device: str | None, home: Path, kv_cache_bytes: int | None, store: Store | None,
-        sampling_share: float = DEFAULT_SAMPLING_SHARE, speculation: int = 0,
+        activation_bytes: int | None, sampling_share: float = DEFAULT_SAMPLING_SHARE, weights: str | None = None,
+        speculation: int = 0,
     ) -> None:  # fmt: skip
         if dtype not in DTYPES:
             raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-        self.dtype, self.device, self.home = dtype, resolve(device), home
-        self.store = Store(home) if store is None else store
+        if weights not in (None, "int8"):
+            raise UserError(f"weights: expected None or 'int8', got {weights!r}")
         if isinstance(speculation, bool) or not isinstance(speculation, int) or speculation < 0:
             raise UserError(f"speculation: expected an integer of at least 0, got {speculation!r}")
+        self.dtype, self.device, self.home = dtype, resolve(device), home
+        self.store = Store(home) if store is None else store
         self._executor = Executor("mint-engine", FairShare(sampling_share))
         cache_bytes = kv_cache_bytes or default_bytes(self.device)
         add, wake = self._executor.add_stepper, self._executor.notify
-        self._bases = BaseModels(home, DTYPES[dtype], self.device, cache_bytes, add, wake, speculation)
+        self._bases = BaseModels(
+            home, DTYPES[dtype], self.device, cache_bytes, activation_bytes or ACTIVATION_BYTES, add, wake,
+            int8=weights == "int8", speculation=speculation,
+        )  # fmt: skip
         self._residents = Residents(self._executor.lane)
         self._recorder = Recorder()
         self._owners: dict[str, str] = {}
@@ -62,6 +69,13 @@ class EngineCore:
     ) -> Future:
         """Queue an operation and count it under ``kind``. ``tokens(result)``: how many it went through."""
         return lane.submit(self._recorder.timed(kind, operation, tokens))
+
+    def _trim(self) -> None:
+        """Let go of the memory for activations where nobody trains any more. On the device thread, which uses it."""
+        used = {id(model.base) for model in self._models.values()}
+        for base in self._bases.loaded:
+            if id(base) not in used:
+                base.decoder.space.release()
 
     def _session_owner(self, session_id: str) -> str:
         if session_id not in self._owners:

@@ -97,6 +97,7 @@ class Models(EngineCore):
                     self._residents.model(model_id)
                 yield lambda: store.unpark(model_id)
             self._residents.forget(model_id)
+            self._trim()
 
         return self._submit("unload_model", self._residents.lane(model_id), unload)
 

@@ -44,6 +44,7 @@ class Parking(Sampling):
         write = park_model(model.adapter, model.state, model.base)
         yield lambda: store.park(model_id, write, note)
         self._residents.put_aside(model_id)
+        self._trim()
 
     def _park_sampler(self, sampler_id: str, note: dict[str, Any]) -> Steps[None]:
         entry = self._residents.sampler(sampler_id)

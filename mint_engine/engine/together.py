@@ -27,11 +27,16 @@ PATIENCE_S = 0.001  # for clients whose last call was answered just now
 
 @dataclass(frozen=True)
 class Together:
-    """What training calls need of the engine. ``share``: whether those of different clients may share a pass."""
+    """What training calls need of the engine.
+
+    ``share``: whether those of different clients may share a pass. ``masked_logprobs``: whether a forward_backward
+    reports the log-probabilities that its loss masks.
+    """
 
     residents: Residents
     recorder: Recorder
     share: bool
+    masked_logprobs: bool
 
 
 class TrainingCall(Joint):
@@ -68,7 +73,7 @@ class TrainingCall(Joint):
     def run(self, company: Sequence[Joint]) -> Sequence[ForwardBackwardOutput | BaseException]:
         begun = time.perf_counter()
         calls = [self, *(other for other in company if isinstance(other, TrainingCall))]
-        outcomes = _run(calls)
+        outcomes = _run(calls, self._engine.masked_logprobs)
         seconds = time.perf_counter() - begun
         for call, outcome in zip(calls, outcomes, strict=True):
             call.record(seconds, ok=not isinstance(outcome, BaseException))
@@ -98,7 +103,7 @@ class TrainingCall(Joint):
         self._engine.recorder.record(kind, seconds, self.tokens or 0 if ok else 0, ok)
 
 
-def _run(calls: Sequence[TrainingCall]) -> list[ForwardBackwardOutput | BaseException]:
+def _run(calls: Sequence[TrainingCall], masked_logprobs: bool) -> list[ForwardBackwardOutput | BaseException]:
     """The result or the exception of each call on one base model, in shared passes."""
     outcomes: dict[int, ForwardBackwardOutput | BaseException] = {}
     checked: dict[int, Call] = {}
@@ -108,15 +113,17 @@ def _run(calls: Sequence[TrainingCall]) -> list[ForwardBackwardOutput | BaseExce
         except Exception as error:
             outcomes[i] = error
     if checked:
-        outcomes.update(zip(checked, _passes(decoder, list(checked.values())), strict=True))
+        outcomes.update(zip(checked, _passes(decoder, list(checked.values()), masked_logprobs), strict=True))
     return [outcomes[i] for i in range(len(calls))]
 
 
-def _passes(decoder: Decoder, calls: Sequence[Call]) -> Sequence[ForwardBackwardOutput | BaseException]:
+def _passes(
+    decoder: Decoder, calls: Sequence[Call], masked_logprobs: bool
+) -> Sequence[ForwardBackwardOutput | BaseException]:
     try:
-        return trainer.run_together(decoder, calls)
+        return trainer.run_together(decoder, calls, masked_logprobs=masked_logprobs)
     except Exception as error:
         if len(calls) == 1:
             return [error]
     # Something broke that belongs to nobody yet, such as memory that was not there for all of them: each alone.
-    return [outcome for call in calls for outcome in _passes(decoder, [call])]
+    return [outcome for call in calls for outcome in _passes(decoder, [call], masked_logprobs)]

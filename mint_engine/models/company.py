@@ -90,12 +90,10 @@ def expand_gradient(w: BorderedWeight, dy: Tensor, dx: Tensor, seating: Seating)
     return grouped_linear(dy, w.buf, dx, _table("expand_gradient", w, seating, table), add=True)
 
 
-def accumulate(
-    w: BorderedWeight, dy: Tensor, x: Tensor, s_tail: Tensor, seating: Seating, outs: Sequence[Tensor]
-) -> None:
-    """Add dA = dSᵀ X and dB_j = dY_jᵀ S_j; ``outs`` are where each segment's dA begins, with its dB_j behind it."""
+def accumulate_a(w: BorderedWeight, dy: Tensor, x: Tensor, seating: Seating, outs: Sequence[Tensor]) -> None:
+    """Add dA = dSᵀ X; ``outs`` are where each segment's dA begins, with its dB_j behind it."""
 
-    def table_a(segments: Sequence[Segment]) -> OuterTable:
+    def table(segments: Sequence[Segment]) -> OuterTable:
         return OuterTable.of(
             [
                 Outer(i, s.start, s.stop - s.start, w.n, w.m * s.adapter.rank, 0, w.k, 0, w.k)
@@ -104,7 +102,13 @@ def accumulate(
             len(dy), dy.shape[1], x.shape[1], len(segments),
         )  # fmt: skip
 
-    def table_b(segments: Sequence[Segment]) -> OuterTable:
+    grouped_outer(dy, x, outs, _table("dA", w, seating, table))
+
+
+def accumulate_b(w: BorderedWeight, dy: Tensor, s_tail: Tensor, seating: Seating, outs: Sequence[Tensor]) -> None:
+    """Add dB_j = dY_jᵀ S_j; ``outs`` as in :func:`accumulate_a`."""
+
+    def table(segments: Sequence[Segment]) -> OuterTable:
         return OuterTable.of(
             [
                 Outer(i, s.start, s.stop - s.start, row, n, j * r, r, w.m * r * w.k + row * r, r)
@@ -114,8 +118,7 @@ def accumulate(
             len(dy), dy.shape[1], s_tail.shape[1], len(segments),
         )  # fmt: skip
 
-    grouped_outer(dy, x, outs, _table("dA", w, seating, table_a))
-    grouped_outer(dy, s_tail, outs, _table("dB", w, seating, table_b))
+    grouped_outer(dy, s_tail, outs, _table("dB", w, seating, table))
 
 
 def _factors_b(w: BorderedWeight, s: Segment) -> list[tuple[int, int, int, int, int]]:

@@ -18,17 +18,27 @@ from mint_engine.models.config import ModelConfig
 from mint_engine.models.layer import Attend, DecoderLayer, Pass, Saved
 from mint_engine.models.rope import RopeTable
 from mint_engine.models.weights import WeightReader
+from mint_engine.models.workspace import Workspace
+
+# Memory for the activations of a pass; a call that needs more is cut at datum boundaries into passes, with the same
+# sums. A pass of 2000 tokens or more is no faster per token, and this is enough for that up to models of 4B.
+ACTIVATION_BYTES = 2 << 30
 
 
 class Decoder:
     """One resident copy of a base model in the compute dtype; any number of adapters pass through its borders."""
 
     def __init__(self, config: ModelConfig, reader: WeightReader, dtype: torch.dtype, *,
-                 device: torch.device | str = "cpu", int8: bool = False,
+                 device: torch.device | str = "cpu", int8: bool = False, activation_bytes: int = ACTIVATION_BYTES,
                  on_tensor: Callable[[str], None] = lambda name: None) -> None:  # fmt: skip
-        """Read the weights to ``device``. ``on_tensor(name)`` is called after each, for a progress bar."""
+        """Read the weights to ``device``. ``on_tensor(name)`` is called after each, for a progress bar.
+
+        ``activation_bytes``: what a training pass may take beside the weights, see :attr:`max_tokens`.
+        """
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.activation_bytes = activation_bytes
         self.rope = RopeTable(config, self.device)
+        self.space = Workspace(self.device)
 
         def read(name: str) -> Tensor:
             tensor = reader.get(name).to(self.device).to(dtype)
@@ -76,11 +86,22 @@ class Decoder:
 
     @property
     def activation_bytes_per_token(self) -> int:
-        """What a training pass keeps per token (layer.Saved): h, qkv, o, h2, gate and up of every layer."""
+        """What a training pass writes per token: what every layer keeps (layer.Saved), and what one needs at a time.
+
+        Without the adapters' columns, which are few.
+        """
         c = self.config
-        heads = c.num_heads * c.head_dim
-        kept = 2 * c.hidden_size + 2 * heads + 2 * c.num_kv_heads * c.head_dim + 2 * c.intermediate_size
-        return c.num_layers * kept * self.dtype.itemsize
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        kept = 2 * c.hidden_size + 2 * q + 2 * kv + 2 * c.intermediate_size
+        # Twice h (embedding, stream), the gradients of h twice, x, delta, dx; q, k, their and v's gradients; the MLP's.
+        passing = 7 * c.hidden_size + 4 * (q + kv) + 4 * c.intermediate_size
+        statistics = 4 * c.num_layers * c.num_heads  # the log-sum-exps, fp32
+        return (c.num_layers * kept + passing) * self.dtype.itemsize + statistics
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a training pass that ``activation_bytes`` allow; one longer sequence is a pass all the same."""
+        return max(1, self.activation_bytes // self.activation_bytes_per_token)
 
     @property
     def resident_bytes(self) -> int:
@@ -94,31 +115,57 @@ class Decoder:
         return self.head.weight if self._embedding is None else self._embedding
 
     def hidden(
-        self, tokens: Tensor, positions: Tensor, seating: Seating, attend: Attend, saved: list[Saved] | None = None
-    ) -> tuple[Tensor, Pass]:
-        """The residual stream after the last layer, [M, H]; what a backward needs is appended to ``saved``."""
+        self, tokens: Tensor, positions: Tensor, seating: Seating, attend: Attend, saved: list[Saved] | None = None,
+        *, rows: Tensor | None = None, space: Workspace | None = None,
+    ) -> tuple[Tensor, Pass]:  # fmt: skip
+        """The residual stream after the last layer; what a backward needs is appended to ``saved``.
+
+        [M, H]; or [rows, H] of the ``rows`` (int64, ascending) that are wanted. What is in ``saved``, and with
+        ``space`` the result too, lives until the next pass over this base model, which writes into the same memory.
+        """
         cos, sin = self.rope.rows(positions)
-        p = Pass(self.config, seating, cos, sin, attend)
-        delta, h = self.embedding[upload(tokens, self.device)], None
+        p = Pass(self.config, seating, cos, sin, attend, self.space)
+        delta = self.space.take("embedded", (len(tokens), self.config.hidden_size), self.dtype)
+        torch.index_select(self.embedding, 0, upload(tokens, self.device), out=delta)
+        h = None
         for la in self.layers:
-            delta, h, kept = decoder_layer.forward(la, delta, h, p, saved is not None)
+            some = rows if la is self.layers[-1] else None
+            delta, h, kept = decoder_layer.forward(la, delta, h, p, saved is not None, some)
             if saved is not None and kept is not None:
                 saved.append(kept)
         assert h is not None
-        return h + delta, p
+        return torch.add(h, delta, out=None if space is None else space.take("stream", tuple(h.shape), h.dtype)), p
 
-    def hidden_backward(self, dh: Tensor, saved: list[Saved], p: Pass, grads: linear.Gradients) -> None:
-        """Backward of :meth:`hidden`. Empties ``saved``: a layer's tensors are freed as soon as they are used."""
-        gradient: Tensor | None = dh
+    def rows(self, t: Tensor, rows: Tensor, name: str) -> Tensor:
+        """Some rows of a matrix (int64, on the CPU), in memory of that name."""
+        out = self.space.take(f"rows of {name}", (len(rows), t.shape[1]), t.dtype)
+        return torch.index_select(t, 0, upload(rows, t.device), out=out)
+
+    def hidden_backward(self, dh: Tensor, rows: Tensor, saved: list[Saved], p: Pass, grads: linear.Gradients) -> None:
+        """Backward of :meth:`hidden`, which it does once: ``saved`` is overwritten.
+
+        ``dh`` [rows, H]: the gradient of the ``rows`` (int64, ascending) that have one. The others need their K and V
+        in the last layer, and nothing else of it.
+        """
+        last = saved[-1]
+        if len(rows) < len(last.h) or last.rows is not None:
+            saved[-1] = last.select(rows, self.space)
+        width = self.config.hidden_size
+        stream = self.space.take("dh", (len(rows), width + p.seating.ranks), self.dtype)
+        stream[:, :width] = dh
+        gradient: Tensor | None = stream
         for la in reversed(self.layers):
             assert gradient is not None
-            gradient = decoder_layer.backward(la, gradient, saved.pop(), p, grads, need_dx=la.index > 0)
+            gradient = decoder_layer.backward(la, gradient, saved[la.index], p, grads, need_dx=la.index > 0)
 
-    def head_input(self, h: Tensor, seating: Seating) -> Tensor:
-        """Final norm of ``h`` [M, H] with the head adapter's S in the tail: [M, H + p]."""
-        x = linear.input_buffer(self.head, h.shape[0], seating)
-        kernels.rms_norm(h, self.norm, self.config.rms_norm_eps, y=x[:, : self.head.k])
-        linear.shrink_tail(self.head, x, seating)
+    def head_input(self, h: Tensor, seating: Seating, space: Workspace | None = None) -> Tensor:
+        """Final norm of ``h`` [M, H] with the head adapter's S in the tail: [M, H + p], new or in ``space``."""
+        shape = len(h), self.head.k + linear.tail(self.head, seating)
+        x = h.new_empty(shape) if space is None else space.take("head input", shape, h.dtype)
+        along = linear.shrink_along(self.head, x, seating)
+        kernels.rms_norm(h, self.norm, self.config.rms_norm_eps, y=x[:, : self.head.k], shrink=along)
+        if along is None:
+            linear.shrink_tail(self.head, x, seating)
         return x
 
     def target_logprob(self, x: Tensor, targets: Tensor, seating: Seating) -> tuple[Tensor, Tensor]:
@@ -181,9 +228,10 @@ class Decoder:
         """Causal attention within each sequence of the batch."""
         c = self.config
 
-        def attend(_: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+            lse = self.space.take(("lse", layer), (c.num_heads, len(q)), torch.float32)
             args = (batch.cu_seqlens, c.num_heads, c.num_kv_heads, c.head_dim**-0.5)
-            return kernels.attention(q, k, v, *args, out=out)[1]
+            return kernels.attention(q, k, v, *args, out=out, lse=lse)[1]
 
         return attend
 

@@ -62,8 +62,11 @@ def run(settings: Settings) -> int:
             kv_cache_bytes=settings.kv_cache_bytes,
             store=store,
             deterministic=settings.deterministic,
+            masked_logprobs=settings.masked_logprobs,
+            activation_bytes=settings.activation_bytes,
             sampling_share=settings.sampling_share,
             speculation=settings.speculation,
+            weights=settings.weights,
         )
         stack.callback(engine.close)
         for name in settings.models:

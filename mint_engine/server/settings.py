@@ -36,6 +36,10 @@ class Settings(BaseSettings):
         "once; clients can name no other.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Compute dtype: bfloat16 or float32.")
+    weights: Literal["int8"] | None = Field(
+        default=None,
+        description="int8: base models rounded to int8 per output channel, for faster sampling; default as they are.",
+    )
     device: str | None = Field(
         default=None,
         description="Where to compute: cpu, cuda or cuda:1; default MINT_DEVICE, else a GPU if there is one.",
@@ -43,6 +47,11 @@ class Settings(BaseSettings):
     deterministic: bool | None = Field(
         default=None,
         description="Give a training call the same bits in any company, one client per pass; default only in float32.",
+    )
+    masked_logprobs: bool = Field(
+        default=True,
+        description="Report the log-probabilities of positions that a loss masks; without them (NaN instead) "
+        "forward_backward is faster.",
     )
     home: Path | None = Field(
         default=None,
@@ -59,6 +68,11 @@ class Settings(BaseSettings):
         default=None,
         ge=1 << 16,
         description="KV cache of each base model; default a quarter of the machine's memory, or of the GPU's.",
+    )
+    activation_bytes: int | None = Field(
+        default=None,
+        ge=1 << 20,
+        description="Memory a training pass may take beside the weights; default 2 GiB. Larger calls take several.",
     )
     sampling_share: float = Field(
         default=DEFAULT_SAMPLING_SHARE,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from check import normal, poisoned, strided, surroundings_untouched, within_budget
 
-from mint_engine.kernels import rms_norm, rms_norm_backward
+from mint_engine.kernels import Shrink, rms_norm, rms_norm_backward
 
 EPS = 1e-5
 SHAPES = [(1, 1), (3, 63), (5, 100), (2, 2000), (40, 576), (70, 1024)]
@@ -21,8 +21,10 @@ def plain_norm(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def test_forward_matches_float64(face: str, dtype: torch.dtype, shape: tuple[int, int], with_residual: bool) -> None:
     x, residual, weight = (normal(*s, seed=i, dtype=dtype) for i, s in enumerate([shape, shape, shape[1:]]))
     h_exact = x + residual if with_residual else x  # the op rounds the sum to the dtype: so does the oracle
-    y = poisoned(*shape, dtype)
-    got, h = rms_norm(strided(x), weight, EPS, residual=strided(residual) if with_residual else None, y=y, face=face)
+    y, h = poisoned(*shape, dtype), poisoned(*shape, dtype) if with_residual else None
+    got, h = rms_norm(
+        strided(x), weight, EPS, residual=strided(residual) if with_residual else None, y=y, h=h, face=face
+    )
     assert got is y
     assert surroundings_untouched(y)
     torch.testing.assert_close(h, h_exact, rtol=0, atol=0)
@@ -46,6 +48,26 @@ def test_gradient_matches_float64_autograd(
         strided(dy), strided(h), weight, EPS, dresidual=strided(skip) if with_skip else None, face=face
     )
     within_budget("dh", got, gradient(torch.float64), gradient(dtype))
+
+
+@pytest.mark.parametrize("rank", [5, 16, 50])
+@pytest.mark.parametrize("shape", [(3, 63), (37, 576), (70, 101)])
+def test_an_adapters_s_comes_with_it(face: str, dtype: torch.dtype, shape: tuple[int, int], rank: int) -> None:
+    x, residual, weight = (normal(*s, seed=i, dtype=dtype) for i, s in enumerate([shape, shape, shape[1:]]))
+    a = normal(rank, shape[1], seed=7, dtype=dtype, scale=0.1)
+    buffer = poisoned(shape[0], shape[1] + rank, dtype)
+    y, s = buffer[:, : shape[1]], buffer[:, shape[1] :]
+    rms_norm(strided(x), weight, EPS, residual=residual, y=y, shrink=Shrink(strided(a), 0.5, s), face=face)
+    plain, _ = rms_norm(x, weight, EPS, residual=residual, face="reference")
+    within_budget("y", y, plain_norm((x + residual).double(), weight.double()), plain)
+    within_budget("s", s, 0.5 * y.double() @ a.double().T, 0.5 * (y.clone() @ a.T))
+
+
+def test_a_gradient_may_be_written_over_the_one_it_is_added_to(face: str, dtype: torch.dtype) -> None:
+    dy, h, weight, skip = (normal(*s, seed=i, dtype=dtype) for i, s in enumerate([(5, 100)] * 2 + [(100,), (5, 100)]))
+    apart = rms_norm_backward(dy, h, weight, EPS, dresidual=skip, face=face)
+    assert rms_norm_backward(dy, h, weight, EPS, dresidual=skip, dh=skip, face=face) is skip
+    assert torch.equal(skip, apart)
 
 
 def test_a_nan_stays_in_its_row(face: str, dtype: torch.dtype) -> None:

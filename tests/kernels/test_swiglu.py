@@ -6,7 +6,7 @@ import pytest
 import torch
 from check import normal, poisoned, strided, surroundings_untouched, within_budget
 
-from mint_engine.kernels import swiglu, swiglu_backward
+from mint_engine.kernels import Shrink, swiglu, swiglu_backward
 
 SHAPES = [(1, 1), (3, 63), (5, 100), (2, 2000), (40, 768)]
 
@@ -45,6 +45,18 @@ def test_gradient_matches_float64_autograd(face: str, dtype: torch.dtype, shape:
     assert surroundings_untouched(a)
     within_budget("dgate_up", dgate_up, gradient(torch.float64), gradient(dtype))
     within_budget("a", a, plain_swiglu(gate_up.double()), plain_swiglu(gate_up))
+
+
+@pytest.mark.parametrize("rank", [5, 16, 50])
+@pytest.mark.parametrize("shape", [(3, 63), (37, 768), (70, 101)])
+def test_an_adapters_s_comes_with_it(face: str, dtype: torch.dtype, shape: tuple[int, int], rank: int) -> None:
+    gate_up = normal(shape[0], 2 * shape[1], seed=1, dtype=dtype)
+    a = normal(rank, shape[1], seed=7, dtype=dtype, scale=0.1)
+    buffer = poisoned(shape[0], shape[1] + rank, dtype)
+    out, s = buffer[:, : shape[1]], buffer[:, shape[1] :]
+    swiglu(strided(gate_up), out=out, shrink=Shrink(strided(a), 0.5, s), face=face)
+    within_budget("a", out, plain_swiglu(gate_up.double()), plain_swiglu(gate_up))
+    within_budget("s", s, 0.5 * out.double() @ a.double().T, 0.5 * (out.clone() @ a.T))
 
 
 def test_extreme_gates_saturate_without_nan(face: str, dtype: torch.dtype) -> None:
