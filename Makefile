@@ -2,8 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes with one OpenMP thread each: two threads that wait for each other beside a busy core are slow (NOTES.md).
+# The tests of a file stay in one process, for the servers and models that they share.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+SHARED := -n 2 --dist loadfile
 
-.PHONY: setup demo test test-slow lint format bench clean
+.PHONY: setup demo test test-slow sanitize lint format bench bench-full clean
 
 setup: $(VENV)/.ready
 
@@ -18,10 +22,24 @@ demo: setup
 	$(BIN)/mint-engine demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) $(SHARED)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) $(SHARED) -m "slow and not alone"
+	$(PYTEST) -m alone
+
+# The kernels' tests on every instruction set of this CPU, the extension built with AddressSanitizer and UBSan in a copy
+# of the package. Python itself is not, so the sanitizer's runtime must be there before anything else.
+SANITIZED := build/sanitize
+SANITIZER = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(SANITIZED))
+
+sanitize: setup
+	rm -rf $(SANITIZED)/mint_engine && mkdir -p $(SANITIZED)
+	cp -r mint_engine $(SANITIZED) && rm -f $(SANITIZED)/mint_engine/_native*.so && cp -r kernels $(SANITIZED)/mint_engine
+	$(BIN)/python setup.py -q build_ext --sanitize --build-temp $(SANITIZED)/objects --build-lib $(SANITIZED)
+	$(SANITIZER) $(BIN)/python tests/kernels/past_the_end.py 2>&1 | grep -q "AddressSanitizer: heap-buffer-overflow"
+	$(SANITIZER) $(PYTEST) $(SHARED) tests/kernels -k "not triton and not reference"
 
 # mypy does not know that kernels/ installs as mint_engine.kernels, so it is shown a copy laid out that way.
 lint: setup
@@ -34,9 +52,17 @@ format: setup
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp
 
+# The ops, then a short form of the whole step with its chart; bench-full takes a quarter of an hour and renews README's table.
+BENCH := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m
+
 bench: setup
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/bench_kernels.py -m "" --benchmark-enable --benchmark-only --benchmark-group-by=group --benchmark-columns=median,rounds
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.train_step
+	$(BENCH) pytest benchmarks/bench_kernels.py -m "" --benchmark-enable --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
+	$(BENCH) benchmarks.training --short --save
+	$(BENCH) benchmarks.report --short
+
+bench-full: setup
+	$(BENCH) benchmarks.training --save
+	$(BENCH) benchmarks.report --write
 
 clean:
 	rm -rf $(VENV) build *.egg-info mint_engine/_native*.so

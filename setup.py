@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pybind11
 from setuptools import Extension, find_packages, setup
@@ -26,10 +26,24 @@ if platform.machine().lower() not in ("x86_64", "amd64"):
     ISA_FLAGS = {"csrc/isa/scalar.cpp": []}
 
 
+# Errors end the process; leaks are left to Python, whose own would drown ours.
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
 class BuildNative(build_ext):
-    """Compiles each ISA's translation unit with its own flags, and all units at once."""
+    """Compiles each ISA's translation unit with its own flags, and all units at once, those that take longest first."""
+
+    user_options: ClassVar[list[Any]] = [*build_ext.user_options, ("sanitize", None, "with AddressSanitizer and UBSan")]
+    boolean_options: ClassVar[list[str]] = [*build_ext.boolean_options, "sanitize"]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.sanitize = False
 
     def build_extension(self, ext: Extension) -> None:
+        if self.sanitize:
+            ext.extra_compile_args += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS]
+            ext.extra_link_args += SANITIZERS
         compiler: Any = self.compiler
         compile_one = compiler._compile
         jobs: list[tuple[Any, ...]] = []
@@ -41,7 +55,7 @@ class BuildNative(build_ext):
 
         def compile_all_then_link(*args: Any, **kwargs: Any) -> None:
             with ThreadPoolExecutor(self.parallel or 2) as pool:
-                list(pool.map(lambda job: compile_one(*job), jobs))
+                list(pool.map(lambda job: compile_one(*job), sorted(jobs, key=lambda job: job[1] not in ISA_FLAGS)))
             link(*args, **kwargs)
 
         compiler._compile, compiler.link_shared_object = defer, compile_all_then_link

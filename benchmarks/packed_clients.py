@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,28 +96,47 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/")
     args = parser.parse_args()
 
+    torch.set_num_threads(args.threads)
+    document = measure(args.rounds, rank=args.rank, dtype=args.dtype)
+    for line in lines(document):
+        print(line)
+    report("packed_clients", {"rank": args.rank, "dtype": args.dtype, "rounds": args.rounds, **document}, args.save)
+
+
+def measure(rounds: int, *, rank: int = 16, dtype: str = "bfloat16") -> dict[str, Any]:
+    """Of each of CASES the milliseconds, their ratio and the most it may be; of SHARED the speed and the least."""
     home = Path(os.environ.get("MINT_HOME") or Path.home() / ".mint-engine")
-    engine = Engine(dtype=args.dtype, home=home, kv_cache_bytes=1 << 22, deterministic=False)
-    document: dict[str, object] = {"model": MODEL, "rank": args.rank, "dtype": args.dtype, "rounds": args.rounds}
+    engine = Engine(dtype=dtype, home=home, kv_cache_bytes=1 << 22, deterministic=False)
+    document: dict[str, Any] = {}
     try:
         for name, (count, tokens, most) in CASES.items():
-            ms = _ms(clients(engine, count, tokens, args.rank), args.rounds)
-            ratio = ms["at once"] / ms["apart"]
-            print(f"{name:8s} tokens: at once {ms['at once']:6.0f} ms, one after the other {ms['apart']:6.0f} ms: "
-                  f"{ratio:.2f} of the time (target at most {most})")  # fmt: skip
-            document[name] = {"median_ms": ms, "ratio": round(ratio, 3), "at_most": most}
+            ms = _ms(clients(engine, count, tokens, rank), rounds)
+            ratio = round(ms["at once"] / ms["apart"], 3)
+            document[name] = {"median_ms": ms, "ratio": ratio, "at_most": most}
         count, tokens, least = SHARED
-        ms = _ms(shared_batch(engine, count, tokens, args.rank), args.rounds)
-        speed = ms["1 adapter"] / ms["8 adapters"]
-        print(f"{count} x {tokens} tokens in one pass: 8 adapters {ms['8 adapters']:.0f} ms, 1 adapter "
-              f"{ms['1 adapter']:.0f} ms: {speed:.2f} of the speed (target at least {least})")  # fmt: skip
-        document["8 adapters share a batch"] = {"median_ms": ms, "speed": round(speed, 3), "at_least": least}
+        ms = _ms(shared_batch(engine, count, tokens, rank), rounds)
+        speed = round(ms["1 adapter"] / ms["8 adapters"], 3)
+        document["8 adapters share a batch"] = {"median_ms": ms, "speed": speed, "at_least": least}
     finally:
         engine.close()
-    report("packed_clients", document, args.save)
+    return document
+
+
+def lines(document: dict[str, Any]) -> list[str]:
+    out = []
+    for name, found in document.items():
+        (first, a), (second, b) = found["median_ms"].items()
+        said = (
+            f"{found['ratio']:.2f} of the time (target at most {found['at_most']})"
+            if "ratio" in found
+            else f"{found['speed']:.2f} of the speed (target at least {found['at_least']})"
+        )
+        out.append(f"{name:24s} {first} {a:.0f} ms, {second} {b:.0f} ms: {said}")
+    return out
 
 
 def _ms(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:

@@ -93,12 +93,18 @@ class Adapter:
         Raises NonFiniteError if a weight is not finite: in a border it would reach its neighbours' rows (0 * inf).
         """
         self.check_finite()
-        copy = object.__new__(Adapter)
-        copy.lora, copy.rank, copy.scale, copy.groups = self.lora, self.rank, self.scale, self.groups
-        copy.uid, copy.version = next(self._ids), 0
-        copy.params = self.params.clone()
-        copy.factors = copy.views(copy.params)
+        copy = self.shaped()
+        copy.params.copy_(self.params)
         return copy
+
+    def shaped(self) -> Adapter:
+        """An adapter of the same shape whose parameters are zero: a place for gradients, say."""
+        other = object.__new__(Adapter)
+        other.lora, other.rank, other.scale, other.groups = self.lora, self.rank, self.scale, self.groups
+        other.uid, other.version = next(self._ids), 0
+        other.params = torch.zeros_like(self.params)
+        other.factors = other.views(other.params)
+        return other
 
     def check_finite(self) -> None:
         if not bool(torch.isfinite(self.params).all()):

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mint_engine.datums import Limits
+from mint_engine.gpu.memory import free_bytes
 from mint_engine.models.config import ModelConfig, load_config
-from mint_engine.models.decoder import Decoder
+from mint_engine.models.decoder import ACTIVATION_BYTES, Decoder
 from mint_engine.models.hub import ModelFiles, resolve_model
 from mint_engine.models.tokenizer import load_tokenizer
 from mint_engine.models.weights import WeightReader, validate
@@ -82,7 +83,7 @@ class BaseModels:
         dtype: torch.dtype,
         device: torch.device,
         cache_bytes: int,
-        activation_bytes: int,
+        activation_bytes: int | None,
         on_load: Callable[[Sampler], None],
         wake: Callable[[], None],
         *,
@@ -144,8 +145,11 @@ class BaseModels:
             progress.update(task, total=len(names))
             decoder = Decoder(
                 config, reader, self._dtype, device=self._device, int8=self._int8,
-                activation_bytes=self._activation_bytes, on_tensor=lambda _: progress.advance(task),
+                activation_bytes=self._activation_bytes or ACTIVATION_BYTES,
+                on_tensor=lambda _: progress.advance(task),
             )  # fmt: skip
         sampler = Sampler(decoder, self._cache_bytes, self._wake, speculation=self._speculation)
+        if self._device.type == "cuda" and not self._activation_bytes:
+            decoder.activation_bytes = free_bytes(self._device)  # now that weights and KV cache have theirs
         self._on_load(sampler)
         return Base(files, config, decoder, sampler)

@@ -103,12 +103,16 @@ class Seating:
     """Where a pass's adapters sit: its segments in row order, and the ranks of border in use (0: base model only).
 
     ``grouped``: the rows meet their own adapter only (`models/company.py`), instead of all that sit in the border.
+    ``tile_rows``: so they do, but in the base's own product (`kernels/bordered_by_tile`); segments are whole tiles.
+    ``known``: rows, and the seating of these rows, made beforehand: `select` need not look at what they are.
     """
 
     segments: tuple[Segment, ...] = ()
     ranks: int = 0
     grouped: bool = False
     tables: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)  # of `models/company.py`
+    tile_rows: int = 0
+    known: tuple[Tensor, Seating] | None = field(default=None, repr=False, compare=False)
 
     def of(self, group: LinearGroup) -> tuple[Segment, ...]:
         """The segments whose adapter trains this group."""
@@ -129,7 +133,9 @@ class Seating:
         return out
 
     def select(self, rows: Tensor) -> Seating:
-        """The same seating for a pass over the given rows (int64, ascending) of this one."""
+        """The same seating for a pass over the given rows (int64, ascending, on the CPU) of this one."""
+        if self.known is not None and self.known[0] is rows:
+            return self.known[1]
         cuts = torch.tensor([[s.start, s.stop] for s in self.segments], dtype=rows.dtype).reshape(-1)
         found = torch.searchsorted(rows, cuts).reshape(-1, 2).tolist()
         return Seating(

@@ -69,7 +69,14 @@ class Work:
         logprobs, padded = logprobs[:, :width], targets[:, :width] < 0
         values, gradient = loss.fn(logprobs, inputs, self.call.config)
         values, gradient = values.masked_fill(padded, 0.0), gradient.masked_fill(padded, 0.0)
-        ends = np.cumsum([d.tokens.size for d in data])
+        return gradient if self.record(logprobs, values, data, first) else torch.zeros_like(gradient)
+
+    def record(self, logprobs: Tensor, values: Tensor, data: Sequence[CheckedDatum], first: int) -> bool:
+        """Take the log-probabilities and the loss [M, K], on the CPU, of the datums from ``first`` on.
+
+        A loss that is not finite sets ``error``; then the answer is False.
+        """
+        loss, ends = self.call.loss, np.cumsum([d.tokens.size for d in data])
         broken = (~torch.isfinite(values)).any(1).nonzero()
         if broken.numel():
             row = int(broken[0])
@@ -79,12 +86,12 @@ class Work:
                 f"loss: {loss.name} is {float(values[row].sum())} (datum {first + datum}, position {position}); the "
                 "call was refused and the adapter is as it was"
             )
-            return torch.zeros_like(gradient)
+            return False
         self._loss += float(values.double().sum())
-        if "weights" in inputs:
-            self._weight += float(inputs["weights"].double().sum())
+        if "weights" in data[0].inputs:
+            self._weight += sum(float(d.inputs["weights"].sum(dtype=np.float64)) for d in data)
         self._logprobs += np.split(logprobs.numpy(), ends[:-1])
-        return gradient
+        return True
 
     def finish(self) -> ForwardBackwardOutput | NonFiniteError:
         """The call's result, or why it was refused. Only now its gradients count."""

@@ -38,5 +38,7 @@ def resolve(device: str | torch.device | None = None) -> torch.device:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on ``device``: itself on the CPU, else a copy through pinned memory that nobody waits for."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    """A host tensor on ``device``: itself if it is there, else a copy through pinned memory that nobody waits for."""
+    if tensor.device.type == device.type:
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -22,11 +22,11 @@ def optim_step(adapter: Adapter, state: TrainState, params: AdamParams) -> Optim
         NonFiniteError: the gradient norm is not finite (the gradients are dropped), or the step would overflow fp32
             (they are kept). The adapter and the optimiser are as they were.
     """
-    norm = _global_norm(state.grads)
+    norm, low, high = _statistics(state.grads, adapter.params)
     if not math.isfinite(norm):
         state.zero_grads()
         raise NonFiniteError(f"gradient: its norm is {norm}; the step was refused and the gradients were dropped")
-    _check_overflow(adapter, params)
+    _check_overflow(low, high, params)
     clip = params.grad_clip_norm
     scale = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
     adamw_(
@@ -40,17 +40,25 @@ def optim_step(adapter: Adapter, state: TrainState, params: AdamParams) -> Optim
     return OptimStepResponse(metrics={"grad_norm": norm, "step": float(state.step)})
 
 
-def _global_norm(grads: Tensor) -> float:
+def _statistics(grads: Tensor, params: Tensor) -> tuple[float, float, float]:
+    """The global norm of the gradients, the smallest and the largest parameter. A GPU is waited for once."""
     # fp32 within chunks, float64 across them: as exact as float64 all through here, and many times faster.
-    chunks = torch.stack([torch.linalg.vector_norm(chunk) for chunk in grads.split(1 << 16)])
-    return float(torch.linalg.vector_norm(chunks, dtype=torch.float64))
+    if grads.is_cpu:
+        chunks = torch.stack([torch.linalg.vector_norm(chunk) for chunk in grads.split(1 << 16)])
+    else:
+        whole = grads.numel() >> 16 << 16
+        parts = [torch.linalg.vector_norm(grads[:whole].view(-1, 1 << 16), dim=1), grads[whole:].norm()[None]]
+        chunks = torch.cat(parts)
+    norm = torch.linalg.vector_norm(chunks, dtype=torch.float64)
+    low, high = torch.aminmax(params)  # no copy of their absolute values
+    a, b, c = torch.stack([norm, low.double(), high.double()]).tolist()
+    return a, b, c
 
 
-def _check_overflow(adapter: Adapter, p: AdamParams) -> None:
+def _check_overflow(low: float, high: float, p: AdamParams) -> None:
     """Refuse a step whose result might not fit fp32, by the bound on Adam's update (arXiv:1412.6980, section 2.1)."""
     largest_update = p.learning_rate * max(1.0, (1 - p.beta1) / math.sqrt(1 - p.beta2))
-    low, high = torch.aminmax(adapter.params)  # no copy of their absolute values
-    bound = max(-float(low), float(high)) * max(1.0, abs(1 - p.learning_rate * p.weight_decay)) + largest_update
+    bound = max(-low, high) * max(1.0, abs(1 - p.learning_rate * p.weight_decay)) + largest_update
     if not bound < 1e35:  # a thousandth of fp32's range: the bound is loose when the betas change between steps
         raise NonFiniteError(
             f"optim_step: learning_rate {p.learning_rate} and weight_decay {p.weight_decay} could take weights to "

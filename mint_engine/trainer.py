@@ -19,13 +19,12 @@ from mint_engine.calls import Call, Work
 from mint_engine.datums import CheckedDatum, stack_targets
 from mint_engine.device import upload
 from mint_engine.errors import NonFiniteError
+from mint_engine.gpu.memory import Plan
+from mint_engine.gpu.run import TARGET_CELLS, programs
 from mint_engine.losses import Loss
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.layer import Saved
 from mint_engine.types import ForwardBackwardOutput
-
-# Targets of a pass, padded to those of the widest datum: one wide datum must not multiply all the others.
-TARGET_CELLS = 1 << 25
 
 
 def run(
@@ -66,6 +65,9 @@ def run_together(
     backward: they skip the unembedding and most of the last layer, and their log-probability is reported as NaN.
     Losses and gradients are the same sums.
     """
+    if decoder.device.type == "cuda":
+        memory = None if max_tokens is None else Plan(max_tokens, checkpoint=False)
+        return programs(decoder).run_together(calls, masked_logprobs=masked_logprobs, memory=memory)
     # Calls without a backward go last: the backward is a pass over the rows before them.
     works = sorted(
         (Work(call, decoder.space, i) for i, call in enumerate(calls)), key=lambda work: work.scratch is None

@@ -289,7 +289,7 @@ def test_peft_loads_a_trained_adapter_and_says_the_same(
         with theirs.disable_adapter():
             (untrained,) = peft_logprobs(theirs, data)
     assert float((expected - untrained).abs().max()) > 0.1, "the adapter says something else than the base"
-    np.testing.assert_allclose(logprobs(engine, model), expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(logprobs(engine, model), expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_dict_changed_after_the_call_changes_nothing(engine: Engine, session: str, tiny_tied: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -17,7 +18,6 @@ from mint_engine.errors import UserError
 from mint_engine.executor import Executor, Lane
 from mint_engine.fair_share import DEFAULT_SAMPLING_SHARE, FairShare
 from mint_engine.kv_cache import default_bytes
-from mint_engine.models.decoder import ACTIVATION_BYTES
 from mint_engine.stats import Recorder
 from mint_engine.store import Store
 
@@ -45,11 +45,14 @@ class EngineCore:
         self.dtype, self.device, self.home = dtype, resolve(device), home
         self.store = Store(home) if store is None else store
         self._executor = Executor("mint-engine", FairShare(sampling_share))
+        if self.device.type == "cuda":
+            # The thread's own: kernels are launched on the current device.
+            self._executor.lane().submit(partial(torch.cuda.set_device, self.device))
         cache_bytes = kv_cache_bytes or default_bytes(self.device)
         add, wake = self._executor.add_stepper, self._executor.notify
         self._bases = BaseModels(
-            home, DTYPES[dtype], self.device, cache_bytes, activation_bytes or ACTIVATION_BYTES, add, wake,
-            int8=weights == "int8", speculation=speculation,
+            home, DTYPES[dtype], self.device, cache_bytes, activation_bytes, add, wake, int8=weights == "int8",
+            speculation=speculation,
         )  # fmt: skip
         self._residents = Residents(self._executor.lane)
         self._recorder = Recorder()

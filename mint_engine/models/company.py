@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from mint_engine.borders import BorderedWeight, Seating, Segment
+from mint_engine.device import upload
 from mint_engine.kernels import grouped_linear, grouped_outer
 from mint_engine.kernels.grouped_linear import LinearTable, Outer, OuterTable, Product
 
@@ -119,6 +121,23 @@ def accumulate_b(w: BorderedWeight, dy: Tensor, s_tail: Tensor, seating: Seating
         )  # fmt: skip
 
     grouped_outer(dy, s_tail, outs, _table("dB", w, seating, table))
+
+
+def spans(w: BorderedWeight, inner: int, seating: Seating, rows: int) -> Tensor:
+    """What `kernels.bordered_by_tile` wants to know of each tile of rows, on the weight's device.
+
+    ``inner``: columns of the base, behind which S (or dS) sits, as B (or A) does in the weight.
+    """
+
+    def table(segments: Sequence[Segment]) -> Tensor:
+        out = torch.zeros(rows // seating.tile_rows, 3, dtype=torch.int32)
+        for s in segments:
+            at = inner + w.m * s.offset
+            tiles = slice(s.start // seating.tile_rows, s.stop // seating.tile_rows)
+            out[tiles] = torch.tensor([at, at, w.m * s.adapter.rank], dtype=torch.int32)
+        return upload(out, w.buf.device)
+
+    return _table(f"spans of {rows} rows from {inner}", w, seating, table)
 
 
 def _factors_b(w: BorderedWeight, s: Segment) -> list[tuple[int, int, int, int, int]]:

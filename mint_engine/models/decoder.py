@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from mint_engine.adapters import LinearGroup
 from mint_engine.batch import PackedBatch
 from mint_engine.borders import DEFAULT_RANKS, BorderedWeight, Borders, Seating
 from mint_engine.device import upload
+from mint_engine.kernels.attention import Bounds
 from mint_engine.models import layer as decoder_layer
 from mint_engine.models import linear
 from mint_engine.models.config import ModelConfig
@@ -39,6 +41,7 @@ class Decoder:
         self.activation_bytes = activation_bytes
         self.rope = RopeTable(config, self.device)
         self.space = Workspace(self.device)
+        self.programs: Any = None  # of `mint_engine.gpu`, on a GPU
 
         def read(name: str) -> Tensor:
             tensor = reader.get(name).to(self.device).to(dtype)
@@ -90,13 +93,17 @@ class Decoder:
 
         Without the adapters' columns, which are few.
         """
+        return self.activation_bytes_of(self.config.num_layers)
+
+    def activation_bytes_of(self, layers: int) -> int:
+        """The same if ``layers`` layers keep something."""
         c = self.config
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         kept = 2 * c.hidden_size + 2 * q + 2 * kv + 2 * c.intermediate_size
         # Twice h (embedding, stream), the gradients of h twice, x, delta, dx; q, k, their and v's gradients; the MLP's.
         passing = 7 * c.hidden_size + 4 * (q + kv) + 4 * c.intermediate_size
-        statistics = 4 * c.num_layers * c.num_heads  # the log-sum-exps, fp32
-        return (c.num_layers * kept + passing) * self.dtype.itemsize + statistics
+        statistics = 4 * layers * c.num_heads  # the log-sum-exps, fp32
+        return (layers * kept + passing) * self.dtype.itemsize + statistics
 
     @property
     def max_tokens(self) -> int:
@@ -116,17 +123,15 @@ class Decoder:
 
     def hidden(
         self, tokens: Tensor, positions: Tensor, seating: Seating, attend: Attend, saved: list[Saved] | None = None,
-        *, rows: Tensor | None = None, space: Workspace | None = None,
+        *, rows: Tensor | None = None, space: Workspace | None = None, length: int | None = None,
     ) -> tuple[Tensor, Pass]:  # fmt: skip
         """The residual stream after the last layer; what a backward needs is appended to ``saved``.
 
         [M, H]; or [rows, H] of the ``rows`` (int64, ascending) that are wanted. What is in ``saved``, and with
         ``space`` the result too, lives until the next pass over this base model, which writes into the same memory.
+        ``length``: a bound above every position, if known.
         """
-        cos, sin = self.rope.rows(positions)
-        p = Pass(self.config, seating, cos, sin, attend, self.space)
-        delta = self.space.take("embedded", (len(tokens), self.config.hidden_size), self.dtype)
-        torch.index_select(self.embedding, 0, upload(tokens, self.device), out=delta)
+        p, delta = self.embed(tokens, positions, seating, attend, length)
         h = None
         for la in self.layers:
             some = rows if la is self.layers[-1] else None
@@ -135,6 +140,15 @@ class Decoder:
                 saved.append(kept)
         assert h is not None
         return torch.add(h, delta, out=None if space is None else space.take("stream", tuple(h.shape), h.dtype)), p
+
+    def embed(
+        self, tokens: Tensor, positions: Tensor, seating: Seating, attend: Attend, length: int | None
+    ) -> tuple[Pass, Tensor]:
+        """What :meth:`hidden` begins with: what its layers share, and the tokens' embeddings [M, H]."""
+        cos, sin = self.rope.rows(positions, length)
+        p = Pass(self.config, seating, cos, sin, attend, self.space)
+        delta = self.space.take("embedded", (len(tokens), self.config.hidden_size), self.dtype)
+        return p, torch.index_select(self.embedding, 0, upload(tokens, self.device), out=delta)
 
     def rows(self, t: Tensor, rows: Tensor, name: str) -> Tensor:
         """Some rows of a matrix (int64, on the CPU), in memory of that name."""
@@ -147,16 +161,18 @@ class Decoder:
         ``dh`` [rows, H]: the gradient of the ``rows`` (int64, ascending) that have one. The others need their K and V
         in the last layer, and nothing else of it.
         """
-        last = saved[-1]
-        if len(rows) < len(last.h) or last.rows is not None:
-            saved[-1] = last.select(rows, self.space)
-        width = self.config.hidden_size
-        stream = self.space.take("dh", (len(rows), width + p.seating.ranks), self.dtype)
-        stream[:, :width] = dh
-        gradient: Tensor | None = stream
+        saved[-1] = saved[-1].only(rows, self.space)
+        gradient: Tensor | None = self.gradient_stream(dh, p)
         for la in reversed(self.layers):
             assert gradient is not None
             gradient = decoder_layer.backward(la, gradient, saved[la.index], p, grads, need_dx=la.index > 0)
+
+    def gradient_stream(self, dh: Tensor, p: Pass) -> Tensor:
+        """``dh`` [rows, H] as :func:`layer.backward` takes it, with room for any dS beside it."""
+        width = self.config.hidden_size
+        stream = self.space.take("dh", (len(dh), width + p.seating.ranks), self.dtype)
+        stream[:, :width] = dh
+        return stream
 
     def head_input(self, h: Tensor, seating: Seating, space: Workspace | None = None) -> Tensor:
         """Final norm of ``h`` [M, H] with the head adapter's S in the tail: [M, H + p], new or in ``space``."""
@@ -180,10 +196,11 @@ class Decoder:
         """Gradient with respect to ``h`` [M, H], given ``dlogprob`` [M, K]; the head adapters' go to ``grads``."""
         ranks = seating.ranks_of(self.head.group)
         x = x[:, : self.head.k + self.head.m * ranks]  # the rows with a gradient may all be of untrained heads
-        spans = seating.columns(self.head.group, len(x))
+        # They only save the CPU's kernel time, and would have to be sent to a GPU.
+        spans = seating.columns(self.head.group, len(x)) if x.is_cpu else None
         dx_ext, d_border = kernels.target_logprob_backward(
             x, self.head.forward_weight(ranks), targets, dlogprob, lse, border=self.head.m * ranks,
-            spans=None if spans is None else upload(spans, self.device),
+            spans=spans,
         )  # fmt: skip
         return self._head_gradients(h, x, dx_ext, d_border, seating, grads)
 
@@ -226,11 +243,15 @@ class Decoder:
 
     def packed_attend(self, batch: PackedBatch) -> Attend:
         """Causal attention within each sequence of the batch."""
+        return self.attend_within(batch.cu_seqlens)
+
+    def attend_within(self, bounds: Tensor | Bounds) -> Attend:
+        """The same for sequences with these bounds."""
         c = self.config
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
             lse = self.space.take(("lse", layer), (c.num_heads, len(q)), torch.float32)
-            args = (batch.cu_seqlens, c.num_heads, c.num_kv_heads, c.head_dim**-0.5)
+            args = (bounds, c.num_heads, c.num_kv_heads, c.head_dim**-0.5)
             return kernels.attention(q, k, v, *args, out=out, lse=lse)[1]
 
         return attend

@@ -26,6 +26,7 @@ from mint_engine.kernels import (
     swiglu,
     swiglu_backward,
 )
+from mint_engine.kernels.attention import Bounds
 from mint_engine.models import linear
 from mint_engine.models.config import ModelConfig
 from mint_engine.models.workspace import Workspace
@@ -59,7 +60,7 @@ class Pass:
     sin: Tensor
     attend: Attend
     space: Workspace
-    cu_seqlens: Tensor | None = None  # needed by the backward
+    cu_seqlens: Tensor | Bounds | None = None  # needed by the backward
 
     def first(self, rows: int) -> Pass:
         """The same for a backward over the first ``rows`` rows; ``cu_seqlens`` is theirs already."""
@@ -92,8 +93,10 @@ class Saved:
         behind = {} if self.rows is not None else {name: getattr(self, name)[:count] for name in _BEHIND}
         return replace(self, **before, lse=self.lse[:, :count].contiguous(), **behind)
 
-    def select(self, rows: Tensor, space: Workspace) -> Saved:
+    def only(self, rows: Tensor, space: Workspace) -> Saved:
         """What the backward needs if of what follows the attention only these rows of the pass have gradients."""
+        if self.rows is rows or (self.rows is None and len(rows) == len(self.h)):
+            return self
         at = rows if self.rows is None else torch.searchsorted(self.rows, rows)
         behind = {name: _gather(getattr(self, name), at, space, f"selected {name}") for name in _BEHIND}
         return replace(self, **behind, rows=rows)

@@ -12,6 +12,8 @@ from mint_engine.adapters import GroupFactors
 from mint_engine.borders import BorderedWeight, Seating
 from mint_engine.kernels import (
     Shrink,
+    bordered_by_tile,
+    bordered_by_tile_backward,
     bordered_linear,
     bordered_linear_backward,
     lora_gradients,
@@ -62,14 +64,22 @@ def forward(w: BorderedWeight, x: Tensor, seating: Seating, out: Tensor) -> Tens
     """``out [rows, N]`` from ``x [rows, K + p]`` whose tail is filled."""
     if seating.grouped:
         return company.expand(w, x, bordered_linear(x[:, : w.k], w.weight, bias=w.bias, out=out), seating)
-    return bordered_linear(x, w.forward_weight(seating.ranks_of(w.group)), bias=w.bias, out=out)
+    weight = w.forward_weight(seating.ranks_of(w.group))
+    if seating.tile_rows and seating.of(w.group):
+        spans = company.spans(w, w.k, seating, len(x))
+        return out.copy_(bordered_by_tile(x, weight, spans, k=w.k, tile_rows=seating.tile_rows, bias=w.bias))
+    return bordered_linear(x, weight, bias=w.bias, out=out)
 
 
 def backward(w: BorderedWeight, dy: Tensor, seating: Seating, out: Tensor) -> Tensor:
     """``out [rows, K]`` = dX from ``dy [rows, N + p]`` whose tail is filled."""
     if seating.grouped:
         return company.expand_gradient(w, dy, bordered_linear_backward(dy[:, : w.n], w.weight, out=out), seating)
-    return bordered_linear_backward(dy, w.backward_weight(seating.ranks_of(w.group)), out=out)
+    weight = w.backward_weight(seating.ranks_of(w.group))
+    if seating.tile_rows and seating.of(w.group):
+        spans = company.spans(w, w.n, seating, len(dy))
+        return out.copy_(bordered_by_tile_backward(dy, weight, spans, n=w.n, tile_rows=seating.tile_rows))
+    return bordered_linear_backward(dy, weight, out=out)
 
 
 def gradients(

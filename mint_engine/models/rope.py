@@ -181,6 +181,11 @@ class RopeTable:
         angles = positions[:, None] * self._frequencies
         return angles.cos() * self._scale, angles.sin() * self._scale
 
+    @property
+    def table(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) of all positions so far. A longer table replaces this one and leaves it as it is."""
+        return self._table
+
     def rows(self, positions: torch.Tensor, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Gather the rows of ``positions`` (int64 ``[M]``): (cos, sin), each fp32 ``[M, head_dim / 2]``, on the device.
 

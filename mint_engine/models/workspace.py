@@ -16,10 +16,14 @@ _VIEWS = 1 << 14  # of all shapes seen lately; a pass of 30 layers takes some 40
 
 
 class Workspace:
-    """Named buffers on one device. What a buffer holds is undefined until it is written."""
+    """Named buffers on one device. What a buffer holds is undefined until it is written.
+
+    ``generation`` counts how often one has moved: whoever keeps addresses must look.
+    """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = device
+        self.generation = 0
         self._memory: dict[Hashable, Tensor] = {}  # uint8
         self._views: dict[tuple[Hashable, tuple[int, ...], torch.dtype], Tensor] = {}
 
@@ -43,6 +47,7 @@ class Workspace:
         if memory is None or memory.numel() < size:
             # An eighth more than asked for: batches of nearly the same size share a bucket.
             room = size if memory is None else size + size // 8
+            self.generation += memory is not None
             del memory
             self._memory.pop(name, None)  # free it first
             self._views = {key: view for key, view in self._views.items() if key[0] != name}
@@ -55,5 +60,6 @@ class Workspace:
 
     def release(self) -> None:
         """Give all memory back."""
+        self.generation += 1
         self._memory.clear()
         self._views.clear()

@@ -74,7 +74,7 @@ def last(engine: FakeEngine) -> dict:
 
 def test_the_environment_is_read_when_a_client_is_made_and_not_at_import(monkeypatch, engine):
     asked = []
-    monkeypatch.setattr("mint_engine.engine.get_engine", lambda dtype: asked.append(dtype) or engine)
+    monkeypatch.setattr("mint_engine.engine.get_engine", lambda dtype, device: asked.append(dtype) or engine)
     monkeypatch.setenv("MINT_BASE_URL", "")  # empty is unset
     monkeypatch.setenv("MINT_BASE_MODEL", "from-env")
     monkeypatch.setenv("MINT_LORA_RANK", "8")

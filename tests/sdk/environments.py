@@ -86,8 +86,9 @@ def _make(made: Environment) -> None:
     Path(paths["purelib"], "project.pth").write_text("".join(f"{path}\n" for path in shared))
     for file in _requirement_files(made.name):
         options = ["--no-deps"] if file.stem.endswith(".no-deps") else []
-        pip = [sys.executable, "-m", "pip", "--python", str(made.python), "install", "--quiet", *options]
-        _run(*pip, "--requirement", str(file))
+        # Most of what is installed is never imported, so nothing is compiled.
+        pip = [sys.executable, "-m", "pip", "--python", str(made.python), "install", "--quiet", "--no-compile"]
+        _run(*pip, *options, "--requirement", str(file))
     ours = [] if made.name.startswith("mindlab") else ["mint"]  # mindlab-toolkit's package has the name of ours
     _run(str(made.python), "-c", _CHECK, *ours)
 

@@ -1,19 +1,25 @@
 """The SDKs as they are on PyPI, each in its own environment, against a server: every call works, and the numbers are
-those of the engine in one's own process."""
+those of the engine in one's own process. Their `tinker` command lines, and the page that says what works with which.
+
+One file, because all of it looks at the same reports, and a file's tests stay in one process (Makefile)."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from compatibility import CALLED_BY_THE_SDK, SDKS
+from compatibility import CALLED_BY_THE_SDK, COMMAND_LINES, SDKS, TABLE, table
+from environments import ROOT
 from safetensors.numpy import load_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.parametrize("sdk", SDKS)]
+pytestmark = pytest.mark.slow
+each_sdk = pytest.mark.parametrize("sdk", SDKS)
 
 
+@each_sdk
 def test_everything_the_driver_did_worked(reports, sdk):
     report = reports(sdk)
     assert not report["failures"], "\n\n".join(report["failures"])
@@ -21,12 +27,14 @@ def test_everything_the_driver_did_worked(reports, sdk):
     assert report["values"]["tinker"] == version
 
 
+@each_sdk
 def test_every_public_method_was_called(reports, sdk):
     report = reports(sdk)
     called = set(report["methods"]) | CALLED_BY_THE_SDK
     assert sorted(set(report["values"]["public methods"]) - called) == []
 
 
+@each_sdk
 def test_numbers_equal_those_of_the_engine_in_process(reports, in_process, sdk):
     served, expected = reports(sdk)["values"], in_process["values"]
     compared = set(expected) & set(served)
@@ -35,6 +43,7 @@ def test_numbers_equal_those_of_the_engine_in_process(reports, in_process, sdk):
         _check_close(served[name], expected[name], name)
 
 
+@each_sdk
 def test_downloaded_adapters_are_those_in_process(reports, in_process, sdk):
     """Archives before 0.28, files of `save_weights_external` since: the same PEFT adapter."""
     downloaded = reports(sdk)["out"] / "downloaded"
@@ -49,6 +58,20 @@ def test_downloaded_adapters_are_those_in_process(reports, in_process, sdk):
         assert set(adapters[0]) == set(adapters[1]), folder
         for name, tensor in adapters[0].items():
             np.testing.assert_allclose(adapters[1][name], tensor, atol=1e-5, err_msg=f"{folder}, {name}")
+
+
+@pytest.mark.parametrize("sdk", COMMAND_LINES)
+def test_every_command_about_runs_and_checkpoints(command_lines, sdk):
+    assert len(command_lines(sdk)) == 9
+
+
+def test_the_compatibility_page_says_what_was_run(reports, command_lines):
+    """If this fails, look at the difference; if it is as it should be, copy the new page over the old one."""
+    page = table({sdk: reports(sdk) for sdk in SDKS}, {sdk: command_lines(sdk) for sdk in COMMAND_LINES})
+    new: Path = ROOT / TABLE.name
+    new.write_text(page)
+    committed = TABLE.read_text() if TABLE.exists() else ""
+    assert committed == page, f"cp {new} {TABLE}"
 
 
 def _check_close(served: Any, expected: Any, where: str) -> None:

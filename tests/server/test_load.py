@@ -89,6 +89,7 @@ async def load(process: Process, model: str) -> tuple[list[User], list[float], l
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_many_users_at_once_lose_nothing(tiny_tied: Path) -> None:
     with served(tiny_tied) as process:
         users, memory, tokens = asyncio.run(load(process, str(tiny_tied)))

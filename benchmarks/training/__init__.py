@@ -1,0 +1,1 @@
+"""The whole training step against PEFT + transformers: ``python -m benchmarks.training``."""

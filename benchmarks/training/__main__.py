@@ -1,0 +1,98 @@
+"""A LoRA training step, ours against PEFT + transformers, in one run: time, memory, share of the peaks, time by op.
+
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.training [--only demo] [--short] [--rounds 7] [--save]
+
+Every contender is a process of its own and trains the same modules of the same model on the same batch from the same
+adapter. First the gate: losses and gradients of ours against PEFT's in float32; if they differ, nothing is timed and
+the exit status is 1. Then rounds A B C A B C; all but the one that computes are stopped. Memory is the peak beyond the
+libraries and the base model's weights. Last line: one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+
+from benchmarks import packed_clients
+from benchmarks.timing import fma_peak, machine, read_bandwidth, report
+from benchmarks.training import render
+from benchmarks.training.contenders import KINDS
+from benchmarks.training.gate import GateClosedError
+from benchmarks.training.measure import measure, median, quartiles
+from benchmarks.training.targets import targets
+from benchmarks.training.workloads import TITLES, WORKLOADS, Workload
+from mint_engine.models.config import load_config
+
+PLAIN = [name for name in KINDS if "packed" not in name and "compile" not in name]
+CONTENDERS = {  # torch.compile takes minutes to compile: on the short batch only
+    "demo": list(KINDS),
+    "long": PLAIN,
+    "qwen": PLAIN,
+    "ragged": [*PLAIN, "PEFT float32, packed", "PEFT all bf16, packed"],
+}
+SHORT = ["ours bf16", "ours float32", "PEFT float32", "PEFT all bf16", "PEFT bf16 autocast"]
+ROUNDS, LONG_ROUNDS = 9, 3
+
+
+def row(work: Workload, name: str, measured: dict[str, Any], peaks: dict[str, float]) -> dict[str, Any]:
+    """What is reported of a contender. The floor is that of the work it is asked for, at the measured peak."""
+    kind, seconds = KINDS[name], median(measured)
+    flops = work.flops(load_config(work.model), masked_logprobs=kind.masked_logprobs)
+    low, high = quartiles(measured)
+    traffic = 2 * measured["weights"] / seconds  # forward and backward read each weight at least once
+    return {
+        "median_ms": round(seconds * 1e3, 1),
+        "quartiles_ms": [round(low * 1e3, 1), round(high * 1e3, 1)],
+        "cpu_ms": round(median({"seconds": measured["cpu_seconds"]}) * 1e3, 1),
+        "tokens_per_s": round(work.tokens / seconds, 1),
+        "floor_ms": round(flops / peaks[kind.dtype] * 1e3, 1),
+        "peak_share": round(flops / seconds / peaks[kind.dtype], 4),
+        "bandwidth_share": round(traffic / peaks["read"], 4),
+        "above_weights_mb": round(measured["above"] / 1e6, 1),
+        **({"share_by_op": measured["share"]} if "share" in measured else {}),
+    }
+
+
+def one(name: str, args: argparse.Namespace, peaks: dict[str, float]) -> dict[str, Any]:
+    work = WORKLOADS[name]()
+    wanted = [c for c in CONTENDERS[name] if not args.short or c in SHORT]
+    rounds = args.rounds or (LONG_ROUNDS if work.long else ROUNDS)
+    measured, out = measure(name, wanted, rounds, args.threads, say)
+    return {
+        "title": TITLES[name], "tokens": work.tokens, "weighted": work.weighted, "rounds": rounds, "note": work.note,
+        "contenders": {c: row(work, c, found, peaks) for c, found in measured.items()}, "left_out": out,
+    }  # fmt: skip
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=[*WORKLOADS, "clients"], action="append", help="leave the others out")
+    parser.add_argument("--short", action="store_true", help="the demo's batch, no torch.compile, clients: two minutes")
+    parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}, long workloads {LONG_ROUNDS}")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    chosen = args.only or (["demo", "clients"] if args.short else [*WORKLOADS, "clients"])
+    peaks = {"bfloat16": fma_peak(torch.bfloat16), "float32": fma_peak(torch.float32), "read": read_bandwidth()}
+    document: dict[str, Any] = {"peaks": {name: round(value / 1e9, 1) for name, value in peaks.items()}}
+    try:
+        document["workloads"] = {name: one(name, args, peaks) for name in chosen if name != "clients"}
+    except GateClosedError as closed:
+        sys.exit(f"the gate is closed, nothing was measured: {closed}")
+    if "clients" in chosen:
+        document["clients"] = packed_clients.measure(args.rounds or (5 if args.short else 7))
+    document["targets"] = [target.document for target in targets(document)]
+    print(render.text({**document, "machine": machine()}))
+    report("training_short" if args.short else "training", document, args.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""One workload: the gate, then the contenders' steps interleaved, then memory and profile."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from benchmarks.training.contenders import KINDS, ORACLE
+from benchmarks.training.gate import GateClosedError, Result, budget, check
+from benchmarks.training.processes import ContenderError, Process, processes
+
+ROUNDED = "PEFT all bf16"
+PROFILED = ("ours bf16", "ours float32")
+
+Rows = dict[str, dict[str, Any]]
+
+
+def measure(
+    workload: str, contenders: list[str], rounds: int, threads: int, say: Callable[[str], None]
+) -> tuple[Rows, dict[str, str]]:
+    """(by contender: seconds of each round, memory, profile; who was left out, and why).
+
+    Raises:
+        GateClosedError: a contender of ours is wrong, or PEFT's float32 is not there to compare with.
+    """
+    with processes(workload, contenders, threads) as made:
+        out = {name: reason for name, reason in made.items() if isinstance(reason, str)}
+        running = {name: process for name, process in made.items() if isinstance(process, Process)}
+        _gate(running, out)
+        say(f"{workload}: {len(running)} contenders agree; timing")
+        rows: Rows = {name: {"seconds": [], "cpu_seconds": []} for name in running}
+        for _ in range(rounds):
+            for name, process in running.items():
+                took = process.ask("step")
+                rows[name]["seconds"].append(took["s"])
+                rows[name]["cpu_seconds"].append(took["cpu_s"])
+        for name, process in running.items():
+            rows[name].update(process.ask("memory"))
+        for name in PROFILED:
+            if name in running:
+                rows[name].update(running[name].ask("profile", 1))
+    return rows, out
+
+
+def _gate(running: dict[str, Process], out: dict[str, str]) -> None:
+    """The first step of everybody, compared. A peer that fails or differs is left out; one of ours closes the gate."""
+    results: dict[str, Result] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, process in list(running.items()):
+            path = Path(folder) / "gradients.safetensors"
+            try:
+                loss = process.ask("gradients", path)["loss"]
+            except ContenderError as failed:
+                _leave_out(name, str(failed), running, out)
+                continue
+            results[name] = Result(loss, load_file(path))
+            path.unlink()
+    if ORACLE not in results:
+        raise GateClosedError(f"{ORACLE} did not run: {out.get(ORACLE, 'it was not asked for')}")
+    exact, rounded = results[ORACLE], results.get(ROUNDED)
+    for name, got in results.items():
+        if name not in (ORACLE, ROUNDED):
+            try:
+                check(name, got, exact, budget(KINDS[name].dtype, rounded, exact))
+            except GateClosedError as closed:
+                if KINDS[name].ours:
+                    raise
+                _leave_out(name, str(closed), running, out)
+
+
+def _leave_out(name: str, reason: str, running: dict[str, Process], out: dict[str, str]) -> None:
+    if KINDS[name].ours:
+        raise GateClosedError(reason)
+    out[name] = reason
+    running.pop(name).end()
+
+
+def median(row: dict[str, Any]) -> float:
+    return statistics.median(row["seconds"])
+
+
+def quartiles(row: dict[str, Any]) -> tuple[float, float]:
+    values = row["seconds"]
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high

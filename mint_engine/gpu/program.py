@@ -1,0 +1,161 @@
+"""One shape's program: its buffers on the device, and the launches from tokens to gradients.
+
+Nothing in `Program._launch` depends on what a batch holds, nothing waits for the device: on a GPU it is recorded once
+and replayed. The first batch of a shape runs launch by launch, which compiles kernels and makes tables; the second is
+recorded, so a shape that never comes again costs no recording.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mint_engine.adapters import Adapter
+from mint_engine.borders import Seating, Segment
+from mint_engine.gpu.capture import Capture, NoGraph
+from mint_engine.gpu.layout import TILE_ROWS, Part, Rows, Shape, lay_out
+from mint_engine.gpu.staging import Staged, Turns, download
+from mint_engine.kernels.attention import Bounds
+from mint_engine.losses import Loss
+from mint_engine.models import checkpointed
+from mint_engine.models.decoder import Decoder
+from mint_engine.models.layer import Saved
+
+Record = Callable[[Callable[[], None]], Capture]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Results of a pass on their way to the host: fp32 [rows or scored rows, K] each."""
+
+    parts: Sequence[Part]
+    shape: Shape
+    logprobs: Tensor
+    values: Tensor
+
+
+class Program:
+    """The step for one shape. ``record`` makes its launches repeatable once they have run."""
+
+    def __init__(
+        self, decoder: Decoder, shape: Shape, adapters: Sequence[Adapter], losses: Sequence[Loss], record: Record
+    ) -> None:
+        self._decoder, self._shape, self._losses, self._record = decoder, shape, losses, record
+        device, rows, width = decoder.device, shape.rows, shape.width
+        inputs = sorted({name for seat in shape.seats for name in seat.inputs})
+
+        def staged(*size: int, dtype: torch.dtype = torch.int64) -> Staged:
+            return Staged(size, dtype, device)
+
+        self._tokens, self._positions, self._targets = staged(rows), staged(rows), staged(rows, width)
+        self._inputs = {name: staged(rows, width, dtype=torch.float32) for name in inputs}
+        self._scored = staged(shape.scored)
+        self._bounds = Bounds(rows, shape.sequences, device)
+        self._staged_bounds: list[Staged] = []
+        self._turns = Turns(device)
+        #: Where each call's gradients of a pass collect.
+        self.gradients = [adapter.shaped() for adapter in adapters]
+        results = rows if shape.masked else shape.scored
+        self._logprobs, self._values = (torch.zeros(results, width, device=device) for _ in range(2))
+        self._seating, self._head = self._seatings()
+        self._capture: Capture | None = None
+        self._runs = 0
+        self._generation = -1
+        self._table: object = None
+
+    def run(self, parts: Sequence[Part]) -> Pending:
+        """Queue a pass over ``parts``. Gradients are in :attr:`gradients` until the next one."""
+        with self._turns.next() as slot:
+            self._stage(parts, slot)
+        space = self._decoder.space
+        if self._capture is None or self._generation != space.generation:
+            # The first time, or buffers that other programs share have moved.
+            NoGraph(self._launch)()
+            self._runs += 1
+            if self._runs > 1:
+                self._capture = self._record(self._launch)
+                self._table = self._decoder.rope.table  # what was recorded reads this one, even if a longer one comes
+                self._generation = space.generation
+        else:
+            self._capture()
+        return Pending(parts, self._shape, download(self._logprobs), download(self._values))
+
+    def _stage(self, parts: Sequence[Part], slot: int) -> None:
+        buffers = [self._tokens, self._positions, self._targets, self._scored, *self._inputs.values()]
+        host = Rows(
+            self._tokens.host(slot), self._positions.host(slot), self._targets.host(slot),
+            {name: s.host(slot) for name, s in self._inputs.items()}, self._scored.host(slot),
+        )  # fmt: skip
+        bounds = lay_out(parts, self._shape, host)
+        for buffer in buffers:
+            buffer.upload(slot)
+        for i, (new, target) in enumerate(self._bounds.write(bounds)):
+            if i == len(self._staged_bounds):
+                self._staged_bounds.append(Staged(new.shape, torch.int32, target.device))
+            staged = self._staged_bounds[i]
+            staged.host(slot)[...] = new
+            staged.upload(slot, target)
+
+    def _seatings(self) -> tuple[Seating, Seating]:
+        """Of all rows, and of the rows with a gradient; the first knows that ``_scored`` gives the second."""
+        rows, scored, offset = [], [], 0
+        start = first = 0
+        for seat, adapter in zip(self._shape.seats, self.gradients, strict=True):
+            rows.append(Segment(start, start + seat.rows, adapter, offset))
+            scored.append(Segment(first, first + seat.scored, adapter, offset))
+            start, first, offset = start + seat.rows, first + seat.scored, offset + seat.rank
+        # A tile of rows has its own columns of the border, where the kernel's contract allows it.
+        widths = [seat.rank for seat in self._shape.seats]
+        widths += [width for w in self._decoder.borders.weights for width in (w.n, w.k) if w is not self._decoder.head]
+        by_tile = len(rows) > 1 and all(width % 16 == 0 for width in widths)
+        tile_rows = TILE_ROWS if by_tile else 0
+        selected = Seating(tuple(scored), offset, tile_rows=tile_rows)
+        return Seating(tuple(rows), offset, tile_rows=tile_rows, known=(self._scored.device, selected)), selected
+
+    @torch.no_grad()
+    def _launch(self) -> None:
+        decoder, shape, scored = self._decoder, self._shape, self._scored.device
+        for adapter in self.gradients:
+            adapter.params.zero_()
+        attend = decoder.attend_within(self._bounds)
+        saved: list[Saved] | None = [] if shape.backward else None
+        some = None if shape.masked else scored
+        forward, backward = decoder.hidden, decoder.hidden_backward
+        if shape.checkpoint and shape.backward:
+            forward, backward = checkpointed.functions(decoder)
+        h, p = forward(
+            self._tokens.device, self._positions.device, self._seating, attend, saved, rows=some,
+            space=decoder.space, length=shape.rows,
+        )  # fmt: skip
+        head = (self._seating if shape.masked else self._head).bordered
+        x = decoder.head_input(h, head, decoder.space)
+        targets = self._targets.device if some is None else self._targets.device[scored]
+        logprobs, lse = decoder.target_logprob(x, targets, head)
+        gradients = self._evaluate(logprobs, targets, some)
+        if saved is None:
+            return
+        if some is None:
+            h, x = decoder.rows(h, scored, "h"), decoder.rows(x, scored, "x")
+            targets, gradients, lse = targets[scored], gradients[scored], lse[scored]
+        grads = {a.uid: a.views(a.params) for a in self.gradients}
+        dh = decoder.head_backward(h, x, targets, gradients, lse, self._head.bordered, grads)
+        p.cu_seqlens = self._bounds
+        backward(dh, scored, saved, p, grads)
+
+    def _evaluate(self, logprobs: Tensor, targets: Tensor, some: Tensor | None) -> Tensor:
+        """The losses' values into the results, and d loss / d logprob of every row that was scored."""
+        gradients = torch.empty_like(logprobs)
+        seating = self._seating if some is None else self._head
+        for segment, seat, loss in zip(seating.segments, self._shape.seats, self._losses, strict=True):
+            rows = slice(segment.start, segment.stop)
+            at = rows if some is None else some[rows]
+            inputs = {name: self._inputs[name].device[at] for name in seat.inputs}
+            values, gradient = loss.fn(logprobs[rows], inputs, dict(seat.config))
+            padded = targets[rows] < 0
+            self._values[rows] = values.masked_fill(padded, 0.0)
+            gradients[rows] = gradient.masked_fill(padded, 0.0)
+        self._logprobs.copy_(logprobs)
+        return gradients

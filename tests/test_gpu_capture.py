@@ -1,0 +1,91 @@
+"""What a GPU will see of the step, without one: "meta" tensors, which have a device and a shape and no memory.
+
+On these an operation that waits for the device (an ``item()``, a ``nonzero()``) raises, and so does one that mixes
+devices. Kernel launches are counted and left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import checked, make_data
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mint_engine.adapters import Adapter
+from mint_engine.calls import Call, Work
+from mint_engine.gpu.layout import Part, Shape, seat_shape
+from mint_engine.gpu.program import Program
+from mint_engine.kernels import force_face
+from mint_engine.models.config import load_config
+from mint_engine.models.decoder import Decoder
+from mint_engine.models.weights import WeightReader
+from mint_engine.types import LoraConfig
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_gpu_step.py captures for real"),
+]
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses every operation that touches a tensor on the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves((args, kwargs, out)):
+            assert not isinstance(t, torch.Tensor) or t.device.type == "meta", f"{func} on the host"
+        return out
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from mint_engine.kernels import triton_common
+
+    names: list[str] = []
+
+    def getitem(self: Any, grid: object) -> Callable[..., None]:
+        return lambda *args, **kwargs: names.append(self.fn.__name__)
+
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", getitem)
+    monkeypatch.setattr(triton_common, "DEVICES", {"meta"})
+    return names
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("ranks", [(4,), (16, 32)])
+def test_nothing_in_a_program_waits_for_the_device(
+    tiny_tied: Path, launches: list[str], masked: bool, checkpoint: bool, ranks: tuple[int, ...]
+) -> None:
+    config = load_config(tiny_tied)
+    on_cpu = Decoder(config, WeightReader(tiny_tied), torch.float32)
+    parts, losses = [], []
+    for i, rank in enumerate(ranks):
+        data, loss, settings = checked(make_data("cross_entropy", (20, 9), 199, i), "cross_entropy", on_cpu)
+        work = Work(Call(Adapter(on_cpu.groups, LoraConfig(rank=rank)), None, data, loss, settings), on_cpu.space, i)
+        parts.append(Part(work, data, 0, work.wanted(data).nonzero().squeeze(1).numpy()))
+        losses.append(loss)
+    with force_face("triton"), torch.no_grad():
+        decoder = Decoder(config, WeightReader(tiny_tied), torch.bfloat16, device="meta")
+        adapters = [Adapter(decoder.groups, LoraConfig(rank=rank), decoder.device) for rank in ranks]
+        decoder.borders.seat([(a, i, i + 1) for i, a in enumerate(adapters)])
+        shape = Shape(
+            tuple(seat_shape(part, alone=len(parts) == 1) for part in parts), 8, 1, True, masked, checkpoint,
+            decoder.borders.capacity,
+        )  # fmt: skip
+        program = Program(decoder, shape, adapters, losses, lambda launch: pytest.fail("recorded"))
+        program._launch()
+        first = list(launches)
+        launches.clear()
+        with NoHost():
+            program._launch()
+    assert launches == first, "the launches of a shape are always the same"
+    assert {"forward", "backward_q", "backward_kv"} <= set(first)

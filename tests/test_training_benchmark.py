@@ -1,0 +1,144 @@
+"""The benchmark of the training step compares like with like, and prints nothing when its gate is closed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import kernel_cases as small
+from benchmarks.training import __main__ as command
+from benchmarks.training import measure
+from benchmarks.training.contenders import KINDS
+from benchmarks.training.gate import EXACT, GateClosedError, Result, budget, check, error
+from benchmarks.training.targets import Target, targets
+from benchmarks.training.workloads import Workload, tiny
+
+FP32 = {"ours float32", "PEFT float32", "PEFT float32, packed"}
+GRADS = {"a": torch.ones(2, 3), "b": torch.full((4,), 2.0)}
+
+
+@pytest.fixture
+def work(tiny_tied: Path) -> Workload:
+    return tiny(tiny_tied, 199)
+
+
+def test_all_contenders_train_the_same(work: Workload) -> None:
+    """Padded, packed, autocast or ours: the same loss and the same gradients, under the same names."""
+    results = {}
+    for name, kind in KINDS.items():
+        if not kind.compiled:
+            contender = kind.make(work)
+            results[name] = Result(*contender.gradients())
+            contender.step()
+    exact, rounded = results["PEFT float32"], results["PEFT all bf16"]
+    assert all(tensor.any() for tensor in exact.grads.values())
+    for name, got in results.items():
+        if name not in ("PEFT all bf16", "PEFT all bf16, packed", "PEFT bf16 autocast"):
+            check(name, got, exact, budget(KINDS[name].dtype, rounded, exact))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Result(1.0 + 2 * EXACT, GRADS),
+        Result(math.nan, GRADS),
+        Result(1.0, {**GRADS, "a": torch.zeros(2, 3)}),
+        Result(1.0, {**GRADS, "b": torch.tensor([2.0, 2.0, 2.0, math.inf])}),
+        Result(1.0, {**GRADS, "b": torch.full((2, 2), 2.0)}),
+        Result(1.0, {"a": GRADS["a"]}),
+    ],
+)
+def test_the_gate_closes_on_other_numbers(wrong: Result) -> None:
+    exact = Result(1.0, GRADS)
+    check("ours", exact, exact, budget("float32", None, exact))
+    with pytest.raises(GateClosedError, match="ours: "):
+        check("ours", wrong, exact, budget("float32", None, exact))
+
+
+def test_bf16_is_measured_by_the_peer_in_bf16() -> None:
+    exact, rounded = Result(1.0, GRADS), Result(1.01, {name: tensor * 1.01 for name, tensor in GRADS.items()})
+    allowed = budget("bfloat16", rounded, exact)
+    assert allowed == pytest.approx([2 * e for e in error(rounded, exact)])
+    with pytest.raises(GateClosedError, match="no result of PEFT in bf16"):
+        budget("bfloat16", None, exact)
+
+
+class FakeProcess:
+    """A contender that answers with a loss and one gradient, or dies."""
+
+    def __init__(self, loss: float | None) -> None:
+        self.loss, self.ended = loss, False
+
+    def ask(self, command: str, *arguments: Any) -> dict[str, Any]:
+        if self.loss is None:
+            raise measure.ContenderError("out of memory")
+        assert command == "gradients", "nothing may be timed before the gate"
+        save_file(GRADS, arguments[0])
+        return {"loss": self.loss}
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_peer_that_fails_or_differs_is_left_out() -> None:
+    others: dict[str, Any] = {"PEFT float32, packed": FakeProcess(3.0), "PEFT bf16 autocast": FakeProcess(None)}
+    running: dict[str, Any] = {"ours float32": FakeProcess(1.0), "PEFT float32": FakeProcess(1.0), **others}
+    out: dict[str, str] = {}
+    measure._gate(running, out)
+    assert list(running) == ["ours float32", "PEFT float32"]
+    assert set(out) == set(others)
+    assert all(process.ended for process in others.values())
+
+
+@pytest.mark.parametrize("loss", [1.1, None])
+def test_the_run_ends_without_a_number_when_ours_is_wrong(
+    loss: float | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], work: Workload
+) -> None:
+    def fake(workload: str, contenders: list[str], rounds: int, threads: int, say: Any) -> Any:
+        measure._gate({"ours float32": FakeProcess(loss), "PEFT float32": FakeProcess(1.0)}, {})  # type: ignore[dict-item]
+        return {}, {}
+
+    monkeypatch.setattr(command, "measure", fake)
+    monkeypatch.setattr(command, "fma_peak", lambda dtype: 1e9)
+    monkeypatch.setattr(command, "read_bandwidth", lambda: 1e9)
+    monkeypatch.setitem(command.WORKLOADS, "demo", lambda: work)
+    monkeypatch.setattr("sys.argv", ["training", "--only", "demo"])
+    with pytest.raises(SystemExit, match="the gate is closed"):
+        command.main()
+    assert capsys.readouterr().out == ""
+
+
+def test_targets_are_missed_and_met() -> None:
+    rows = {
+        "ours bf16": {"median_ms": 100.0, "peak_share": 0.7, "above_weights_mb": 300},
+        "PEFT float32": {"median_ms": 700.0, "above_weights_mb": 1000},
+        "PEFT all bf16": {"median_ms": 300.0},
+        "PEFT bf16 autocast": {"median_ms": 250.0},
+    }
+    found = targets(
+        {"workloads": {"long": {"contenders": rows}}, "clients": {"8 x 16": {"ratio": 0.4, "at_most": 0.5}}}
+    )
+    assert [(target.got, target.met) for target in found] == [
+        (7.0, True), (2.5, False), (0.7, True), (0.3, False), (0.4, True),
+    ]  # fmt: skip
+    assert Target(**{k: v for k, v in found[0].document.items() if k != "met"}) == found[0]
+
+
+def test_an_op_that_is_wrong_is_not_timed() -> None:
+    """And one that is right passes, whatever its outputs."""
+    for case in (small.norm(4), small.norm_backward(), small.swiglu(4), small.lora_gradients(), small.qk_norm_rope()):
+        small.gate("right", case)
+    right = small.swiglu_backward()
+
+    def wrong(*inputs: torch.Tensor, face: str | None = None) -> list[torch.Tensor]:
+        dgate_up, a = right.ours(*inputs, face=face)
+        return [dgate_up if face == "reference" else dgate_up * 1.1, a]
+
+    with pytest.raises(small.GateClosedError, match="wrong: output 0"):
+        small.gate("wrong", replace(right, ours=wrong))
