@@ -1,12 +1,13 @@
 """Sampling against those who do it for a living: issue 6's table in one run, contenders interleaved.
 
-    OPENBLAS_NUM_THREADS=1 python -m benchmarks.decode [--peers DIR] [--rounds 5] [--only NAME ...] [--save]     (10 to 15 minutes)
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.decode [--peers DIR] [--rounds 5] [--only NAME ...] [--save]
 
-SmolLM2-135M and a model of random weights in the shape of Qwen3-0.6B; plain sampling at temperature 1, no stops.
-Prompts are new in every round. Tokens a second count the sampled tokens over the whole time, prompts included. The
-floor is the time to read the weights once for each step. Before anything is timed, greedy samples in float32 must be
-those of transformers on real prompts. ``--peers``: environments of vLLM and llama.cpp (`benchmarks/peers/__init__.py`).
-`python -m benchmarks.decode_table --write` renews the README's table from the saved document.
+Ten to fifteen minutes. SmolLM2-135M and a model of random weights in the shape of Qwen3-0.6B; plain sampling at
+temperature 1, no stops. Prompts are new in every round. Tokens a second count the sampled tokens over the whole time,
+prompts included. The floor is the time to read the weights once for each step. Before anything is timed, greedy samples
+in float32 must be those of transformers on real prompts. ``--peers``: environments of vLLM and llama.cpp
+(`benchmarks/peers/__init__.py`). `python -m benchmarks.decode_table --write` renews the README's table from the saved
+document.
 """
 
 from __future__ import annotations
