@@ -114,6 +114,7 @@ class Decoder:
     def resident_bytes(self) -> int:
         """Memory of the weights, with their borders as wide as they are now."""
         tensors = [w.buf for w in self.borders.weights] + ([] if self._embedding is None else [self._embedding])
+        tensors += [t for w in self.borders.weights for t in w.int8 or ()]
         return sum(t.nbytes for t in tensors)
 
     @property
