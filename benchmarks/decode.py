@@ -23,7 +23,7 @@ import torch
 import transformers
 
 import mint
-from benchmarks.peers import Peer
+from benchmarks.peers import Peer, PeerError
 from benchmarks.peers.gguf_q8 import write_q8
 from benchmarks.prompts import PROMPTS
 from benchmarks.sampling_works import Traffic, Work, best_static, load_theirs, ours, theirs, weight_bytes
@@ -136,7 +136,7 @@ class Bench:
             return None
         try:
             return Peer(self.args.peers, name, *arguments)
-        except (FileNotFoundError, RuntimeError) as error:
+        except (FileNotFoundError, PeerError) as error:
             self.skip(row, str(error))
             return None
 
@@ -310,7 +310,10 @@ def main() -> None:
                 if table is ROWS:
                     gate(bench)
                 for name in (name for name in table if name in chosen):
-                    table[name](bench)
+                    try:
+                        table[name](bench)
+                    except PeerError as error:
+                        bench.skip(name, str(error))
             rows += bench.rows
     report("decode", {"read_GBps": round(bandwidth / 1e9, 1), "rows": rows}, args.save)
 

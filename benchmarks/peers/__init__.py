@@ -6,6 +6,10 @@
     python -m venv PEERS/llama
     PEERS/llama/bin/pip install llama-cpp-python                      # compiles: half an hour on one core
 
+On a virtual machine whose CPU has AMX, llama.cpp's own choice of instructions ended in "invalid opcode" at the first
+token; built with CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=ON
+-DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON" it leaves AMX alone.
+
 A driver is started for its row and ended after it; its threads sleep while others work.
 """
 
@@ -23,11 +27,15 @@ import torch
 DRIVERS = Path(__file__).parent
 
 
+class PeerError(RuntimeError):
+    """A driver has ended."""
+
+
 class Peer:
     """A driver script in the environment ``name`` under ``peers``: a JSON document in, one out. Context manager."""
 
     def __init__(self, peers: Path, name: str, *arguments: str) -> None:
-        """Raises FileNotFoundError if there is no such environment, RuntimeError if the driver does not start."""
+        """Raises FileNotFoundError if there is no such environment, PeerError if the driver does not start."""
         python = peers / name / "bin" / "python"
         if not python.exists():
             raise FileNotFoundError(f"no environment at {peers / name}")
@@ -53,7 +61,7 @@ class Peer:
                 answer: dict[str, Any] = json.loads(line)
                 return answer
         self.log.seek(0)
-        raise RuntimeError(f"the driver ended: {self.log.read()[-2000:]}")
+        raise PeerError(f"the driver ended with {self._process.wait()}: {self.log.read()[-500:]}")
 
     def __enter__(self) -> Peer:
         return self
