@@ -149,7 +149,7 @@ class Decoder:
         cos, sin = self.rope.rows(positions, length)
         p = Pass(self.config, seating, cos, sin, attend, self.space)
         delta = self.space.take("embedded", (len(tokens), self.config.hidden_size), self.dtype)
-        return p, torch.index_select(self.embedding, 0, upload(tokens, self.device), out=delta)
+        return p, kernels.embedding(upload(tokens, self.device), self.embedding, out=delta)
 
     def rows(self, t: Tensor, rows: Tensor, name: str) -> Tensor:
         """Some rows of a matrix (int64, on the CPU), in memory of that name."""
