@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 
 from mint_engine import kernels
+from mint_engine.kernels.grouped_linear import LinearTable, Outer, OuterTable, Product
 
 ROWS = 8192
 HIDDEN, FFN, N_Q, N_KV, D = 1024, 3072, 16, 8, 128
+RANK, BORDER = 16, 64
 
 
 def bf16(*shape: int) -> torch.Tensor:
@@ -24,6 +26,23 @@ def norm(width: int) -> None:
     x, w = bf16(ROWS, width), bf16(width)
     kernels.rms_norm(x, w, 1e-6, residual=x, face="triton")
     kernels.rms_norm_backward(x, x, w, 1e-6, dresidual=x, face="triton")
+
+
+def shrinks(ranks: int) -> None:
+    """norm + residual + S, SwiGLU + S."""
+    x, a, w = bf16(ROWS, HIDDEN + BORDER), bf16(ranks, FFN), bf16(HIDDEN)
+    shrink = kernels.Shrink(a[:, :HIDDEN], 2.0, bf16(ROWS, ranks))
+    kernels.rms_norm(x[:, :HIDDEN], w, 1e-6, residual=bf16(ROWS, HIDDEN), shrink=shrink, face="triton")
+    kernels.swiglu(bf16(ROWS, 2 * FFN), shrink=kernels.Shrink(a, 2.0, bf16(ROWS, ranks)), face="triton")
+
+
+def lora(rank: int) -> None:
+    """dS and dB of gate and up, dA of both."""
+    dy, s, ds = bf16(ROWS, 2 * FFN + BORDER), bf16(ROWS, 2 * rank), bf16(ROWS, 2 * rank)
+    b, db = [bf16(FFN, rank)] * 2, [fp32(FFN, rank)] * 2
+    kernels.lora_gradients(
+        dy[:, : 2 * FFN], s, b, 2.0, ds=ds, db=db, x=bf16(ROWS, HIDDEN), da=fp32(2 * rank, HIDDEN), face="triton"
+    )  # fmt: skip
 
 
 def swiglu() -> None:
@@ -46,7 +65,15 @@ def adamw() -> None:
     kernels.adamw_(p, p, p, p, **hyper, face="triton")
 
 
-RANK, BORDER = 16, 64
+def adamw_places() -> None:
+    """A and B of one linear, written into its border."""
+    p, buf = fp32(RANK * (HIDDEN + FFN)), bf16(FFN + BORDER, HIDDEN + BORDER)
+    views = buf[FFN : FFN + RANK, :HIDDEN], buf[:FFN, HIDDEN : HIDDEN + RANK]
+    kernels.adamw_places_(p, p, p, p, fp32(8), kernels.Places([(v.numel(), v) for v in views], "meta"), face="triton")
+
+
+def embedding() -> None:
+    kernels.embedding(torch.empty(ROWS, dtype=torch.int64, device="meta"), bf16(151936, HIDDEN), face="triton")
 
 
 def narrow() -> None:
@@ -68,9 +95,45 @@ def outer_tall() -> None:
 def by_tile() -> None:
     spans = torch.empty(ROWS // 128, 3, dtype=torch.int32, device="meta")
     x, w = bf16(ROWS, HIDDEN + BORDER), bf16(2 * FFN + BORDER, HIDDEN + BORDER)
+    kernels.bordered_by_tile(x, w[: 2 * FFN], spans, k=HIDDEN, tile_rows=128, step=64, face="triton")
+    dy = bf16(ROWS, 2 * FFN + BORDER)
+    kernels.bordered_by_tile_backward(dy, w[:, :HIDDEN], spans, n=2 * FFN, tile_rows=128, step=64, face="triton")
+
+
+def by_narrow_tile() -> None:
+    """Borders of 16 columns: less than a tile of K."""
+    spans = torch.empty(ROWS // 128, 3, dtype=torch.int32, device="meta")
+    x, w = bf16(ROWS, HIDDEN + BORDER), bf16(2 * FFN + BORDER, HIDDEN + BORDER)
     kernels.bordered_by_tile(x, w[: 2 * FFN], spans, k=HIDDEN, tile_rows=128, face="triton")
     dy = bf16(ROWS, 2 * FFN + BORDER)
     kernels.bordered_by_tile_backward(dy, w[:, :HIDDEN], spans, n=2 * FFN, tile_rows=128, face="triton")
+
+
+def by_tile_with_pointers() -> None:
+    """Strides that are no multiples of 16 bytes."""
+    spans = torch.empty(ROWS // 128, 3, dtype=torch.int32, device="meta")
+    x, w = bf16(ROWS, HIDDEN + 17), bf16(2 * FFN, HIDDEN + 17)
+    kernels.bordered_by_tile(x, w, spans, k=HIDDEN, tile_rows=128, face="triton")
+
+
+def grouped() -> None:
+    """Eight adapters of rank 16 on gate and up: S, S Bᵀ, dS, dS A, dA, dB."""
+    rows, n, k = ROWS // 8, 2 * FFN, HIDDEN
+    stride, seats = k + 8 * 2 * RANK, range(8)
+    x, dy, buf = bf16(ROWS, k + 2 * RANK), bf16(ROWS, n + 2 * RANK), bf16(n + 8 * 2 * RANK, stride)
+    a = [Product(rows * i, rows, 0, k, (n + 32 * i) * stride, stride, 1, k, 2 * RANK, 2.0) for i in seats]
+    b = [Product(rows * i, rows, k, RANK, k + 32 * i, stride, 1, 0, FFN) for i in seats]
+    d_b = [Product(rows * i, rows, 0, FFN, k + 32 * i, 1, stride, n, RANK, 2.0) for i in seats]
+    d_a = [Product(rows * i, rows, n, 2 * RANK, (n + 32 * i) * stride, 1, stride, 0, k) for i in seats]
+    y, dx, size = dy[:, :n], x[:, :k], buf.numel()
+    for source, out, products, add in ((x, x, a, False), (x, y, b, True), (dy, dy, d_b, False), (dy, dx, d_a, True)):
+        table = LinearTable.of(products, ROWS, source.shape[1], out.shape[1], size)
+        kernels.grouped_linear(source, buf, out, table, add=add, face="triton")
+    outs = [fp32(2 * RANK * k + n * RANK) for _ in seats]
+    wide = [Outer(i, rows * i, rows, n, 2 * RANK, 0, k, 0, k) for i in seats]
+    tall = [Outer(i, rows * i, rows, 0, FFN, k, RANK, 2 * RANK * k, RANK) for i in seats]
+    kernels.grouped_outer(dy, x, outs, OuterTable.of(wide, ROWS, dy.shape[1], x.shape[1], 8), face="triton")
+    kernels.grouped_outer(dy, x, outs, OuterTable.of(tall, ROWS, dy.shape[1], x.shape[1], 8), face="triton")
 
 
 def head() -> None:
@@ -78,6 +141,16 @@ def head() -> None:
     targets = torch.empty(ROWS, 1, dtype=torch.int64, device="meta")
     _, lse = kernels.target_logprob(x, w, targets, face="triton")
     kernels.target_logprob_backward(x, w, targets, fp32(ROWS, 1), lse, border=BORDER, face="triton")
+
+
+def head_at_once() -> None:
+    """Raw labels of some rows, with the gradient from the exponentials that the forward left."""
+    x, w, rows = bf16(ROWS, HIDDEN + BORDER), bf16(151936, HIDDEN + BORDER), torch.empty(ROWS, dtype=torch.int64)
+    bounds = torch.empty(9, dtype=torch.int32, device="meta")
+    labels = kernels.Labels(torch.empty(32768, dtype=torch.int64, device="meta"), bounds, rows.to("meta"))
+    kernels.target_logprob_with_gradient(
+        x, w, labels, lambda _, logprob: torch.empty_like(logprob), border=BORDER, face="triton"
+    )  # fmt: skip
 
 
 def head_logits() -> None:
@@ -95,15 +168,26 @@ CASES: dict[str, Callable[[], None]] = {
     "rms_norm 1024": lambda: norm(1024),
     "rms_norm 4096": lambda: norm(4096),
     "swiglu": swiglu,
+    "norm, swiglu with S of 16": lambda: shrinks(16),
+    "norm, swiglu with S of 48": lambda: shrinks(48),
+    "norm, swiglu with S of 256": lambda: shrinks(256),
+    "lora_gradients 16": lambda: lora(16),
+    "lora_gradients 64": lambda: lora(64),
     "qk_norm_rope": rope,
     "adamw": adamw,
+    "adamw into places": adamw_places,
+    "embedding": embedding,
     "shrink, expand": narrow,
     "outer_accumulate dA": outer,
     "outer_accumulate dB": outer_tall,
     "bordered_by_tile": by_tile,
+    "bordered_by_tile of 16": by_narrow_tile,
+    "bordered_by_tile with pointers": by_tile_with_pointers,
+    "grouped_linear": grouped,
     "attention 64": lambda: attention(64),
     "attention 128": lambda: attention(128),
     "attention 256": lambda: attention(256),
     "target_logprob": head,
+    "target_logprob with gradient": head_at_once,
     "logits 16 rows": head_logits,
 }
