@@ -37,8 +37,8 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
+    from benchmarks.gpu import parts as all_parts
     from benchmarks.gpu.bench import Bench
-    from benchmarks.gpu.parts import parts
     from benchmarks.gpu.store import Store, identity
 
     if args.dry_run and args.write_plans:
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         store = Store(args.out, identity(device, dry=args.dry_run))
     except ValueError as error:
         parser.error(str(error))
-    everything = parts(dry=args.dry_run, arch=arch)
+    everything = all_parts.parts(dry=args.dry_run, arch=arch)
     unknown = set(args.only or ()) - {part.name for part in everything}
     if unknown:
         parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in everything)}")

@@ -40,17 +40,20 @@ class Bench:
     def interleaved(self, contenders: Mapping[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, float]:
         """Median ms of each contender, A B C A B C ..., the L2 flushed before each, by events on the device."""
         times: dict[str, list[float]] = {name: [] for name in contenders}
-        for i in range(2 + (rounds or self.rounds)):
+        warmup = 0 if self.dry else 2
+        for i in range(warmup + (1 if self.dry else rounds or self.rounds)):
             for name, run in contenders.items():
                 self._flush_cache()
                 took = self._timed(run)
-                if i >= 2:
+                if i >= warmup:
                     times[name].append(took)
         return {name: statistics.median(values) for name, values in times.items()}
 
     def wall(self, run: Callable[[], Any], rounds: int | None = None, warmup: int = 3) -> float:
         """Median ms of something that reads its result on the host, such as a whole step."""
         times = []
+        if self.dry:
+            rounds, warmup = 1, 2
         for i in range(warmup + (rounds or self.rounds)):
             self.synchronize()
             start = time.perf_counter()
@@ -61,9 +64,8 @@ class Bench:
         return statistics.median(times)
 
     def peak_memory(self, run: Callable[[], Any]) -> int:
-        """Bytes allocated at the peak while ``run`` ran; 0 on a CPU."""
+        """Bytes allocated at the peak while ``run`` ran; 0 on a CPU, where it does not run."""
         if self.device.type != "cuda":
-            run()
             return 0
         torch.cuda.reset_peak_memory_stats(self.device)
         run()
