@@ -139,7 +139,7 @@ def peer(bench: Bench, model: str, *, liger: bool, compiled: bool) -> dict[str, 
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(value)
+        return float(value.detach())
 
     ms = bench.wall(step, max(3, bench.rounds // 3))
     result = _result(bench, model, ids.numel(), ms, bench.peak_memory(step))
