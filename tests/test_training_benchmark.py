@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import kernel_cases as small
+from benchmarks import report
 from benchmarks.training import __main__ as command
-from benchmarks.training import measure
+from benchmarks.training import measure, render
 from benchmarks.training.contenders import KINDS
 from benchmarks.training.gate import EXACT, GateClosedError, Result, budget, check, error
 from benchmarks.training.targets import Target, targets
@@ -142,3 +143,41 @@ def test_an_op_that_is_wrong_is_not_timed() -> None:
 
     with pytest.raises(small.GateClosedError, match="wrong: output 0"):
         small.gate("wrong", replace(right, ours=wrong))
+
+
+def test_who_is_in_two_groups_has_the_rounds_of_both() -> None:
+    rows = {"PEFT float32": {"seconds": [1.0], "cpu_seconds": [2.0], "above": 5}}
+    measure.merge(rows, {"PEFT float32": {"seconds": [3.0, 4.0], "cpu_seconds": [2.0, 2.0], "above": 7}})
+    assert measure.median(rows["PEFT float32"]) == 3.0
+    assert rows["PEFT float32"]["above"] == 7
+    for group in (group for groups in command.GROUPS.values() for group in groups):
+        assert "PEFT float32" in group, "the oracle"
+        assert "PEFT all bf16" in group or "ours bf16" not in group, "what bf16 is measured by"
+
+
+def test_the_report_goes_between_the_marks_and_onto_a_chart(work: Workload, tmp_path: Path) -> None:
+    peaks = {"bfloat16": 2e12, "float32": 1e12, "read": 1e10}
+    measured = {"seconds": [0.2, 0.1, 0.3], "cpu_seconds": [0.2, 0.2, 0.2], "weights": 1000, "above": 2_500_000}
+    rows = {name: command.row(work, name, measured, peaks) for name in ("ours bf16", "PEFT float32")}
+    assert rows["ours bf16"]["median_ms"] == 200.0
+    assert rows["ours bf16"]["quartiles_ms"] == [150.0, 250.0]
+    assert rows["PEFT float32"]["floor_ms"] >= rows["ours bf16"]["floor_ms"]
+    workload = {"title": "tiny", "tokens": 50, "weighted": 14, "rounds": 3, "note": "few", "contenders": rows}
+    document = {
+        "peaks": {"bfloat16": 2000.0, "float32": 1000.0, "read": 10.0}, "targets": [Target("x", 2.0, 1.0).document],
+        "machine": {"cpu": "a CPU", "threads": 2, "torch": "2", "commit": "abc"},
+        "workloads": {"demo": {**workload, "left_out": {"PEFT bf16": "it fell over"}}},
+    }  # fmt: skip
+    told = render.text(document)
+    assert "PEFT bf16: not compared: it fell over" in told
+    assert "met   x: 2.00, at least 1" in told
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.write(render.markdown(document), readme)
+    assert "| tiny | ours bf16 | 200 | 250 |  | 2 |" in readme.read_text()
+    assert readme.read_text().startswith("before\n")
+    assert "old" not in readme.read_text()
+    report.chart(document, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 1000
+    marks = (report.README.read_text().count(mark) for mark in (report.BEGIN, report.END))
+    assert list(marks) == [1, 1]

@@ -80,6 +80,18 @@ def _leave_out(name: str, reason: str, running: dict[str, Process], out: dict[st
     running.pop(name).end()
 
 
+def merge(measured: Rows, rows: Rows) -> None:
+    """Add another group's rounds; the higher peak of memory counts."""
+    for name, row in rows.items():
+        if name not in measured:
+            measured[name] = row
+            continue
+        known = measured[name]
+        known["seconds"] += row["seconds"]
+        known["cpu_seconds"] += row["cpu_seconds"]
+        known["above"] = max(known["above"], row["above"])
+
+
 def median(row: dict[str, Any]) -> float:
     return statistics.median(row["seconds"])
 

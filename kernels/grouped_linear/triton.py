@@ -53,7 +53,9 @@ def _linear(
     mine = tiles + tl.program_id(0) * 3
     number, tile_m, tile_n = tl.load(mine), tl.load(mine + 1), tl.load(mine + 2)
     entry = table + number * 9
-    start, rows, depth, n = tl.load(entry), tl.load(entry + 1), tl.load(entry + 3), tl.load(entry + 8)
+    start, rows = tl.load(entry), tl.load(entry + 1)
+    # What the alignment of a load and of its mask follows from.
+    depth, n = tl.multiple_of(tl.load(entry + 3), ALIGN), tl.multiple_of(tl.load(entry + 8), ALIGN)
     x_col, offset = tl.multiple_of(tl.load(entry + 2), ALIGN), tl.multiple_of(tl.load(entry + 4), ALIGN)
     w_out, w_in = tl.multiple_of(tl.load(entry + 5), ALIGN), tl.multiple_of(tl.load(entry + 6), ALIGN)
     out_col = tl.multiple_of(tl.load(entry + 7), ALIGN)
@@ -78,25 +80,31 @@ def _linear(
 
 @triton.jit
 def _outer(
-    a, a_row, b, b_row, addresses, table, tiles,
-    ALIGN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, UPCAST: tl.constexpr,
+    wide, wide_row, narrow, narrow_row, addresses, table, tiles,
+    SWAPPED: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """A tile [BW, BN]; ``SWAPPED``: the wide operand is b, and the tile's transpose lies in out."""
     mine = tiles + tl.program_id(0) * 3
-    number, tile_p, tile_q = tl.load(mine), tl.load(mine + 1), tl.load(mine + 2)
+    number, tile_w, tile_n = tl.load(mine), tl.load(mine + 1), tl.load(mine + 2)
     entry = table + number * 9
-    start, rows, p, q = tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 4), tl.load(entry + 6)
-    a_col, b_col = tl.multiple_of(tl.load(entry + 3), ALIGN), tl.multiple_of(tl.load(entry + 5), ALIGN)
-    i, j = tile_p * BP + tl.arange(0, BP), tile_q * BQ + tl.arange(0, BQ)
-    acc = tl.zeros((BP, BQ), tl.float32)
+    start, rows = tl.load(entry + 1), tl.load(entry + 2)
+    a_col, p = tl.multiple_of(tl.load(entry + 3), ALIGN), tl.multiple_of(tl.load(entry + 4), ALIGN)
+    b_col, q = tl.multiple_of(tl.load(entry + 5), ALIGN), tl.multiple_of(tl.load(entry + 6), ALIGN)
+    i, j = tile_w * BW + tl.arange(0, BW), tile_n * BN + tl.arange(0, BN)
+    inside_w, inside_n = (i < (q if SWAPPED else p))[None, :], (j < (p if SWAPPED else q))[None, :]
+    from_w, from_n = (b_col if SWAPPED else a_col) + i[None, :], (a_col if SWAPPED else b_col) + j[None, :]
+    acc = tl.zeros((BW, BN), tl.float32)
     for at in range(0, rows, BM):
         row = at + tl.arange(0, BM)
         inside, at_row = (row < rows)[:, None], (start + row)[:, None]
-        left = tl.load(a + at_row * a_row + a_col + i[None, :], mask=inside & (i < p)[None, :], other=0.0)
-        right = tl.load(b + at_row * b_row + b_col + j[None, :], mask=inside & (j < q)[None, :], other=0.0)
-        acc = dot(tl.trans(left), right, acc, UPCAST)
-    out = tl.load(addresses + tl.load(entry)).to(tl.pointer_type(tl.float32))
-    where = out + tl.load(entry + 7) + i[:, None] * tl.load(entry + 8) + j[None, :]
-    mask = (i < p)[:, None] & (j < q)[None, :]
+        w = tl.load(wide + at_row * wide_row + from_w, mask=inside & inside_w, other=0.0)
+        n = tl.load(narrow + at_row * narrow_row + from_n, mask=inside & inside_n, other=0.0)
+        acc = dot(tl.trans(w), n, acc, UPCAST)
+    out = tl.load(addresses + tl.load(entry)).to(tl.pointer_type(tl.float32)) + tl.load(entry + 7)
+    stride = tl.load(entry + 8)
+    where = out + (i[:, None] + j[None, :] * stride if SWAPPED else i[:, None] * stride + j[None, :])
+    mask = (i < (q if SWAPPED else p))[:, None] & (j < (p if SWAPPED else q))[None, :]
     tl.store(where, tl.load(where, mask=mask, other=0.0) + acc, mask=mask)
 
 
@@ -138,7 +146,7 @@ def grouped_linear(x: Tensor, weight: Tensor, out: Tensor, table: LinearTable, a
     if not len(tiles):
         return
     # A stride of 1 is not looked up where it is known.
-    looked_up = [2, 4, 7, *([] if unit == 2 else [5]), *([] if unit == 1 else [6])]
+    looked_up = [2, 3, 4, 7, 8, *([] if unit == 2 else [5]), *([] if unit == 1 else [6])]
     _linear[(len(tiles),)](
         x, x.stride(0), weight, out, out.stride(0), _on_device(columns.tobytes(), torch.int64, x.device),
         _on_device(table.scales.tobytes(), torch.float32, x.device), tiles, ADD=add, UNIT=unit,
@@ -156,13 +164,15 @@ def grouped_outer(a: Tensor, b: Tensor, outs: Sequence[Tensor], table: OuterTabl
     wide = meta.pop("BW")
     if a.dtype is torch.float32:  # for tests: twice as wide
         meta["num_stages"], meta["BM"] = 2, min(meta["BM"], 32)
-    bp, bq = (narrow, wide) if ps.max() <= qs.max() else (wide, narrow)
-    tiles = _tiles(tuple(ps.tolist()), tuple(qs.tolist()), bp, bq, a.device)
+    swapped = bool(ps.max() < qs.max())
+    widths, depths = (qs, ps) if swapped else (ps, qs)
+    tiles = _tiles(tuple(widths.tolist()), tuple(depths.tolist()), wide, narrow, a.device)
     if not len(tiles):
         return
     addresses = np.array([out.data_ptr() for out in outs], dtype=np.int64)
+    x, y = (b, a) if swapped else (a, b)
     _outer[(len(tiles),)](
-        a, a.stride(0), b, b.stride(0), _on_device(addresses.tobytes(), torch.int64, a.device),
-        _on_device(columns.tobytes(), torch.int64, a.device), tiles, ALIGN=_alignment(columns[:, [3, 5]]), BP=bp, BQ=bq,
-        UPCAST=UPCAST, **meta,
+        x, x.stride(0), y, y.stride(0), _on_device(addresses.tobytes(), torch.int64, a.device),
+        _on_device(columns.tobytes(), torch.int64, a.device), tiles, SWAPPED=swapped,
+        ALIGN=_alignment(columns[:, [3, 4, 5, 6]]), BW=wide, BN=narrow, UPCAST=UPCAST, **meta,
     )  # fmt: skip

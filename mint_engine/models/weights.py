@@ -47,7 +47,9 @@ class WeightReader:
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor as stored: its own shape and dtype, on the CPU, in memory of its own."""
-        return self._file_of(name).get_tensor(name)
+        # safetensors gives a view of the mapped file: one norm that is kept would keep all of the file resident.
+        tensor: torch.Tensor = self._file_of(name).get_tensor(name)
+        return tensor.clone()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape from the header; reads no data."""

@@ -1,6 +1,8 @@
 """Weights are read as stored, sharded or not; every way a directory can be broken has its own message."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +60,16 @@ def test_the_stored_dtype_is_kept(tmp_path):
     reader = WeightReader(build_tiny("qwen3", tmp_path, dtype=torch.bfloat16))
     assert reader.dtype(EMBEDDING) == "BF16"
     assert reader.get(EMBEDDING).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_tensor_that_is_kept_does_not_keep_its_file_in_memory(tmp_path):
+    directory = build_tiny("qwen3", tmp_path)
+    reader = WeightReader(directory)
+    norm = reader.get("model.norm.weight")
+    del reader
+    assert norm.isfinite().all()
+    assert str(directory) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_missing_shard_is_named(sharded):
