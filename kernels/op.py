@@ -65,8 +65,10 @@ class Op:
         """
         face = face or _forced
         if face is None:
+            if self.cpu.supports(*tensors) is None:  # which asks for the device too
+                return self.cpu
             on_cpu = all(t is None or t.is_cpu for t in tensors)
-            fast: Any = self.cpu if on_cpu else self.triton()
+            fast: Any = "" if on_cpu else self.triton()
             return fast if not isinstance(fast, str) and fast.supports(*tensors) is None else self.reference
         if face == "reference":
             return self.reference

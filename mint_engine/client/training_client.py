@@ -80,6 +80,8 @@ class TrainingClient(Ready):
     ) -> APIFuture[ForwardBackwardOutput]:
         """Loss, log-probabilities and gradients of `data`. Gradients add up until `optim_step`.
 
+        An engine with ``masked_logprobs`` off reports NaN for positions of weight or advantage 0.
+
         Args:
             data: at least one Datum.
             loss_fn: "cross_entropy", "importance_sampling", "ppo", "cispo" or "dro": sums over tokens and datums.

@@ -94,3 +94,21 @@ def test_what_an_earlier_pass_left_reaches_no_number(tiny_tied: Path) -> None:
         found.append((out.loss, state.grads))
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])
+
+
+def test_a_call_beyond_the_memory_it_may_take_is_cut_into_passes(tiny_tied: Path) -> None:
+    decoder = load_decoder(tiny_tied)
+    adapter = trained_adapter(decoder, LoraConfig(rank=4, seed=0))
+    data = checked(make_data("cross_entropy", (20, 21, 22, 23), 199), "cross_entropy", decoder)
+    found = []
+    for tokens in (1000, 45):
+        decoder.activation_bytes = tokens * decoder.activation_bytes_per_token
+        decoder.space.release()
+        state = TrainState(adapter)
+        trainer.run(decoder, adapter, state, *data)
+        found.append((state.grads, decoder.space.nbytes))
+    (gradient, held), (in_passes, held_in_passes) = found
+    torch.testing.assert_close(in_passes, gradient, rtol=1e-4, atol=1e-5)
+    # What is held is what was counted, with an eighth of room to grow, the adapter's columns and the head's.
+    assert held_in_passes < 0.65 * held
+    assert held_in_passes < 1.4 * decoder.activation_bytes
