@@ -150,6 +150,7 @@ class Program:
             dh = decoder.head_backward(
                 h, x, targets[scored], gradients[scored], lse[scored], self._head.bordered, grads
             )
+        assert saved is not None  # only a pass with a backward leaves rows out
         p.cu_seqlens = self._bounds
         backward(dh, scored, saved, p, grads)
 
