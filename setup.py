@@ -20,6 +20,7 @@ ISA_FLAGS: dict[str, list[str]] = {
     "csrc/isa/avx2.cpp": ["-mavx2", "-mfma"],
     "csrc/isa/avx512.cpp": AVX512,
     "csrc/isa/avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "csrc/isa/amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 if platform.machine().lower() not in ("x86_64", "amd64"):
     ISA_FLAGS = {"csrc/isa/scalar.cpp": []}
@@ -70,8 +71,9 @@ native = Extension(
     depends=[str(p) for p in Path("csrc").rglob("*.h")],
     include_dirs=[pybind11.get_include()],
     # gcc warns about its own AVX-512 headers (-Wmaybe-uninitialized); debug information would double the build time.
+    # Multiply-adds are written where they are meant: left to the compiler, equal sums have other bits in other places.
     extra_compile_args=[
-        *["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden"],
+        *["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off"],
         *["-Wall", "-Wextra", "-Wno-maybe-uninitialized"],
     ],
     extra_link_args=["-fopenmp"],

@@ -133,10 +133,17 @@ struct AttentionForward {
                     X::store_zipped(weights + j / 2 * kRows + c, a, S::zero());
                 }
             } else {
-                for (int64_t j = 0; j < n_keys; ++j) {
-                    const F a = weight(j);
+                float* to = reinterpret_cast<float*>(weights) + c;
+                for (int64_t j = 0; j + 2 <= n_keys; j += 2) {
+                    const F a = weight(j), b = weight(j + 1);
+                    sum = S::add(sum, S::add(a, b));
+                    S::store(to + j * kRows, a);
+                    S::store(to + (j + 1) * kRows, b);
+                }
+                if (n_keys % 2 != 0) {
+                    const F a = weight(n_keys - 1);
                     sum = S::add(sum, a);
-                    S::store(reinterpret_cast<float*>(weights) + j * kRows + c, a);
+                    S::store(to + (n_keys - 1) * kRows, a);
                 }
             }
             S::store(row_sum + c, S::add(earlier, sum));

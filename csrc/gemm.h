@@ -1,8 +1,8 @@
 // Matrix products with fp32 accumulation: a register tile over packed panels (panels.h), and one blocked driver.
 //
 // A result element is always the same sum in the same order (k in chunks of kDepth, each summed in registers from 0,
-// which also keeps rounding errors from growing with k): it does not depend on the tiling, the number of threads, or
-// the other rows and columns of the product.
+// which also keeps rounding errors from growing with k; in tiles 32 of k after the other, simd/amx.h): it does not
+// depend on the tiling, the number of threads, or the other rows and columns of the product.
 #pragma once
 #include "panels.h"
 #include "prefetch.h"
@@ -72,42 +72,159 @@ MINT_INLINE void tile_of(int64_t m, int64_t nv, Rows a, const typename Panel<S, 
     register_tile<S, T, M, Nv>(a, b, depth, c, ldc, accumulate);
 }
 
-// c[rows][ldc] (+)= rows * panels of `depth` elements for at most kMr rows; columns come out padded to whole vectors.
+// c[rows][ldc] (+)= rows * panels of `depth` elements for at most kRows rows; columns come out padded to whole vectors,
+// in tiles the rows too, to 16.
 template <class S, class T>
 void multiply_rows(Rows a, int64_t rows, const typename Panel<S, T>::P* b, int64_t cols, int64_t depth, float* c,
                    int64_t ldc, bool accumulate, Prefetch* next) {
-    constexpr int kCols = Panel<S, T>::kCols;
-    for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
-        const int64_t step = min64(kDepth, depth - k0);
-        const Rows part = {a.data + 4 * k0, a.stride, a.half && k0 + step == depth};
-        for (int64_t j = 0; j < cols; j += kCols) {
-            next->some();
-            tile_of<S, T>(rows, ceil_div(min64(kCols, cols - j), S::W), part, b + j * depth + k0 * kCols, step, c + j,
-                          ldc, accumulate || k0 > 0);
+    using Q = Panel<S, T>;
+    constexpr int kCols = Q::kCols;
+    if constexpr (Q::kTiles) {
+        for (int64_t j = 0; j < cols; j += kCols)
+            S::multiply_tiles(rows, cols - j, a.data, a.stride, a.tail, b + j * depth, kCols, c + j, ldc,
+                              depth / Q::kUnit, accumulate, [=]() __attribute__((always_inline)) { next->some(); });
+    } else {
+        for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
+            const int64_t step = min64(kDepth, depth - k0);
+            const Rows part = {a.data + 4 * k0, a.stride, a.half && k0 + step == depth};
+            for (int64_t j = 0; j < cols; j += kCols) {
+                next->some();
+                tile_of<S, T>(rows, ceil_div(min64(kCols, cols - j), S::W), part, b + j * depth + k0 * kCols, step,
+                              c + j, ldc, accumulate || k0 > 0);
+            }
         }
     }
 }
 
+// How often multiply_rows lets a Prefetch do some of its work.
+template <class S, class T>
+int64_t prefetch_calls(int64_t rows, int64_t cols, int64_t depth) {
+    using Q = Panel<S, T>;
+    return ceil_div(rows, Q::kRows) * ceil_div(cols, Q::kCols) * ceil_div(depth, Q::kTiles ? Q::kUnit : kDepth);
+}
+
 // How a product is cut: tiles of `rows` x `cols`, each with its own panels, and `depth` elements of k at a time.
 struct Tiling {
-    int64_t rows, cols;
+    int64_t rows, cols, depth;
 };
 
-constexpr int64_t kBlockDepth = 8 * kDepth;  // elements of a panel packed at a time
-
 template <class S, class T>
-Tiling tiling(int64_t m, int64_t n, bool in_place) {
-    constexpr int64_t kTileRows = 512, kFewRows = 64;
-    const int64_t threads = omp_get_max_threads(), panels = ceil_div(n, Panel<S, T>::kCols);
-    int64_t row_tiles = ceil_div(m, kTileRows);
+Tiling tiling(int64_t m, int64_t n, int64_t k, bool in_place) {
+    using Q = Panel<S, T>;
+    constexpr int64_t kFewRows = 64;
+    // Tiles: rows of 800 KB, beside which their panels and sums fit in an L2 of 2 MB.
+    const int64_t depth = min64(max64(Q::depth(k), 1), Q::kTiles ? 512 : 8 * kDepth);
+    const int64_t most_rows = Q::kTiles ? (int64_t(800) << 10) / (4 * depth) : 512;
+    const int64_t threads = omp_get_max_threads(), panels = ceil_div(n, Q::kCols);
+    int64_t row_tiles = ceil_div(m, most_rows);
     if (panels * row_tiles < 2 * threads)
         row_tiles = max64(row_tiles, min64(ceil_div(2 * threads, panels), ceil_div(m, kFewRows)));
-    // Two panels a tile, so that rows are fetched half as often, four where each tile packs its rows too; fewer where
-    // that would leave threads idle at the end.
+    // Two panels a tile, so that rows are fetched half as often, four where each tile packs its rows too, more where
+    // the rows of the next block of k push out those of this one; fewer where that would leave threads idle at the end.
     const auto busiest = [=](int64_t p) { return ceil_div(ceil_div(panels, p) * row_tiles, threads) * p; };
-    int64_t wide = in_place ? 2 : 4;
+    int64_t wide = Q::kTiles && Q::depth(k) > depth ? 6 : in_place ? 2 : 4;
     while (wide > 1 && busiest(wide) * 25 > busiest(1) * 26) --wide;
-    return {ceil_div(ceil_div(m, row_tiles), S::kMr) * S::kMr, wide * Panel<S, T>::kCols};
+    return {ceil_div(ceil_div(m, row_tiles), Q::kRows) * Q::kRows, wide * Q::kCols, depth};
+}
+
+// The product of gemm, straight: panels of B, rows of A.
+template <class S, class T, class Out>
+void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
+                   int64_t k, Out out) {
+    using Q = Panel<S, T>;
+    const Tiling tile = tiling<S, T>(m, n, k, Q::kInPlace && a_k == 1);
+    const int64_t block = tile.depth * Q::kStep, col_tiles = ceil_div(n, tile.cols);
+    const int64_t tiles = ceil_div(m, tile.rows) * col_tiles;
+    const bool one_block = k <= block;  // then the sums of kRows rows at a time are all that is kept
+    const size_t kept = size_t(one_block ? Q::kRows : tile.rows) * size_t(tile.cols) * 4;
+    std::atomic<int64_t> claimed{0};
+#pragma omp parallel if (tiles > 1 && m * n * k > kSerialWork * 16)
+    {
+        const typename S::Tiles registers;
+        Rows left{};
+        int64_t packed_row = -1, packed_col = -1;  // of one block: which tile's rows and panels this thread has
+        for_claimed(tiles, claimed, [&](int64_t t, int64_t following) {
+            const int64_t i0 = t / col_tiles * tile.rows, j0 = t % col_tiles * tile.cols;
+            const int64_t rows = min64(tile.rows, m - i0), cols = min64(tile.cols, n - j0);
+            auto* pb = panel_scratch<S, T>(Slot::kPanelsB, tile.cols * tile.depth);
+            float* c = static_cast<float*>(scratch(Slot::kTile, kept));
+            if (k == 0) std::memset(c, 0, kept);  // an empty sum; scratch is undefined
+            for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += block) {
+                const int64_t step = min64(block, k - k0), depth = Q::depth(step);
+                const bool last = k0 + step == k;
+                if (!one_block || packed_row != i0)
+                    left = left_rows<S, T>(a + i0 * a_row + k0 * a_k, a_row, a_k, rows, step, Slot::kPanelsA);
+                if (!one_block || packed_col != j0)
+                    pack_panels<S, T>(b + j0 * b_col + k0 * b_k, b_col, b_k, cols, step, pb);
+                packed_row = i0, packed_col = j0;
+                // Fetching ahead pays where there are few rows to hide behind; large fp32 panels would only push each
+                // other out of L2.
+                Prefetch next;
+                if ((!last || following < tiles) && (Q::kPairs || rows < 256)) {
+                    const int64_t j1 = last ? following % col_tiles * tile.cols : j0, k1 = last ? 0 : k0 + step;
+                    next = panels_ahead(b + j1 * b_col + k1 * b_k, b_col, b_k, min64(tile.cols, n - j1),
+                                        min64(block, k - k1), prefetch_calls<S, T>(rows, cols, depth));
+                }
+                for (int64_t i = 0; i < rows; i += Q::kRows) {
+                    const int64_t count = min64(Q::kRows, rows - i);
+                    float* ci = one_block ? c : c + i * tile.cols;
+                    multiply_rows<S, T>(left.at(i), count, pb, cols, depth, ci, tile.cols, k0 > 0, &next);
+                    if (last)
+                        for (int64_t r = 0; r < count; ++r) out(i0 + i + r, j0, cols, ci + r * tile.cols);
+                }
+            }
+        });
+    }
+}
+
+// c[cols][ldc] = the transpose of t[rows][ldt]; both have room for whole vectors.
+template <class S>
+void turn(const float* t, int64_t ldt, int64_t rows, int64_t cols, float* c, int64_t ldc) {
+    for (int64_t j = 0; j < cols; j += S::W)
+        for (int64_t i = 0; i < rows; i += S::W) S::transpose(t + i * ldt + j, ldt * 4, c + j * ldc + i, ldc);
+}
+
+// Whether the product of a [m, k] and the transpose of a weight [n, k] is better computed turned (gemm_turned):
+// packing a and turning the result takes less than packing the weight, and the panels of a fit in half an L2.
+template <class S, class T>
+bool better_turned(int64_t m, int64_t n, int64_t k) {
+    using Q = Panel<S, T>;
+    return Q::kTiles && m * (k + 2 * n) < n * k &&
+           ceil_div(m, Q::kCols) * Q::kCols * Q::depth(k) <= (int64_t(1) << 20) / 4;
+}
+
+// The product of gemm for a weight used transposed (a_k and b_k 1), turned: panels of A, packed once for all threads,
+// and B as rows where they lie. In tiles the sums are the same, bit for bit, and nothing of B is packed.
+template <class S, class T, class Out>
+void gemm_turned(const T* a, int64_t a_row, const T* b, int64_t b_col, int64_t m, int64_t n, int64_t k, Out out) {
+    using Q = Panel<S, T>;
+    constexpr int64_t kTileRows = 2 * Q::kRows;
+    const int64_t depth = Q::depth(k), padded = ceil_div(m, Q::kCols) * Q::kCols, tiles = ceil_div(n, kTileRows);
+    auto* pa = panel_scratch<S, T>(Slot::kShared, padded * depth);
+    std::atomic<int64_t> claimed{0};
+#pragma omp parallel if (tiles > 1 && m * n * k > kSerialWork * 16)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < m; i += Q::kCols)
+            pack_panel<S, T>(a + i * a_row, a_row, 1, min64(Q::kCols, m - i), k, pa + i * depth);
+        const typename S::Tiles registers;
+        float* sums = static_cast<float*>(scratch(Slot::kTile, size_t(2 * Q::kRows * padded) * 4));
+        float* turned = sums + Q::kRows * padded;
+        for_claimed(tiles, claimed, [&](int64_t t, int64_t following) {
+            const int64_t j0 = t * kTileRows, rows = min64(kTileRows, n - j0), j1 = following * kTileRows;
+            Prefetch next;
+            if (j1 < n)
+                next = panels_ahead(b + j1 * b_col, b_col, 1, min64(kTileRows, n - j1), k,
+                                    prefetch_calls<S, T>(rows, m, depth));
+            const Rows left = left_rows<S, T>(b + j0 * b_col, b_col, 1, rows, k, Slot::kPanelsA);
+            for (int64_t j = 0; j < rows; j += Q::kRows) {
+                const int64_t count = min64(Q::kRows, rows - j);
+                multiply_rows<S, T>(left.at(j), count, pa, m, depth, sums, padded, false, &next);
+                turn<S>(sums, padded, count, m, turned, Q::kRows);
+                for (int64_t i = 0; i < m; ++i) out(i, j0 + j, count, turned + i * Q::kRows);
+            }
+        });
+    }
 }
 
 // C = A * B: A is [m, k] with element (i, kk) at a[i * a_row + kk * a_k], B is [k, n] with element (kk, j) at
@@ -115,45 +232,12 @@ Tiling tiling(int64_t m, int64_t n, bool in_place) {
 template <class S, class T, class Out>
 void gemm(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
           int64_t k, Out out) {
-    using Q = Panel<S, T>;
     if (m == 0 || n == 0) return;
-    constexpr int64_t kBlock = kBlockDepth * Q::kStep;
-    const Tiling tile = tiling<S, T>(m, n, Q::kInPlace && a_k == 1);
-    const int64_t col_tiles = ceil_div(n, tile.cols), tiles = ceil_div(m, tile.rows) * col_tiles;
-    const bool one_block = k <= kBlock;  // then the sums of kMr rows at a time are all that is kept
-    const size_t kept = size_t(one_block ? S::kMr : tile.rows) * size_t(tile.cols) * 4;
-    std::atomic<int64_t> claimed{0};
-#pragma omp parallel if (tiles > 1 && m * n * k > kSerialWork * 16)
-    for_claimed(tiles, claimed, [&](int64_t t, int64_t following) {
-        const int64_t i0 = t / col_tiles * tile.rows, j0 = t % col_tiles * tile.cols;
-        const int64_t rows = min64(tile.rows, m - i0), cols = min64(tile.cols, n - j0);
-        auto* pb = panel_scratch<S, T>(Slot::kPanelsB, tile.cols * min64(Q::depth(k), kBlockDepth));
-        float* c = static_cast<float*>(scratch(Slot::kTile, kept));
-        if (k == 0) std::memset(c, 0, kept);  // an empty sum; scratch is undefined
-        for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += kBlock) {
-            const int64_t step = min64(kBlock, k - k0), depth = Q::depth(step);
-            const bool last = k0 + step == k;
-            const Rows left = left_rows<S, T>(a + i0 * a_row + k0 * a_k, a_row, a_k, rows, step, Slot::kPanelsA);
-            pack_panels<S, T>(b + j0 * b_col + k0 * b_k, b_col, b_k, cols, step, pb);
-            // Fetching ahead pays where there are few rows to hide behind; large fp32 panels would only push each other
-            // out of L2.
-            Prefetch next;
-            if ((!last || following < tiles) && (Q::kPairs || rows < 256)) {
-                const int64_t j1 = last ? following % col_tiles * tile.cols : j0, k1 = last ? 0 : k0 + step;
-                const int64_t calls = ceil_div(rows, S::kMr) * ceil_div(cols, Q::kCols) * ceil_div(depth, kDepth);
-                next = panels_ahead(b + j1 * b_col + k1 * b_k, b_col, b_k, min64(tile.cols, n - j1),
-                                    min64(kBlock, k - k1), calls);
-            }
-            for (int64_t i = 0; i < rows; i += S::kMr) {
-                const int64_t count = min64(S::kMr, rows - i);
-                float* ci = one_block ? c : c + i * tile.cols;
-                multiply_rows<S, T>({left.data + i * left.stride, left.stride, left.half}, count, pb, cols, depth, ci,
-                                    tile.cols, k0 > 0, &next);
-                if (last)
-                    for (int64_t r = 0; r < count; ++r) out(i0 + i + r, j0, cols, ci + r * tile.cols);
-            }
-        }
-    });
+    if constexpr (Panel<S, T>::kTiles) {
+        if (a_k == 1 && b_k == 1 && better_turned<S, T>(m, n, k))
+            return gemm_turned<S, T>(a, a_row, b, b_col, m, n, k, out);
+    }
+    gemm_straight<S, T>(a, a_row, a_k, b, b_col, b_k, m, n, k, out);
 }
 
 }  // namespace mint

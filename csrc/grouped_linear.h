@@ -20,7 +20,7 @@ void for_products(int64_t count, int64_t work, Do run) {
 template <class S, class T>
 int64_t padded(int64_t m, int64_t n) {
     using Q = Panel<S, T>;
-    return ceil_div(m, S::kMr) * S::kMr * ceil_div(n, Q::kCols) * Q::kCols;
+    return ceil_div(m, Q::kRows) * Q::kRows * ceil_div(n, Q::kCols) * Q::kCols;
 }
 
 // out[start + i, out_col + j] (+)= scale * sum_k x[start + i, x_col + k] * weight[offset + j * w_out + k * w_in],

@@ -1,11 +1,7 @@
 // out = scale * (a @ b) (+ bias), b row-major or column-major, rounded once to T.
-//
-// Up to kDotRows rows and a column-major b (a weight, used transposed) are dot products straight from memory, as in
-// logits.h; everything else is the packed gemm.
 #pragma once
 #include "check.h"
-#include "gemm.h"
-#include "logits.h"    // dot_block
+#include "few_rows.h"
 #include "rms_norm.h"  // for_vectors
 
 namespace mint {
@@ -34,16 +30,8 @@ void matmul(const T* a, int64_t a_stride, const T* b, int64_t b_col, int64_t b_k
             S::store_n(row + v, x, lanes);
         });
     };
-    if (m > kDotRows || b_k != 1) return gemm<S, T>(a, a_stride, 1, b, b_col, b_k, m, n, k, finish);
-    constexpr int64_t kBlock = 64;
-    const int64_t blocks = ceil_div(n, kBlock);
-#pragma omp parallel for schedule(static) if (n * k > kSerialWork * 2)
-    for (int64_t t = 0; t < blocks; ++t) {
-        const int64_t j = t * kBlock, cols = min64(kBlock, n - j);
-        float c[kDotRows * kBlock];
-        dot_block<S, T, kDotRows>(m, a, a_stride, b + j * b_col, b_col, cols, k, c, kBlock);
-        for (int64_t i = 0; i < m; ++i) finish(i, j, cols, c + i * kBlock);
-    }
+    if (m <= kFewRows && b_k == 1) return few_rows<S, T>(a, a_stride, b, b_col, m, n, k, finish);
+    gemm<S, T>(a, a_stride, 1, b, b_col, b_k, m, n, k, finish);
 }
 
 }  // namespace mint

@@ -1,6 +1,11 @@
 // The Python module mint_engine._native: picks an ISA and exposes each op of ops.h as one function.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <stdexcept>
 #include <string>
@@ -14,6 +19,22 @@ namespace py = pybind11;
 namespace mint {
 namespace {
 
+#if defined(__x86_64__)
+// Whether the CPU multiplies bf16 tiles and the kernel lets this process use them (Linux asks to be asked).
+bool amx() {
+#if defined(__linux__)
+    constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;  // CPUID 7.0, EDX
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTile) || !(d & kBf16)) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return permitted;
+#else
+    return false;
+#endif
+}
+#endif
+
 std::vector<const Table*> available() {  // best first
     std::vector<const Table*> tables;
 #if defined(__x86_64__)
@@ -21,7 +42,9 @@ std::vector<const Table*> available() {  // best first
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&table_avx512_bf16);
+    const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (avx512_bf16 && amx()) tables.push_back(&table_amx);
+    if (avx512_bf16) tables.push_back(&table_avx512_bf16);
     if (avx512) tables.push_back(&table_avx512);
     if (avx2) tables.push_back(&table_avx2);
 #endif

@@ -8,7 +8,7 @@
 #include "adamw.h"
 #include "attention.h"
 #include "attention_backward.h"
-#include "decode_layer.h"
+#include "decode_step.h"
 #include "grouped_linear.h"
 #include "logits.h"
 #include "lora_gradients.h"
@@ -27,7 +27,7 @@
     X(adamw)                 \
     X(attention)             \
     X(attention_backward)    \
-    X(decode_layer)          \
+    X(decode_step)           \
     X(grouped_linear)        \
     X(grouped_outer)         \
     X(logits)                \

@@ -1,13 +1,16 @@
-// Attention of single rows over a paged cache (decode). Bound by the memory traffic of K and V, so the loops follow
-// memory: a task takes one row's next kPagedChunk keys for all heads and reads each token's K, all kv heads of it, in
-// the order it lies, while it prefetches the same token's V. Chunks depend on the length alone, and a row's partial
-// results (maximum, sum, unnormalised output per head) meet in chunk order: the number of threads changes nothing.
-// A tile of K is transposed, so that a vector of scores is W keys of one head and no dot product reduces across lanes;
-// V is used as it lies, widened to fp32 once for up to four heads of a group, with weights in fp32.
+// Attention of single rows over a paged cache (decode), with the bits of the training kernel (attention.h): the same
+// tiles of keys, counted from the sequence's beginning, and for every sum the same additions in the same order. So a
+// row depends neither on its company nor on whether its token was part of a prompt that training saw.
+//
+// What differs is the layout. A task is the heads of one kv head's group in one row; it goes through the keys in
+// order. A tile of K is transposed, so that a vector of scores is W keys of one head; V is zipped and is the right
+// operand.
+//     S [heads][keys]  = Q [heads][d]  K^T [d][keys]
+//     O [heads][d]    += P [heads][keys]  V [keys][d]
 #pragma once
 #include <cmath>
-#include <type_traits>
 
+#include "attention.h"  // kAttentionKeys, kAttentionPairs
 #include "attention_tile.h"
 #include "check.h"
 #include "parallel.h"
@@ -15,100 +18,55 @@
 
 namespace mint {
 
-constexpr int64_t kPagedChunk = 256;  // keys of a task
-constexpr int64_t kPagedTile = 64;    // keys whose scores are held at once
-
-struct PagedTask {
-    int64_t row, key0;
-};
-
 template <class S, class T>
 struct PagedAttention {
-    static constexpr bool kPairs = S::kBf16Dot && sizeof(T) == 2;
+    static constexpr bool kPairs = kAttentionPairs<S, T>;
     using X = Tile<S, kPairs>;
     using F = typename S::F;
+    static constexpr int64_t kKeys = kAttentionKeys, kLd = kAttentionKeys / X::per_word;
 
     const T *q, *k_pool, *v_pool;
     int64_t q_stride, k_block_stride, k_stride, v_block_stride, v_stride;
     const int32_t* table;
     int64_t table_stride;
     const int32_t* lengths;
-    int64_t block, n_q, n_kv, d;
+    int64_t rows, block, n_q, n_kv, d;
     float scale;
 
-    Word* query;     // [n_q][row_words(d)]
-    Word* key_rows;  // [n_kv][kPagedTile][row_words(d)]
-    Word* keys;      // [row_words(d)][kPagedTile]
-    float* scores;   // [n_q][kPagedTile]
+    // Scratch of one thread.
+    Word *query, *key_rows, *keys, *value_rows, *zip, *weights;
+    float *scores, *output, *top, *sum, *shrink;
 
     size_t place(char* base) {
+        const int64_t w = X::row_words(d), g = n_q / n_kv;
         Bump b{base, 0};
-        query = take<Word>(b, n_q * X::row_words(d));
-        key_rows = take<Word>(b, n_kv * kPagedTile * X::row_words(d));
-        keys = take<Word>(b, kPagedTile * X::row_words(d));
-        scores = take<float>(b, n_q * kPagedTile);
+        query = take<Word>(b, g * w);
+        key_rows = take<Word>(b, kKeys * w);
+        keys = take<Word>(b, kKeys * w);
+        value_rows = take<Word>(b, (kKeys + 1) * w);
+        zip = take<Word>(b, kLd * X::pad(d));
+        weights = take<Word>(b, g * kLd);
+        scores = take<float>(b, g * kKeys);
+        output = take<float>(b, g * X::pad(d));
+        top = take<float>(b, X::pad(g));
+        sum = take<float>(b, X::pad(g));
+        shrink = take<float>(b, X::pad(g));
         return b.used;
     }
 
-    int64_t partial_size() const { return n_q * (X::pad(d) + 2); }  // output, then maximum, then sum of every head
-
-    // output[head][Nv vectors] of Heads heads += weights[head][j] values[j].
-    template <int Heads, int Nv>
-    MINT_INLINE void add_values(const float* weights, const T* const* values, int64_t n, int64_t offset, int lanes,
-                                float* output, int64_t ldo) {
-        F acc[Heads][Nv];
-#pragma GCC unroll 4
-        for (int h = 0; h < Heads; ++h)
-#pragma GCC unroll 4
-            for (int v = 0; v < Nv; ++v) acc[h][v] = S::load(output + h * ldo + v * S::W);
-        for (int64_t j = 0; j < n; ++j) {
-            F value[Nv];
-#pragma GCC unroll 4
-            for (int v = 0; v < Nv; ++v) {
-                const T* p = values[j] + offset + v * S::W;
-                value[v] = lanes == Nv * S::W ? S::load(p) : S::load_n(p, lanes - v * S::W);
-            }
-#pragma GCC unroll 4
-            for (int h = 0; h < Heads; ++h) {
-                const F weight = S::set1(weights[h * kPagedTile + j]);
-#pragma GCC unroll 4
-                for (int v = 0; v < Nv; ++v) acc[h][v] = S::fma(weight, value[v], acc[h][v]);
+    void validate(int64_t n_blocks, int64_t max_blocks) const {
+        const char* op = "paged_attention";
+        check::multiple(op, "n_q", n_q, n_kv);
+        for (int64_t m = 0; m < rows; ++m) {
+            const int64_t length = lengths[m], used = ceil_div(length, block);
+            check::at_least(op, "lengths", length, 0);
+            check::at_least(op, "block_table width", max_blocks, used);
+            for (int64_t b = 0; b < used; ++b) {
+                const int64_t cell = table[m * table_stride + b];
+                if (cell < 0) check::at_least(op, "block_table", cell, 0);
+                if (cell >= n_blocks) check::at_least(op, "blocks in the pool", n_blocks, cell + 1);
             }
         }
-#pragma GCC unroll 4
-        for (int h = 0; h < Heads; ++h)
-#pragma GCC unroll 4
-            for (int v = 0; v < Nv; ++v) S::store(output + h * ldo + v * S::W, acc[h][v]);
-    }
-
-    template <int Heads>
-    MINT_INLINE void add_heads(const float* weights, const T* const* values, int64_t n, int64_t offset, int64_t d,
-                               float* output, int64_t ldo) {
-        constexpr int64_t wide = 4 * S::W;
-        int64_t i = 0;
-        for (; i + wide <= d; i += wide)
-            add_values<Heads, 4>(weights, values, n, offset + i, int(wide), output + i, ldo);
-        for (; i < d; i += S::W)
-            add_values<Heads, 1>(weights, values, n, offset + i, int(min64(S::W, d - i)), output + i, ldo);
-    }
-
-    // Weights exp(s - max) in place of the scores of one head; returns by how much earlier output shrinks.
-    float softmax(float* s, int64_t n, float* top, float* sum) {
-        const F vscale = S::set1(scale);
-        F most = S::set1(*top);
-        for (int64_t j = n; j < X::pad(n); ++j) s[j] = -INFINITY;
-        for (int64_t j = 0; j < n; j += S::W) most = S::max(most, S::mul(S::load(s + j), vscale));
-        const float now = S::hmax(most), shift = -now;
-        F total = S::zero();
-        for (int64_t j = 0; j < n; j += S::W) {
-            const F e = S::exp(S::fma(S::load(s + j), vscale, S::set1(shift)));
-            total = S::add(total, e);
-            S::store(s + j, e);
-        }
-        const float shrink = *top == -INFINITY ? 0.0f : std::exp(*top - now);
-        *sum = *sum * shrink + S::sum(total);
-        *top = now;
-        return shrink;
     }
 
     const T* cell(const T* pool, int64_t block_stride, int64_t stride, int64_t row, int64_t token) const {
@@ -116,83 +74,107 @@ struct PagedAttention {
         return pool + table[row * table_stride + at / size] * block_stride + at % size * stride;
     }
 
-    void prefetch(const T* p) const {
-        for (int64_t i = 0; i < n_kv * d; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i);
+    // A tile's keys, transposed, and its values, zipped; returns these.
+    const Word* load_tile(int64_t row, int64_t kv_head, int64_t j0, int64_t n) {
+        const int64_t w = X::row_words(d);
+        for (int64_t j = 0; j < n; ++j) {
+            const T* value = cell(v_pool, v_block_stride, v_stride, row, j0 + j) + kv_head * d;
+            for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(value + i);
+            X::copy_row(cell(k_pool, k_block_stride, k_stride, row, j0 + j) + kv_head * d, d, key_rows + j * w);
+        }
+        std::memset(key_rows + n * w, 0, size_t(X::pad(n) - n) * w * sizeof(Word));
+        X::transpose(key_rows, w, X::pad(n), w, keys, kKeys);
+        for (int64_t j = 0; j < n; ++j)
+            X::copy_row(cell(v_pool, v_block_stride, v_stride, row, j0 + j) + kv_head * d, d, value_rows + j * w);
+        if (n % X::per_word != 0) std::memset(value_rows + n * w, 0, size_t(w) * sizeof(Word));
+        return X::zipped(value_rows, X::words(n) * X::per_word, d, zip);
     }
 
-    void run(const PagedTask& t, float* partial) {
-        const int64_t w = X::row_words(d), g = n_q / n_kv, ldo = X::pad(d);
-        const int64_t end = min64(t.key0 + kPagedChunk, lengths[t.row]);
-        float *top = partial + n_q * ldo, *sum = top + n_q;
-        for (int64_t h = 0; h < n_q; ++h) {
-            X::copy_row(q + t.row * q_stride + h * d, d, query + h * w);
-            top[h] = -INFINITY, sum[h] = 0.0f;
+    // Head h's weights exp(s - max) of n keys, rounded as the second product takes them, and their sum.
+    float weigh(int64_t h, int64_t n) {
+        float* s = scores + h * kKeys;
+        const F vscale = S::set1(scale), shift = S::set1(-top[h]);
+        T* rounded = reinterpret_cast<T*>(weights + h * kLd);
+        for (int64_t j = 0; j < n; j += S::W) {
+            const F e = S::exp(S::fma(S::load(s + j), vscale, shift));
+            S::store(s + j, e);
+            if constexpr (kPairs) {
+                S::store(rounded + j, e);
+            } else {
+                S::store(reinterpret_cast<float*>(weights + h * kLd) + j, e);
+            }
         }
-        std::memset(partial, 0, size_t(n_q * ldo) * sizeof(float));
-        for (int64_t j0 = t.key0; j0 < end; j0 += kPagedTile) {
-            const int64_t n = min64(kPagedTile, end - j0);
-            const T* values[kPagedTile];
-            for (int64_t j = 0; j < n; ++j) {
-                const T* key = cell(k_pool, k_block_stride, k_stride, t.row, j0 + j);
-                values[j] = cell(v_pool, v_block_stride, v_stride, t.row, j0 + j);
-                prefetch(values[j]);
-                for (int64_t h = 0; h < n_kv; ++h) X::copy_row(key + h * d, d, key_rows + (h * kPagedTile + j) * w);
+        float total = 0.0f;
+        for (int64_t j = 0; j + 2 <= n; j += 2) total += s[j] + s[j + 1];
+        if (n % 2 != 0) {
+            total += s[n - 1];
+            if constexpr (kPairs) rounded[n] = T{};
+        }
+        return total;
+    }
+
+    void softmax(int64_t n, bool first) {
+        const int64_t g = n_q / n_kv, ldo = X::pad(d);
+        for (int64_t h = 0; h < g; ++h) {
+            float* s = scores + h * kKeys;
+            for (int64_t j = n; j < X::pad(n); ++j) s[j] = -INFINITY;
+            F most = S::load(s);
+            for (int64_t j = S::W; j < n; j += S::W) most = S::max(most, S::load(s + j));
+            const float now = S::hmax(most) * scale;
+            shrink[h] = top[h];
+            top[h] = !first && top[h] > now ? top[h] : now;
+        }
+        if (!first)
+            for (int64_t h = 0; h < g; h += S::W)
+                S::store(shrink + h, S::exp(S::sub(S::load(shrink + h), S::load(top + h))));
+        for (int64_t h = 0; h < g; ++h) {
+            const float total = weigh(h, n);
+            if (first) {
+                sum[h] = total;
+                continue;
             }
-            for (int64_t h = 0; h < n_kv; ++h) {
-                Word* rows = key_rows + h * kPagedTile * w;
-                std::memset(rows + n * w, 0, size_t(X::pad(n) - n) * w * sizeof(Word));
-                X::transpose(rows, w, X::pad(n), w, keys, kPagedTile);
-                X::gemm(query + h * g * w, w, keys, kPagedTile, scores + h * g * kPagedTile, kPagedTile, g, X::pad(n),
-                        X::words(d), false);
-            }
-            for (int64_t h = 0; h < n_q; ++h) {
-                const F shrink = S::set1(softmax(scores + h * kPagedTile, n, top + h, sum + h));
-                if (j0 == t.key0) continue;  // the output is still zero
-                float* o = partial + h * ldo;
-                for (int64_t i = 0; i < ldo; i += S::W) S::store(o + i, S::mul(S::load(o + i), shrink));
-            }
-            for (int64_t h = 0; h < n_kv; ++h) {
-                int64_t i = h * g;
-                const int64_t last = i + g;
-                const auto add = [&](auto heads) __attribute__((always_inline)) {
-                    constexpr int kHeads = decltype(heads)::value;
-                    add_heads<kHeads>(scores + i * kPagedTile, values, n, h * d, d, partial + i * ldo, ldo);
-                    i += kHeads;
-                };
-                while (last - i >= 4) add(std::integral_constant<int, 4>{});
-                if (last - i == 3) add(std::integral_constant<int, 3>{});
-                if (last - i == 2) add(std::integral_constant<int, 2>{});
-                if (last - i == 1) add(std::integral_constant<int, 1>{});
+            const float earlier = sum[h] * shrink[h];  // rounded on its own
+            sum[h] = earlier + total;
+            for (int64_t i = 0; i < ldo; i += S::W) {
+                float* o = output + h * ldo + i;
+                S::store(o, S::mul(S::load(o), S::set1(shrink[h])));
             }
         }
     }
 
-    // One row's output from its n partial results, which it overwrites. No partial: zeros.
-    void finish(float* partials, int64_t n, T* out) {
-        const int64_t ldo = X::pad(d);
-        for (int64_t h = 0; h < n_q; ++h) {
-            float most = -INFINITY, sum = 0.0f;
-            float* o = n > 0 ? partials + h * ldo : scores;
-            if (n == 0) std::memset(out + h * d, 0, size_t(d) * sizeof(T));
-            for (int64_t c = 0; c < n; ++c) {
-                const float top = partials[c * partial_size() + n_q * ldo + h];
-                most = top > most || top != top ? top : most;
-            }
-            for (int64_t c = 0; c < n; ++c) {
-                const float* piece = partials + c * partial_size();
-                const float factor = std::exp(piece[n_q * ldo + h] - most);
-                sum += factor * piece[n_q * ldo + n_q + h];
-                for (int64_t i = 0; i < ldo; i += S::W) {
-                    const F term = S::mul(S::load(piece + h * ldo + i), S::set1(factor));
-                    S::store(o + i, c == 0 ? term : S::add(S::load(o + i), term));
-                }
-            }
-            if (n == 0) continue;
-            for (int64_t i = 0; i < ldo; i += S::W) S::store(o + i, S::div(S::load(o + i), S::set1(sum)));
+    void run(int64_t row, int64_t kv_head, T* out) {
+        const int64_t w = X::row_words(d), g = n_q / n_kv, ldo = X::pad(d), length = lengths[row];
+        if (length == 0) {
+            std::memset(out, 0, size_t(g * d) * sizeof(T));
+            return;
+        }
+        for (int64_t h = 0; h < g; ++h) X::copy_row(q + row * q_stride + (kv_head * g + h) * d, d, query + h * w);
+        for (int64_t h = 0; h < X::pad(g); ++h) top[h] = shrink[h] = 0.0f;
+        for (int64_t j0 = 0; j0 < length; j0 += kKeys) {
+            const int64_t n = min64(kKeys, length - j0);
+            const Word* values = load_tile(row, kv_head, j0, n);
+            X::gemm(query, w, keys, kKeys, scores, kKeys, g, X::pad(n), X::words(d), false);
+            softmax(n, j0 == 0);
+            X::gemm(weights, kLd, values, ldo, output, ldo, g, ldo, X::words(n), j0 > 0);
+        }
+        for (int64_t h = 0; h < g; ++h) {
+            const F inverse = S::div(S::set1(1.0f), S::set1(sum[h]));
+            float* o = output + h * ldo;
+            for (int64_t i = 0; i < ldo; i += S::W) S::store(o + i, S::mul(S::load(o + i), inverse));
             X::write_row(o, d, out + h * d);
         }
     }
 };
+
+// A thread's share of all rows. `claimed` starts at 0 and is the team's; out is complete when all have come back.
+template <class S, class T>
+void paged_attention_share(PagedAttention<S, T> mine, std::atomic<int64_t>& claimed, T* out, int64_t out_stride) {
+    mine.place(static_cast<char*>(scratch(Slot::kTile, mine.place(nullptr))));
+    const int64_t group = mine.n_q / mine.n_kv * mine.d;
+    for_claimed(mine.rows * mine.n_kv, claimed, [&](int64_t t, int64_t) {
+        mine.run(t / mine.n_kv, t % mine.n_kv, out + t / mine.n_kv * out_stride + t % mine.n_kv * group);
+    });
+}
 
 // out [rows, n_q d]. Strides in elements; a pool cell is [n_kv d] contiguous elements.
 template <class S, class T>
@@ -201,46 +183,19 @@ void paged_attention(const T* q, int64_t q_stride, const T* k_pool, int64_t k_bl
                      int64_t table_stride, const int32_t* lengths, T* out, int64_t out_stride, int64_t rows,
                      int64_t n_blocks, int64_t block, int64_t max_blocks, int64_t n_q, int64_t n_kv, int64_t d,
                      float scale) {
-    check::multiple("paged_attention", "n_q", n_q, n_kv);
     check::row_stride("paged_attention", "out", out_stride, rows, n_q * d);
-    int64_t n_tasks = 0, tokens = 0;
-    for (int64_t m = 0; m < rows; ++m) {
-        const int64_t length = lengths[m], used = ceil_div(length, block);
-        check::at_least("paged_attention", "lengths", length, 0);
-        check::at_least("paged_attention", "block_table width", max_blocks, used);
-        for (int64_t b = 0; b < used; ++b) {
-            const int64_t cell = table[m * table_stride + b];
-            if (cell < 0) check::at_least("paged_attention", "block_table", cell, 0);
-            if (cell >= n_blocks) check::at_least("paged_attention", "blocks in the pool", n_blocks, cell + 1);
-        }
-        n_tasks += ceil_div(length, kPagedChunk);
-        tokens += length;
-    }
-    PagedAttention<S, T> shared{q,        k_pool, v_pool,       q_stride, k_block_stride, k_stride, v_block_stride,
-                                v_stride, table,  table_stride, lengths,  block,          n_q,      n_kv,
-                                d,        scale,  nullptr,      nullptr,  nullptr,        nullptr};
-    const int64_t size = shared.partial_size();
-    auto* tasks = static_cast<PagedTask*>(scratch(Slot::kShared, size_t(n_tasks + rows) * sizeof(PagedTask)));
-    auto* partials = static_cast<float*>(scratch(Slot::kPartials, size_t(n_tasks * size) * sizeof(float)));
-    PagedTask* ends = tasks + n_tasks;  // row m's tasks end before ends[m].key0
-    int64_t at = 0;
-    for (int64_t m = 0; m < rows; ++m) {
-        for (int64_t j = 0; j < lengths[m]; j += kPagedChunk) tasks[at++] = {m, j};
-        ends[m] = {m, at};
-    }
-    const size_t bytes = shared.place(nullptr);
-#pragma omp parallel if (n_tasks > 1 && tokens * n_q * d > kSerialWork)
-    {
-        PagedAttention<S, T> mine = shared;
-        mine.place(static_cast<char*>(scratch(Slot::kTile, bytes)));
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < n_tasks; ++i) mine.run(tasks[i], partials + i * size);
-#pragma omp for schedule(static)
-        for (int64_t m = 0; m < rows; ++m) {
-            const int64_t begin = m > 0 ? ends[m - 1].key0 : 0;
-            mine.finish(partials + begin * size, ends[m].key0 - begin, out + m * out_stride);
-        }
-    }
+    PagedAttention<S, T> shared{};
+    shared.q = q, shared.k_pool = k_pool, shared.v_pool = v_pool, shared.q_stride = q_stride;
+    shared.k_block_stride = k_block_stride, shared.k_stride = k_stride;
+    shared.v_block_stride = v_block_stride, shared.v_stride = v_stride;
+    shared.table = table, shared.table_stride = table_stride, shared.lengths = lengths;
+    shared.rows = rows, shared.block = block, shared.n_q = n_q, shared.n_kv = n_kv, shared.d = d, shared.scale = scale;
+    shared.validate(n_blocks, max_blocks);
+    int64_t tokens = 0;
+    for (int64_t m = 0; m < rows; ++m) tokens += lengths[m];
+    std::atomic<int64_t> claimed{0};
+#pragma omp parallel if (rows * n_kv > 1 && tokens * n_q * d > kSerialWork)
+    paged_attention_share(shared, claimed, out, out_stride);
 }
 
 }  // namespace mint

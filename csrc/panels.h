@@ -3,7 +3,8 @@
 // An element is one fp32 or, with a bf16 dot (S::kBf16Dot), the pair (k, k+1) of bf16; elsewhere bf16 is widened when
 // it is packed. The right operand goes into panels of kCols columns, k-major: element (kk, j) at kk * kCols + j, zeros
 // beyond the edge. The left operand is read row by row, from where it is if its k is contiguous (a row of bf16 is a row
-// of pairs), else from a copy.
+// of pairs), else from a copy. Tiles (S::kTiles) come in whole ones: copies are padded with zeros to kUnit elements of
+// k and kRows rows, and of rows that stay in place the last elements and the last rows are copied.
 #pragma once
 #include <type_traits>
 
@@ -16,10 +17,13 @@ template <class S, class T>
 struct Panel {
     static constexpr bool kPairs = S::kBf16Dot && std::is_same_v<T, bf16>;
     static constexpr bool kInPlace = kPairs || std::is_same_v<T, float>;  // elements can be read from T as it is
+    static constexpr bool kTiles = kPairs && S::kTiles;
     using P = std::conditional_t<kPairs, uint32_t, float>;
-    static constexpr int kStep = kPairs ? 2 : 1;  // k per element
-    static constexpr int kCols = S::kNv * S::W;   // columns of a panel
-    static int64_t depth(int64_t k) { return (k + kStep - 1) / kStep; }
+    static constexpr int kStep = kPairs ? 2 : 1;               // k per element
+    static constexpr int kUnit = kTiles ? 16 : 1;              // depths are multiples of it
+    static constexpr int kRows = kTiles ? 32 : S::kMr;         // rows multiplied at a time
+    static constexpr int kCols = kTiles ? 32 : S::kNv * S::W;  // columns of a panel
+    static int64_t depth(int64_t k) { return ceil_div(k, kStep * kUnit) * kUnit; }
 };
 
 // Rows of the left operand: element kk of row r at data + r * stride + 4 * kk, in bytes. `half`: the last element of a
@@ -28,6 +32,15 @@ struct Rows {
     const char* data;
     int64_t stride;
     bool half;
+    const char* tail = nullptr;  // if not null, where the last kUnit elements are, rows of 64 bytes
+    const char* edge = nullptr;  // if not null, where the rows from edge_from on are, padded
+    int64_t edge_from = 0, edge_stride = 0;
+
+    // Rows i and on, i a multiple of kRows.
+    Rows at(int64_t i) const {
+        if (edge != nullptr && i >= edge_from) return {edge + (i - edge_from) * edge_stride, edge_stride, false};
+        return {data + i * stride, stride, half, tail == nullptr ? nullptr : tail + i * 64};
+    }
 };
 
 template <class S, class T>
@@ -43,6 +56,14 @@ MINT_INLINE typename Panel<S, T>::P panel_element(const T* p, int64_t stride_k, 
         (void)stride_k, (void)second;
         return to_float(*p);
     }
+}
+
+// Element kk of k values that are stride_k apart; zeros beyond them.
+template <class S, class T>
+MINT_INLINE typename Panel<S, T>::P padded_element(const T* p, int64_t stride_k, int64_t kk, int64_t k) {
+    constexpr int kStep = Panel<S, T>::kStep;
+    if (kk * kStep >= k) return 0;
+    return panel_element<S, T>(p + kk * kStep * stride_k, stride_k, (kk + 1) * kStep <= k);
 }
 
 // W elements of neighbouring columns (or rows): those of one kk, k-stride apart in memory.
@@ -71,8 +92,7 @@ void pack_panel(const T* src, int64_t stride_c, int64_t stride_k, int64_t n, int
             for (int j = 0; j < C; j += S::W) pack_across<S, T>(p + j, stride_k, dst + kk * C + j);
         }
         for (int64_t kk = whole; kk < depth; ++kk)
-            for (int j = 0; j < C; ++j)
-                dst[kk * C + j] = panel_element<S, T>(src + j + kk * Q::kStep * stride_k, 0, false);
+            for (int j = 0; j < C; ++j) dst[kk * C + j] = padded_element<S, T>(src + j, stride_k, kk, k);
         return;
     }
     int64_t j0 = 0;
@@ -91,7 +111,7 @@ void pack_panel(const T* src, int64_t stride_c, int64_t stride_k, int64_t n, int
             }
             for (; kk < depth; ++kk)
                 for (int j = 0; j < S::W; ++j)
-                    dst[kk * C + j0 + j] = panel_element<S, T>(cols + j * stride_c + kk * Q::kStep, 1, kk < whole);
+                    dst[kk * C + j0 + j] = padded_element<S, T>(cols + j * stride_c, 1, kk, k);
         }
     }
     for (int64_t j = j0; j < C; ++j) {
@@ -100,8 +120,7 @@ void pack_panel(const T* src, int64_t stride_c, int64_t stride_k, int64_t n, int
             continue;
         }
         const T* p = src + j * stride_c;
-        for (int64_t kk = 0; kk < depth; ++kk)
-            dst[kk * C + j] = panel_element<S, T>(p + kk * Q::kStep * stride_k, stride_k, kk < whole);
+        for (int64_t kk = 0; kk < depth; ++kk) dst[kk * C + j] = padded_element<S, T>(p, stride_k, kk, k);
     }
 }
 
@@ -113,15 +132,46 @@ void pack_panels(const T* src, int64_t stride_c, int64_t stride_k, int64_t n, in
         pack_panel<S, T>(src + j * stride_c, stride_c, stride_k, min64(Q::kCols, n - j), k, dst);
 }
 
+// Of n rows of k elements that stay in place: copies of the last elements where they do not fill a unit, and of the
+// last rows where they do not fill kRows.
+template <class S, class T>
+Rows tile_rows(const T* src, int64_t stride_r, int64_t n, int64_t k, Slot slot) {
+    using Q = Panel<S, T>;
+    constexpr int64_t kUnit = Q::kUnit * Q::kStep;  // in k
+    const int64_t depth = Q::depth(k), whole = k / kUnit * kUnit, edge = n % Q::kRows, padded = depth * Q::kStep;
+    Rows rows{reinterpret_cast<const char*>(src), stride_r * int64_t(sizeof(T)), false};
+    T* tail = static_cast<T*>(scratch(slot, size_t(n * kUnit + Q::kRows * padded) * sizeof(T)));
+    if (whole < k && n >= Q::kRows) {
+        for (int64_t r = 0; r < n - edge; ++r) {
+            std::memset(tail + r * kUnit, 0, kUnit * sizeof(T));
+            std::memcpy(tail + r * kUnit, src + r * stride_r + whole, size_t(k - whole) * sizeof(T));
+        }
+        rows.tail = reinterpret_cast<const char*>(tail);
+    }
+    if (edge != 0) {
+        T* to = tail + n * kUnit;
+        rows.edge = reinterpret_cast<const char*>(to);
+        rows.edge_from = n - edge, rows.edge_stride = padded * int64_t(sizeof(T));
+        for (int64_t r = 0; r < edge; ++r, to += padded) {
+            std::memcpy(to, src + (n - edge + r) * stride_r, size_t(k) * sizeof(T));
+            std::memset(to + k, 0, size_t(padded - k) * sizeof(T));
+        }
+        std::memset(to, 0, size_t((Q::kRows - edge) * padded) * sizeof(T));
+    }
+    return rows;
+}
+
 // n rows of a left operand whose element (r, kk) is src[r * stride_r + kk * stride_k], where they are or in `slot`.
 template <class S, class T>
 Rows left_rows(const T* src, int64_t stride_r, int64_t stride_k, int64_t n, int64_t k, Slot slot) {
     using Q = Panel<S, T>;
     constexpr int W = S::W;
-    if (Q::kInPlace && stride_k == 1)
+    if (Q::kInPlace && stride_k == 1) {
+        if constexpr (Q::kTiles) return tile_rows<S, T>(src, stride_r, n, k, slot);
         return {reinterpret_cast<const char*>(src), stride_r * int64_t(sizeof(T)), k % Q::kStep != 0};
+    }
     const int64_t depth = Q::depth(k), whole = k / Q::kStep;
-    auto* dst = panel_scratch<S, T>(slot, n * depth);
+    auto* dst = panel_scratch<S, T>(slot, ceil_div(n, Q::kRows) * Q::kRows * depth);
     int64_t r = 0;
     if (stride_r == 1) {  // rows contiguous: W elements of W rows at a time
         for (; r + W <= n; r += W) {
@@ -134,13 +184,12 @@ Rows left_rows(const T* src, int64_t stride_r, int64_t stride_k, int64_t n, int6
             }
             for (int i = 0; i < W; ++i)
                 for (int64_t e = kk; e < depth; ++e)
-                    dst[(r + i) * depth + e] =
-                        panel_element<S, T>(src + r + i + e * Q::kStep * stride_k, stride_k, e < whole);
+                    dst[(r + i) * depth + e] = padded_element<S, T>(src + r + i, stride_k, e, k);
         }
     }
     for (; r < n; ++r)
         for (int64_t e = 0; e < depth; ++e)
-            dst[r * depth + e] = panel_element<S, T>(src + r * stride_r + e * Q::kStep * stride_k, stride_k, e < whole);
+            dst[r * depth + e] = padded_element<S, T>(src + r * stride_r, stride_k, e, k);
     return {reinterpret_cast<const char*>(dst), depth * 4, false};
 }
 

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <thread>
 
 #include "simd/bf16.h"
 
@@ -35,5 +36,39 @@ MINT_INLINE void for_claimed(int64_t n, std::atomic<int64_t>& claimed, Body body
         body(t, next);
     }
 }
+
+// Where a team meets many times in a millisecond. OpenMP's barrier spins for longer than a time slice: on a machine
+// whose cores are taken, each one then costs that slice. This one lets others run after some 20 microseconds.
+class Meeting {
+  public:
+    // All threads of the team call it; what they wrote before is seen by all after. The last to come calls last().
+    template <class Last>
+    void wait(Last last) {
+        const int round = round_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == omp_get_num_threads()) {
+            last();
+            arrived_.store(0, std::memory_order_relaxed);
+            round_.store(round + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
+            if (spins > 500) {
+                std::this_thread::yield();
+            } else {
+#if defined(__x86_64__)
+                __builtin_ia32_pause();
+#endif
+            }
+        }
+    }
+
+    void wait() {
+        wait([] {});
+    }
+
+  private:
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<int> round_{0};
+};
 
 }  // namespace mint

@@ -5,14 +5,23 @@
 
 namespace mint {
 
-// Runs `rounds` rounds of independent multiply-adds (bf16 dots where the ISA has them) on every thread and adds the
-// FLOP done to *flop. *sink gets a sum of them, so that no compiler leaves them out.
+// One thread's share of peak: `rounds` rounds of independent multiply-adds. Returns a sum of them.
 template <class S, class T>
-void peak(T* sink, int64_t rounds, double* flop) {
+typename S::F multiply_adds(int64_t rounds, double* flop) {
     constexpr int kSums = S::kMr * S::kNv;
-    double total = 0;
-#pragma omp parallel reduction(+ : total)
-    {
+    if constexpr (Panel<S, T>::kTiles) {
+        const typename S::Tiles registers;
+        alignas(64) float sums[16][16] = {};
+        S::template load_tile<0>(sums, 64), S::template load_tile<1>(sums, 64), S::template load_tile<2>(sums, 64);
+        S::template load_tile<3>(sums, 64), S::template load_tile<4>(sums, 64), S::template load_tile<6>(sums, 64);
+        for (int64_t r = 0; r < rounds; ++r) {
+            S::template multiply_tile<0, 4, 6>(), S::template multiply_tile<1, 4, 6>();
+            S::template multiply_tile<2, 4, 6>(), S::template multiply_tile<3, 4, 6>();
+        }
+        S::template store_tile<0>(sums, 64);
+        *flop = 4 * 2.0 * 16 * 16 * 32 * double(rounds);
+        return S::load(sums[0]);
+    } else {
         typename S::F acc[kSums];
 #pragma GCC unroll 32
         for (int i = 0; i < kSums; ++i) acc[i] = S::set1(float(i));
@@ -26,12 +35,23 @@ void peak(T* sink, int64_t rounds, double* flop) {
                 }
             }
         }
-        alignas(64) float lanes[S::W];
 #pragma GCC unroll 32
         for (int i = 1; i < kSums; ++i) acc[0] = S::add(acc[0], acc[i]);
-        S::store(lanes, acc[0]);
+        *flop = 2.0 * kSums * S::W * Panel<S, T>::kStep * double(rounds);
+        return acc[0];
+    }
+}
+
+// Runs `rounds` rounds of independent multiply-adds (bf16 dots or tiles where the ISA has them) on every thread and
+// adds the FLOP done to *flop. *sink gets a sum of them, so that no compiler leaves them out.
+template <class S, class T>
+void peak(T* sink, int64_t rounds, double* flop) {
+    double total = 0;
+#pragma omp parallel reduction(+ : total)
+    {
+        alignas(64) float lanes[S::W];
+        S::store(lanes, multiply_adds<S, T>(rounds, &total));
         if (omp_get_thread_num() == 0) put(sink, lanes[0]);
-        total = 2.0 * kSums * S::W * Panel<S, T>::kStep * double(rounds);
     }
     *flop += total;
 }

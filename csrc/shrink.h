@@ -14,7 +14,7 @@ template <class S, class T, class Write>
 void write_and_shrink(int64_t rows, int64_t width, const T* x, int64_t x_stride, const T* a, int64_t a_stride,
                       int64_t rank, float scale, T* s, int64_t s_stride, Write write) {
     using Q = Panel<S, T>;
-    constexpr int64_t kTile = 2 * S::kMr;
+    constexpr int64_t kTile = Q::kTiles ? Q::kRows : 2 * Q::kRows;
     const int64_t depth = Q::depth(width), columns = ceil_div(rank, Q::kCols) * Q::kCols;
     auto* panels = panel_scratch<S, T>(Slot::kShared, columns * depth);
     pack_panels<S, T>(a, a_stride, 1, rank, width, panels);
@@ -23,15 +23,15 @@ void write_and_shrink(int64_t rows, int64_t width, const T* x, int64_t x_stride,
     {
         const Range mine = my_rows(rows);
         float* c = static_cast<float*>(scratch(Slot::kTile, size_t(kTile * columns) * 4));
+        const typename S::Tiles registers;
         Prefetch none;
         for (int64_t m = mine.begin; m < mine.end; m += kTile) {
             const int64_t n = min64(kTile, mine.end - m);
             write(Range{m, m + n});
             const Rows left = left_rows<S, T>(x + m * x_stride, x_stride, 1, n, width, Slot::kPanelsA);
-            for (int64_t i = 0; i < n; i += S::kMr) {
-                multiply_rows<S, T>({left.data + i * left.stride, left.stride, left.half}, min64(S::kMr, n - i), panels,
-                                    rank, depth, c + i * columns, columns, false, &none);
-            }
+            for (int64_t i = 0; i < n; i += Q::kRows)
+                multiply_rows<S, T>(left.at(i), min64(Q::kRows, n - i), panels, rank, depth, c + i * columns, columns,
+                                    false, &none);
             for (int64_t i = 0; i < n; ++i) {
                 T* out = s + (m + i) * s_stride;
                 const float* sum = c + i * columns;

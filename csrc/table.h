@@ -19,7 +19,7 @@ struct Table {
 
 extern const Table table_scalar;
 #if defined(__x86_64__)
-extern const Table table_avx2, table_avx512, table_avx512_bf16;
+extern const Table table_avx2, table_avx512, table_avx512_bf16, table_amx;
 #endif
 
 }  // namespace mint

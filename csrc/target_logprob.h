@@ -10,7 +10,6 @@
 
 #include "check.h"
 #include "gemm.h"
-#include "logits.h"    // dot_block
 #include "rms_norm.h"  // for_vectors
 
 namespace mint {
@@ -33,30 +32,24 @@ void for_logit_tiles(const T* x, int64_t x_stride, const T* weight, int64_t w_st
                      int64_t width, Tile tile) {
     using Q = Panel<S, T>;
     const int64_t block = vocab_block<S, T>(width), blocks = ceil_div(vocab, block), depth = Q::depth(width);
-    const bool dots = rows <= kDotRows;
-    Rows left{};
-    if (!dots) left = left_rows<S, T>(x, x_stride, 1, rows, width, Slot::kShared);
+    const Rows left = left_rows<S, T>(x, x_stride, 1, rows, width, Slot::kShared);
     std::atomic<int64_t> claimed{0};
 #pragma omp parallel if (blocks > 1)
     for_claimed(blocks, claimed, [&](int64_t b, int64_t following) {
         const int64_t v0 = b * block, cols = min64(block, vocab - v0), v1 = following * block;
         float* c = static_cast<float*>(scratch(Slot::kTile, size_t(kTileRows * block) * 4));
-        auto* pb = panel_scratch<S, T>(Slot::kPanelsB, dots ? 16 : block * depth);
-        if (!dots) pack_panels<S, T>(weight + v0 * w_stride, w_stride, 1, cols, width, pb);
+        auto* pb = panel_scratch<S, T>(Slot::kPanelsB, block * depth);
+        pack_panels<S, T>(weight + v0 * w_stride, w_stride, 1, cols, width, pb);
         Prefetch next;
-        if (!dots && v1 < vocab) {
-            const int64_t calls = ceil_div(rows, S::kMr) * ceil_div(cols, Q::kCols) * ceil_div(depth, kDepth);
-            next = panels_ahead(weight + v1 * w_stride, w_stride, 1, min64(block, vocab - v1), width, calls);
-        }
+        if (v1 < vocab)
+            next = panels_ahead(weight + v1 * w_stride, w_stride, 1, min64(block, vocab - v1), width,
+                                prefetch_calls<S, T>(rows, cols, depth));
+        const typename S::Tiles registers;
         for (int64_t m0 = 0; m0 < rows; m0 += kTileRows) {
             const int64_t n = min64(kTileRows, rows - m0);
-            if (dots) {
-                dot_block<S, T, kDotRows>(n, x, x_stride, weight + v0 * w_stride, w_stride, cols, width, c, block);
-            } else {
-                for (int64_t i = 0; i < n; i += S::kMr)
-                    multiply_rows<S, T>({left.data + (m0 + i) * left.stride, left.stride, left.half},
-                                        min64(S::kMr, n - i), pb, cols, depth, c + i * block, block, false, &next);
-            }
+            for (int64_t i = 0; i < n; i += Q::kRows)
+                multiply_rows<S, T>(left.at(m0 + i), min64(Q::kRows, n - i), pb, cols, depth, c + i * block, block,
+                                    false, &next);
             for (int64_t i = 0; i < n; ++i)
                 for (int64_t v = cols; v < ceil_div(cols, S::W) * S::W; ++v)
                     c[i * block + v] = -std::numeric_limits<float>::infinity();

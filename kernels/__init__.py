@@ -10,7 +10,7 @@ from mint_engine.kernels.bordered_linear import (
     expand_backward,
     shrink,
 )
-from mint_engine.kernels.decode_layer import LayerAdapters, decode_layer, decode_layer_supported
+from mint_engine.kernels.decode_step import StepAdapters, StepModel, decode_step, decode_step_supported
 from mint_engine.kernels.embedding import embedding
 from mint_engine.kernels.grouped_linear import grouped_linear, grouped_outer
 from mint_engine.kernels.lora_gradients import lora_gradients
@@ -31,9 +31,10 @@ from mint_engine.kernels.target_logprob import (
 
 __all__ = [
     "Labels",
-    "LayerAdapters",
     "Places",
     "Shrink",
+    "StepAdapters",
+    "StepModel",
     "adamw_",
     "adamw_places_",
     "attention",
@@ -42,8 +43,8 @@ __all__ = [
     "bordered_by_tile_backward",
     "bordered_linear",
     "bordered_linear_backward",
-    "decode_layer",
-    "decode_layer_supported",
+    "decode_step",
+    "decode_step_supported",
     "embedding",
     "expand_backward",
     "faces",

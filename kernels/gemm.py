@@ -13,8 +13,7 @@ def mm(a: Tensor, b: Tensor, *, bias: Tensor | None = None, scale: float = 1.0, 
 
     ``a`` and ``out`` have unit stride in their last dimension, ``b`` in either (a weight is passed as ``weight.T``);
     all have one dtype, float32 or bfloat16, and shapes that fit: callers have checked them. ``out`` may be a view,
-    but not of ``a`` or ``b``. A result does not depend on the number of threads; with more than 8 rows (or ``b``
-    row-major) neither does a row depend on the others.
+    but not of ``a`` or ``b``. A result does not depend on the number of threads, nor a row on the others.
     """
     (m, k), n = a.shape, b.shape[1]
     if out is None:

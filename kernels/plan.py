@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -81,4 +83,20 @@ def _ours(isa_in_use: str, dtype: torch.dtype) -> bool:
 
 def ours(dtype: torch.dtype) -> bool:
     """Whether large products in ``dtype`` run in our own GEMM on this machine."""
-    return _ours(isa(), dtype)
+    return getattr(_own, "always", False) or _ours(isa(), dtype)
+
+
+_own = threading.local()
+
+
+@contextmanager
+def own_products() -> Iterator[None]:
+    """Until the block ends, this thread's products run in our own GEMM, whatever the plan says.
+
+    There a row's sums do not depend on how many others share the product; torch's libraries do not promise that.
+    """
+    before, _own.always = getattr(_own, "always", False), True
+    try:
+        yield
+    finally:
+        _own.always = before

@@ -86,10 +86,12 @@ class BaseModels:
         activation_bytes: int | None,
         on_load: Callable[[Sampler], None],
         wake: Callable[[], None],
+        *,
+        int8: bool = False,
     ) -> None:
         self._home, self._dtype, self._device = home, dtype, device
         self._cache_bytes, self._activation_bytes = cache_bytes, activation_bytes
-        self._on_load, self._wake = on_load, wake
+        self._on_load, self._wake, self._int8 = on_load, wake, int8
         self._lock = threading.Lock()
         self._loading: dict[str, Future[Base]] = {}
 
@@ -141,7 +143,8 @@ class BaseModels:
             names = set(reader.names())
             progress.update(task, total=len(names))
             decoder = Decoder(
-                config, reader, self._dtype, device=self._device, on_tensor=lambda _: progress.advance(task),
+                config, reader, self._dtype, device=self._device, int8=self._int8,
+                on_tensor=lambda _: progress.advance(task),
                 activation_bytes=self._activation_bytes or ACTIVATION_BYTES,
             )  # fmt: skip
         sampler = Sampler(decoder, self._cache_bytes, self._wake)

@@ -26,12 +26,26 @@ class BorderedWeight:
         self.group = group
         self.n, self.k, self.m = group.out_features, group.in_features, len(group.modules)
         self.bias: Tensor | None = None
+        self.int8: tuple[Tensor, Tensor] | None = None  # W as decode steps read it: values [N, K] and scales [N]
         self.buf = torch.zeros(self.n + self.m * ranks, self.k + self.m * ranks, dtype=dtype, device=device)
 
     @property
     def weight(self) -> Tensor:
         """The frozen W, [N, K]."""
         return self.buf[: self.n, : self.k]
+
+    def set_rows(self, start: int, rows: Tensor, int8: bool = False) -> None:
+        """Set rows ``start, ...`` of W. ``int8``: to int8 values times a scale for each row, kept beside W."""
+        stop = start + len(rows)
+        if int8:
+            if self.int8 is None:
+                values = torch.zeros(self.n, self.k, dtype=torch.int8, device=self.buf.device)
+                self.int8 = values, torch.zeros(self.n, dtype=torch.float32, device=self.buf.device)
+            scales = rows.float().abs().amax(1).clamp(min=1e-30) / 127
+            values = (rows.float() / scales[:, None]).round()
+            self.int8[0][start:stop], self.int8[1][start:stop] = values.to(torch.int8), scales
+            rows = values * scales[:, None]
+        self.weight[start:stop].copy_(rows)
 
     def widen(self, ranks: int) -> None:
         """Make room for ``ranks`` ranks. What sat in the border is forgotten."""

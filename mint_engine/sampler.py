@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from itertools import islice
+from itertools import accumulate, groupby, islice
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from mint_engine.kv_cache import KVCache, blocks_for
 from mint_engine.models.decoder import Decoder
 from mint_engine.requests import MAX_VALUES, Request, check_product
 from mint_engine.sampling import alternatives, sample
-from mint_engine.sampling_pass import Piece, compute
+from mint_engine.sampling_pass import Piece, decode, prefill
 from mint_engine.sampling_rows import Job, Row, adapter_order
 from mint_engine.schedule import MAX_ALL_ROWS, MAX_ROWS, Schedule
 from mint_engine.speculation import drafts
@@ -216,19 +216,40 @@ class Sampler:
             for pieces, a, b in ((prompts, start, end), (sampled, max(start, end), stop)):
                 if a < b:
                     pieces.append((job, Piece(job.request.adapter, job.cache, job.tokens[a:b], a)))
+        ends: dict[Job, Tensor] = {}
         try:
-            h, seating = compute(self._decoder, self._cache, [p for _, p in prompts], [p for _, p in sampled])
+            for _, group in groupby(prompts, key=lambda item: adapter_order(item[1].adapter)):
+                ends |= self._compute_prompts(list(group))
+            if sampled:
+                last = [n - 1 for n in accumulate(len(piece.tokens) for _, piece in sampled)]
+                self.tokens_prefilled += last[-1] + 1
+                logits = decode(self._decoder, self._cache, [piece for _, piece in sampled], last)
+                ends |= {job: row for (job, _), row in zip(sampled, logits, strict=True)}
         except BaseException:
             self._cache.retract(published)
             raise
+        self._finish_jobs([job for job, _, _ in chunks if not job.remaining], ends)
+
+    def _compute_prompts(self, pieces: list[tuple[Job, Piece]]) -> dict[Job, Tensor]:
+        """Compute and score prompts of one adapter; the logits that the first tokens are drawn from."""
+        h, seating = prefill(self._decoder, self._cache, [piece for _, piece in pieces])
         self.tokens_prefilled += len(h)
-        last: dict[Job, int] = {}
-        row = 0
-        for job, piece in (*prompts, *sampled):
+        row, last = 0, {}
+        for job, piece in pieces:
             self._score(job, piece, h[row : row + len(piece.tokens)], seating, row)
             row += len(piece.tokens)
-            last[job] = row - 1
-        self._finish_jobs({job: i for job, i in last.items() if not job.remaining}, h, seating)
+            if job.rows and not job.remaining:
+                last[job] = row - 1
+        return self._logits(last, h, seating)
+
+    def _logits(self, rows: dict[Job, int], h: Tensor, seating: Seating) -> dict[Job, Tensor]:
+        """The logits [V] of these rows, on the host, where tokens are drawn."""
+        if not rows:
+            return {}
+        at = torch.tensor(list(rows.values()))
+        own = seating.select(at)
+        x = self._decoder.head_input(h[at], own)
+        return dict(zip(rows, self._decoder.logits(x, own).cpu(), strict=True))
 
     def _score(self, job: Job, piece: Piece, h: Tensor, seating: Seating, offset: int) -> None:
         """Score the rows ``h`` of a piece, which are rows ``offset, ...`` of the pass."""
@@ -239,25 +260,17 @@ class Sampler:
         x = self._decoder.head_input(h[first : first + len(rows)], own)
         job.scorer.add(self._decoder, x, own, rows.start)
 
-    def _finish_jobs(self, last: dict[Job, int], h: Tensor, seating: Seating) -> None:
-        """Answer what was only to be scored; draw the next token of every other job's rows from its last row."""
-        for job in last:
+    def _finish_jobs(self, jobs: list[Job], ends: dict[Job, Tensor]) -> None:
+        """Answer what was only to be scored; draw the next token of every other job's rows from its last logits."""
+        for job in jobs:
             if job.scorer is not None:
                 job.request.scores = job.scorer.result()
-        drawn = {job: i for job, i in sorted(last.items(), key=lambda item: item[1]) if job.rows}
-        logits = None
-        if drawn:
-            rows = torch.tensor(list(drawn.values()))
-            own = seating.select(rows)
-            x = self._decoder.head_input(h[rows], own)
-            logits = self._decoder.logits(x, own).cpu()  # tokens are drawn on the host
-        for job in last:
             self._schedule.finish_job(job)
             if not job.rows:
                 settle(job.request.future, job.request.response)
-        if logits is not None:
-            copies = torch.tensor([len(job.rows) for job in drawn])
-            self._extend([row for job in drawn for row in job.rows], logits.repeat_interleave(copies, dim=0))
+        rows = [(row, ends[job]) for job in jobs for row in job.rows]
+        if rows:
+            self._extend([row for row, _ in rows], torch.stack([logits for _, logits in rows]))
 
     def _score_whole(self, job: Job) -> None:
         """Score a prompt that is longer than the whole cache: in one pass that keeps nothing."""
@@ -268,7 +281,7 @@ class Sampler:
         self.tokens_prefilled += len(h)
         self._score(job, Piece(job.request.adapter, job.cache, job.tokens, 0), h, seating, 0)
         job.cache.length = len(job.tokens)
-        self._finish_jobs({job: len(h) - 1}, h, seating)
+        self._finish_jobs([job], self._logits({job: len(h) - 1}, h, seating) if job.rows else {})
 
     def _decode(self, rows: list[Row]) -> None:
         """The next token of every running row, whatever its adapter, and more where a proposal was right."""
@@ -277,8 +290,7 @@ class Sampler:
             tokens = np.array([row.tokens[-1], *draft], dtype=np.int64)
             pieces.append(Piece(row.request.adapter, row.cache, tokens, row.cache.length))
             row.cache.length += 1  # the proposed ones count when they have been drawn
-        h, seating = compute(self._decoder, self._cache, [], pieces)
-        self._extend(rows, self._decoder.logits(self._decoder.head_input(h, seating), seating).cpu(), proposed)
+        self._extend(rows, decode(self._decoder, self._cache, pieces), proposed)
 
     def _extend(self, rows: list[Row], logits: Tensor, proposed: Sequence[Sequence[int]] | None = None) -> None:
         """Draw each row's next token from ``logits`` fp32 [R, V]; finished rows leave.

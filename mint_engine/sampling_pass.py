@@ -1,4 +1,4 @@
-"""One pass of the decoder over pieces of cached sequences: prompts in chunks, sampled tokens one by one.
+"""One pass of the decoder over pieces of cached sequences: prompts in chunks, or sampled tokens one by one.
 
 Which kernel computes a token's keys and values depends on nothing but what the token is. Prompt tokens attend by the
 training kernel, over what the cache holds of their sequence and themselves; sampled tokens attend by the decode kernel,
@@ -19,6 +19,7 @@ from mint_engine import kernels
 from mint_engine.adapters import Adapter
 from mint_engine.borders import Seating
 from mint_engine.device import upload
+from mint_engine.kernels import plan
 from mint_engine.kv_cache import CachedSequence, KVCache
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.layer import Attend
@@ -38,37 +39,34 @@ class Piece:
         return self.start + len(self.tokens)
 
 
-def compute(
-    decoder: Decoder, cache: KVCache, prompts: Sequence[Piece], sampled: Sequence[Piece]
-) -> tuple[Tensor, Seating]:
-    """(residual stream [M, H], seating) of all pieces' rows, ``prompts`` first; their K and V go into the cache.
+def prefill(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) -> tuple[Tensor, Seating]:
+    """(residual stream [M, H], seating) of the rows of prompts; their K and V go into the cache.
 
-    A prompt piece's earlier tokens must be in the cache or come from a piece before it in the same pass.
+    A piece's earlier tokens must be in the cache or come from a piece before it. Rows have the same bits in any company
+    of their own adapter's: where an adapter sits in the border moves sums.
     """
-    pieces = [*prompts, *sampled]
-    bounds = [0, *accumulate(len(p.tokens) for p in pieces)]
-    rows = _Rows(
-        tokens=torch.from_numpy(np.concatenate([p.tokens for p in pieces])),
-        positions=torch.from_numpy(np.concatenate([np.arange(p.start, p.stop) for p in pieces])),
-        slots=upload(_slots(cache, [(p, p.start) for p in pieces]), decoder.device),
-        seating=decoder.borders.seat(
-            [(p.adapter, a, b) for p, a, b in zip(pieces, bounds[:-1], bounds[1:], strict=True)]
-        ),
-    )
-    split = bounds[len(prompts)]
-    if split == 0 and kernels.decode_layer_supported(decoder.embedding[: len(rows.tokens)], cache.k[0], cache.v[0]):
-        return _decode(decoder, cache, rows, sampled), rows.seating
-    first = _prompt_attend(decoder, cache, prompts) if prompts else None
-    then = _sampled_attend(decoder, cache, sampled) if sampled else None
+    rows, attend = _Rows.of(decoder, cache, pieces), _prompt_attend(decoder, cache, pieces)
+    with plan.own_products():
+        return _hidden(decoder, cache, rows, attend), rows.seating
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        cache.write(layer, rows.slots, k, v)
-        if first is not None:
-            first(layer, q[:split], k[:split], v[:split], out[:split])
-        if then is not None:
-            then(layer, q[split:], k[split:], v[split:], out[split:])
 
-    return decoder.hidden(rows.tokens, rows.positions, rows.seating, attend)[0], rows.seating
+def decode(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], wanted: Sequence[int] | None = None) -> Tensor:
+    """fp32 logits [R, V], on the host, of the rows of sampled tokens, or of the ``wanted`` ones, ascending.
+
+    Their K and V go into the cache. Where the cpu kernels run, rows have the same bits in any company.
+    """
+    rows, c = _Rows.of(decoder, cache, pieces), decoder.config
+    chosen = torch.arange(len(rows.tokens)) if wanted is None else torch.tensor(wanted, dtype=torch.int64)
+    if not kernels.decode_step_supported(decoder.norm, cache.k, cache.v):
+        h = _hidden(decoder, cache, rows, _sampled_attend(decoder, cache, pieces))
+        own = rows.seating.select(chosen)
+        return decoder.logits(decoder.head_input(h[upload(chosen, decoder.device)], own), own).cpu()
+    cos, sin = decoder.rope.rows(rows.positions)
+    table, lengths = _context(cache, pieces)
+    return kernels.decode_step(
+        decoder.step_model(), rows.tokens, cos, sin, cache.k, cache.v, rows.slots, table, lengths, chosen,
+        c.head_dim**-0.5, adapters=_adapters(decoder, rows.seating),
+    )  # fmt: skip
 
 
 @dataclass
@@ -80,35 +78,38 @@ class _Rows:
     slots: Tensor
     seating: Seating
 
-
-def _decode(decoder: Decoder, cache: KVCache, rows: _Rows, pieces: Sequence[Piece]) -> Tensor:
-    """The residual stream [M, H] of a few sampled tokens, a layer in one call."""
-    c = decoder.config
-    cos, sin = decoder.rope.rows(rows.positions)
-    table, lengths = _context(cache, pieces)
-    adapters = _layer_adapters(decoder, rows.seating)
-    x, h = decoder.embedding[rows.tokens], None
-    for i, layer in enumerate(decoder.layers):
-        x, h = kernels.decode_layer(
-            layer, x, h, cos, sin, cache.k[i], cache.v[i], rows.slots, table, lengths, c.num_heads, c.num_kv_heads,
-            c.rms_norm_eps, c.head_dim**-0.5, adapters=adapters,
-        )  # fmt: skip
-    assert h is not None
-    return h + x
+    @staticmethod
+    def of(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) -> _Rows:
+        bounds = [0, *accumulate(len(p.tokens) for p in pieces)]
+        seats = [(p.adapter, a, b) for p, a, b in zip(pieces, bounds[:-1], bounds[1:], strict=True)]
+        return _Rows(
+            tokens=torch.from_numpy(np.concatenate([p.tokens for p in pieces])),
+            positions=torch.from_numpy(np.concatenate([np.arange(p.start, p.stop) for p in pieces])),
+            slots=upload(_slots(cache, [(p, p.start) for p in pieces]), decoder.device),
+            seating=decoder.borders.seat(seats),
+        )
 
 
-def _layer_adapters(decoder: Decoder, seating: Seating) -> kernels.LayerAdapters | None:
-    """The seating as decode_layer takes it. An adapter trains a kind of module in every layer or in none."""
+def _hidden(decoder: Decoder, cache: KVCache, rows: _Rows, attend: Attend) -> Tensor:
+    def store_and_attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        cache.write(layer, rows.slots, k, v)
+        attend(layer, q, k, v, out)
+
+    return decoder.hidden(rows.tokens, rows.positions, rows.seating, store_and_attend)[0]
+
+
+def _adapters(decoder: Decoder, seating: Seating) -> kernels.StepAdapters | None:
+    """The seating as decode_step takes it. An adapter trains a kind of module in every layer or in none."""
     if not seating.segments:
         return None
     layer = decoder.layers[0]
-    groups = [w.group for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    groups = [w.group for w in (layer.qkv, layer.o, layer.gate_up, layer.down, decoder.head)]
     segments, scales = [], []
     for s in seating.segments:
         trained = sum(1 << bit for bit, group in enumerate(groups) if group.name in s.adapter.factors)
         segments.append([s.start, s.stop, s.offset, s.adapter.rank, trained])
         scales.append(s.adapter.scale)
-    return kernels.LayerAdapters(torch.tensor(segments), torch.tensor(scales, dtype=torch.float32), seating.ranks)
+    return kernels.StepAdapters(torch.tensor(segments), torch.tensor(scales, dtype=torch.float32), seating.ranks)
 
 
 def _context(cache: KVCache, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:

@@ -138,7 +138,8 @@ def test_prompt_scores_equal_the_trainer_and_the_logits(decoder: Decoder, adapte
             assert [lp for _, lp in top] == sorted((lp for _, lp in top), reverse=True)
             for token, lp in [*top, *((t, s) for t, s in zip(targets[row], scores[row], strict=True) if t >= 0)]:
                 single = teacher_forced(decoder, adapter, [*prompt[: row + 1], int(token)])[-1]
-                assert lp == pytest.approx(single, abs=1e-5)
+                # Where training's products are torch's, a logit of 20 is another sum.
+                assert lp == pytest.approx(single, abs=1e-5, rel=1e-6)
         assert (scores[targets == -1] == 0).all()
         assert got.prompt_alt_tokens is not None
         assert got.prompt_alt_tokens.tokens.to_numpy().shape == (4, 2)

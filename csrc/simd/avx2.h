@@ -8,7 +8,10 @@ namespace mint {
 
 struct Avx2 {
     static constexpr int W = 8;
-    static constexpr bool kBf16Dot = false;
+    static constexpr bool kBf16Dot = false, kTiles = false;
+    struct Tiles {
+        Tiles() {}
+    };
     static constexpr int kMr = 4, kNv = 3;
     using F = __m256;
 

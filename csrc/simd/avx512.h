@@ -8,7 +8,10 @@ namespace mint {
 
 struct Avx512 {
     static constexpr int W = 16;
-    static constexpr bool kBf16Dot = false;
+    static constexpr bool kBf16Dot = false, kTiles = false;
+    struct Tiles {
+        Tiles() {}
+    };
     static constexpr int kMr = 8, kNv = 3;
     using F = __m512;
 

@@ -9,7 +9,11 @@ namespace mint {
 struct Scalar {
     static constexpr int W = 1;              // fp32 lanes in F
     static constexpr bool kBf16Dot = false;  // has a dot product of bf16 pairs
-    static constexpr int kMr = 4, kNv = 4;   // GEMM register tile: kMr rows x kNv vectors
+    static constexpr bool kTiles = false;    // has products of whole bf16 tiles (amx.h), while a Tiles lives
+    struct Tiles {
+        Tiles() {}
+    };
+    static constexpr int kMr = 4, kNv = 4;  // GEMM register tile: kMr rows x kNv vectors
     using F = float;
 
     MINT_INLINE F zero() { return 0.0f; }

@@ -1,7 +1,7 @@
 """Our own GEMM on strided views of the bordered buffer, or torch's library where kernels/plan.py says so.
 
-Up to ``FEW_ROWS`` rows a forward is C++ dot products straight from memory everywhere: reading the weight is all of the
-time there, and they read it faster. No view is copied (README.md).
+A forward of at most ``FEW_ROWS`` rows is ours everywhere: reading the weight is all of the time there, and few_rows.h
+reads it faster. No view is copied (README.md).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mint_engine.kernels.op import native_reason as supports
 
 __all__ = ["bordered_linear", "bordered_linear_backward", "expand_backward", "shrink", "supports"]
 
-FEW_ROWS = 8  # kDotRows of csrc/logits.h
+FEW_ROWS = 8
 
 
 def shrink(x: Tensor, a: Tensor, scale: float, out: Tensor) -> Tensor:

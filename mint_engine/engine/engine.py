@@ -52,16 +52,20 @@ class Engine(Models, Training, Checkpoints, Parking):
             but K and V. Loss and gradients are the same sums. `forward` and custom losses always report all.
         sampling_share: the part of the device's time that decode steps get while training operations wait, between 0
             and 1; the operations get the rest while there is something to sample. Who is alone gets everything.
+        weights: None, or "int8": base models' linear weights are rounded to int8 with a scale for each output channel.
+            Decode steps read these, half the bytes of bfloat16; everything else computes with the same values in
+            ``dtype``, so both copies are kept. For sampling: it is another, slightly worse base model.
     """
 
     def __init__(
         self, *, dtype: str = "bfloat16", device: str | None = None, home: Path, kv_cache_bytes: int | None = None,
         store: Store | None = None, deterministic: bool | None = None, masked_logprobs: bool = True,
         activation_bytes: int | None = None, sampling_share: float = DEFAULT_SAMPLING_SHARE,
+        weights: str | None = None,
     ) -> None:  # fmt: skip
         EngineCore.__init__(
             self, dtype=dtype, device=device, home=home, kv_cache_bytes=kv_cache_bytes, store=store,
-            activation_bytes=activation_bytes, sampling_share=sampling_share,
+            activation_bytes=activation_bytes, sampling_share=sampling_share, weights=weights,
         )  # fmt: skip
         self.deterministic = dtype == "float32" if deterministic is None else deterministic
         self.masked_logprobs = masked_logprobs

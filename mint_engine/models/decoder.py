@@ -31,7 +31,7 @@ class Decoder:
     """One resident copy of a base model in the compute dtype; any number of adapters pass through its borders."""
 
     def __init__(self, config: ModelConfig, reader: WeightReader, dtype: torch.dtype, *,
-                 device: torch.device | str = "cpu", activation_bytes: int = ACTIVATION_BYTES,
+                 device: torch.device | str = "cpu", int8: bool = False, activation_bytes: int = ACTIVATION_BYTES,
                  on_tensor: Callable[[str], None] = lambda name: None) -> None:  # fmt: skip
         """Read the weights to ``device``. ``on_tensor(name)`` is called after each, for a progress bar.
 
@@ -53,7 +53,7 @@ class Decoder:
             row = 0
             for module, n in group.modules:
                 name = module if not (module == "lm_head" and config.tie_word_embeddings) else "model.embed_tokens"
-                weight.weight[row : row + n].copy_(read(f"{name}.weight"))
+                weight.set_rows(row, read(f"{name}.weight"), int8)
                 row += n
             if bias:
                 weight.bias = torch.cat([read(f"{module}.bias") for module, _ in group.modules])
@@ -81,6 +81,7 @@ class Decoder:
         self.borders = Borders(
             [w for la in self.layers for w in (la.qkv, la.o, la.gate_up, la.down)] + [self.head], DEFAULT_RANKS
         )
+        self._step_model: tuple[int, kernels.StepModel] | None = None
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
@@ -113,6 +114,7 @@ class Decoder:
     def resident_bytes(self) -> int:
         """Memory of the weights, with their borders as wide as they are now."""
         tensors = [w.buf for w in self.borders.weights] + ([] if self._embedding is None else [self._embedding])
+        tensors += [t for w in self.borders.weights for t in w.int8 or ()]
         return sum(t.nbytes for t in tensors)
 
     @property
@@ -244,6 +246,16 @@ class Decoder:
     def logits(self, x: Tensor, seating: Seating) -> Tensor:
         """fp32 logits [M, V] of a few rows of :meth:`head_input`."""
         return kernels.logits(x, self.head.forward_weight(seating.ranks_of(self.head.group)))
+
+    def step_model(self) -> kernels.StepModel:
+        """The weights as ``kernels.decode_step`` takes them: made again when the borders have grown."""
+        if self._step_model is None or self._step_model[0] != self.borders.capacity:
+            c = self.config
+            model = kernels.StepModel(
+                self.layers, self.norm, self.head, self.embedding, c.num_heads, c.num_kv_heads, c.rms_norm_eps
+            )
+            self._step_model = self.borders.capacity, model
+        return self._step_model[1]
 
     def packed_attend(self, batch: PackedBatch) -> Attend:
         """Causal attention within each sequence of the batch."""

@@ -36,6 +36,10 @@ class Settings(BaseSettings):
         "once; clients can name no other.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Compute dtype: bfloat16 or float32.")
+    weights: Literal["int8"] | None = Field(
+        default=None,
+        description="int8: base models rounded to int8 per output channel, for faster sampling; default as they are.",
+    )
     device: str | None = Field(
         default=None,
         description="Where to compute: cpu, cuda or cuda:1; default MINT_DEVICE, else a GPU if there is one.",

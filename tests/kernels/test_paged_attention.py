@@ -113,16 +113,21 @@ def test_a_row_gives_the_same_bits_alone_and_in_a_batch(face: str, dtype: torch.
         torch.set_num_threads(threads)
 
 
-def test_decoding_token_by_token_matches_the_packed_forward(face: str, dtype: torch.dtype) -> None:
-    n, block, n_q, n_kv, d = 90, 16, 6, 2, 32
+@pytest.mark.parametrize(("n", "n_q", "n_kv", "d"), [(90, 6, 2, 32), (300, 9, 3, 64), (97, 4, 1, 34), (193, 2, 2, 128)])
+def test_decoding_token_by_token_is_the_packed_forward(
+    face: str, dtype: torch.dtype, n: int, n_q: int, n_kv: int, d: int
+) -> None:
+    """In C++ to the bit: what was sampled is what training sees."""
     q = normal(n, n_q * d, seed=7, dtype=dtype)
-    k_pool, v_pool, table, ks, vs = cache([n], block, n_kv * d, dtype)
+    k_pool, v_pool, table, ks, vs = cache([n], 16, n_kv * d, dtype)
     lengths = torch.arange(1, n + 1, dtype=torch.int32)
     decoded = paged_attention(q, k_pool, v_pool, table.expand(n, -1), lengths, n_q, n_kv, d**-0.5, face=face)
     cu = torch.tensor([0, n], dtype=torch.int32)
     exact, _ = attention(q.double(), ks[0].double(), vs[0].double(), cu, n_q, n_kv, d**-0.5, face="reference")
     packed, _ = attention(q, ks[0], vs[0], cu, n_q, n_kv, d**-0.5, face=face)
     within_budget("o", decoded, exact, packed)
+    if face == "cpu":
+        assert torch.equal(decoded, packed)
 
 
 def test_large_scores_are_a_hard_choice(face: str, dtype: torch.dtype) -> None:

@@ -1,0 +1,329 @@
+// One decode step: every row is one token of its own cached sequence, all layers and the head in one call and one
+// parallel region, so that between two products lie barriers and not calls from Python.
+//
+//     h1 = h + x               x1 = norm(h1)   [q k v] = x1 Wqkv   q, k rotated; k, v into the cache
+//     delta = attention(q) Wo  h = h1 + delta  x2 = norm(h)        x = (silu(gate) * up) Wd, [gate up] = x2 Wgu
+//     at last: logits = norm(h + x) Whead, fp32, of the rows that are asked for
+//
+// The products are few_rows.h's: gemm's sums. A row meets its own adapter only, as if that sat first in the border: x's
+// tail is its S = scale * x A^T, and its weight [W | B] goes on with its B. So a row's bits depend on nobody else, and
+// are those that the layer's ops give one by one. `next` of every product is what the thread reads after it.
+#pragma once
+#include <cstring>
+
+#include "attention_tile.h"  // Bump
+#include "check.h"
+#include "few_rows.h"
+#include "paged_attention.h"
+#include "qk_norm_rope.h"
+#include "rms_norm.h"
+#include "scratch.h"
+#include "swiglu.h"
+
+namespace mint {
+
+// A row of the table that Python fills: W [n, k] of m modules and the border's first B column and A row.
+template <class T>
+struct StepLinear {
+    const void* w;
+    int64_t stride;
+    const float* scales;  // of int8 rows; null: W is T
+    const T* bias;
+    const T* a;
+    int64_t a_stride;
+    const T* b;
+    int64_t b_stride;
+
+    WeightRows<T> rows() const { return {w, stride, scales}; }
+};
+
+template <class T>
+struct StepLayer {
+    const T *attention_norm, *mlp_norm, *q_norm, *k_norm;
+    StepLinear<T> qkv, o, gate_up, down;
+};
+
+template <class T>
+struct StepHead {
+    const T* norm;
+    StepLinear<T> linear;
+};
+
+// Who sits in the border: segment s has the rows [0], [1], rank offset [2], rank [3], and trains the groups of the bits
+// in [4].
+struct StepAdapters {
+    const int64_t* segments;
+    const float* scales;
+    int64_t count;
+
+    int64_t most_ranks() const {
+        int64_t most = 0;
+        for (int64_t s = 0; s < count; ++s) most = max64(most, segments[s * 5 + 3]);
+        return most;
+    }
+};
+
+// What the threads of a step share: the next piece of a product or of the attention is claimed.
+struct StepTeam {
+    Meeting meeting;
+    std::atomic<int64_t> claimed{0};
+};
+
+template <class S, class T>
+struct DecodeStep {
+    using X = FewRows<S, T>;
+    static constexpr int64_t C = X::C;
+
+    StepTeam* team;
+    StepAdapters adapters;
+    int64_t rows, hidden, ffn, n_q, n_kv, d;
+    float eps;
+    const float *cos, *sin;
+    int64_t cos_stride, sin_stride;
+
+    T *x, *h, *x1, *projected, *rotated, *heads, *a;
+    int64_t ranks, x1_stride, heads_stride, a_stride, qkv_width, qk_width;
+
+    size_t place(char* base) {
+        ranks = adapters.most_ranks();
+        qk_width = (n_q + n_kv) * d, qkv_width = qk_width + n_kv * d;
+        x1_stride = hidden + 3 * ranks, heads_stride = n_q * d + ranks, a_stride = ffn + ranks;
+        Bump b{base, 0};
+        x = take<T>(b, rows * hidden);
+        h = take<T>(b, rows * hidden);
+        x1 = take<T>(b, rows * x1_stride);
+        projected = take<T>(b, rows * max64(qkv_width, hidden));
+        rotated = take<T>(b, rows * qk_width);
+        heads = take<T>(b, rows * heads_stride);
+        a = take<T>(b, rows * a_stride);
+        return b.used;
+    }
+
+    // What a thread reads first of a product with n columns.
+    static Prefetch begin_of(const StepLinear<T>& w, int64_t n, int64_t k, int64_t calls) {
+        const int64_t j = omp_get_thread_num() * C;
+        return j < n ? w.rows().ahead(j, min64(C, n - j), k, calls) : Prefetch();
+    }
+
+    // S of every row whose adapter trains the group: into x's tail.
+    void shrink(const StepLinear<T>& w, int64_t group, int64_t m, int64_t k, T* in, int64_t stride) {
+        int64_t turn = 0;
+        bool any = false;
+        for (int64_t s = 0; s < adapters.count; ++s) {
+            const int64_t* segment = adapters.segments + s * 5;
+            if (!(segment[4] & group)) continue;
+            any = true;
+            const int64_t first = segment[0], n = segment[1] - first, width = m * segment[3];
+            const WeightRows<T> factor{w.a + m * segment[2] * w.a_stride, w.a_stride, nullptr};
+            const RowGroup<T> all{0, n, nullptr, 0, 0};
+            const auto scale = S::set1(adapters.scales[s]);
+            for (int64_t j = 0; j < width; j += C, ++turn) {
+                if (n == 0 || turn % omp_get_num_threads() != omp_get_thread_num()) continue;
+                const X left(in + first * stride, stride, k, &all, 1, false, 1);
+                const int64_t cols = min64(C, width - j);
+                Prefetch next;
+                left.multiply(factor, j, cols, left.sums(), &next);
+                for (int64_t i = 0; i < n; ++i) {
+                    T* row = in + (first + i) * stride + k + j;
+                    for_vectors<S>(cols, [&](int64_t v, int lanes) __attribute__((always_inline)) {
+                        S::store_n(row + v, S::mul(scale, S::load_n(left.sums() + i * C + v, lanes)), lanes);
+                    });
+                }
+            }
+        }
+        if (any) team->meeting.wait();
+    }
+
+    // The rows in groups of one adapter each, for a linear.
+    int64_t groups_of(const StepLinear<T>& w, int64_t group, int64_t m, int64_t count, RowGroup<T>* groups) const {
+        int64_t n = 0, at = 0;
+        for (int64_t s = 0; s < adapters.count; ++s) {
+            const int64_t* segment = adapters.segments + s * 5;
+            if (segment[0] > at) groups[n++] = {at, segment[0], w.b, 0, 0};
+            const bool trains = segment[4] & group;
+            groups[n++] = {segment[0], segment[1], w.b + m * segment[2], w.b_stride, trains ? m * segment[3] : 0};
+            at = segment[1];
+        }
+        if (at < count || n == 0) groups[n++] = {at, count, w.b, 0, 0};
+        return n;
+    }
+
+    // out(j, columns, c, c2) for every panel: c [count, C] = in W^T from column j on, and with `pairs` c2 = the same n
+    // columns further on. All threads of the team call it; it ends with a barrier.
+    template <class Out>
+    void product(const StepLinear<T>& w, int64_t group, int64_t m, T* in, int64_t stride, int64_t count, int64_t n,
+                 int64_t k, bool pairs, Prefetch after, Out out) {
+        shrink(w, group, m, k, in, stride);
+        auto* groups =
+            static_cast<RowGroup<T>*>(scratch(Slot::kGroups, size_t(2 * adapters.count + 1) * sizeof(RowGroup<T>)));
+        const int64_t n_groups = groups_of(w, group, m, count, groups);
+        const int64_t panels = ceil_div(n, C), threads = omp_get_num_threads();
+        if (omp_get_thread_num() < panels && count > 0) {
+            const X left(in, stride, k, groups, n_groups, w.scales != nullptr, 2);
+            float *c = left.sums(), *c2 = left.sums(1);
+            for (int64_t p = omp_get_thread_num(), following; p < panels; p = following) {
+                following = threads + team->claimed++;  // the first of each thread is its own
+                const int64_t j = p * C, cols = min64(C, n - j), j1 = following * C;
+                Prefetch ahead = j1 < n ? w.rows().ahead(j1, min64(C, n - j1), k, X::prefetch_calls(k)) : after;
+                if (pairs) {
+                    Prefetch second = w.rows().ahead(n + j, cols, k, X::prefetch_calls(k));
+                    left.multiply(w.rows(), j, cols, c, &second);
+                    left.multiply(w.rows(), n + j, cols, c2, &ahead);
+                } else {
+                    left.multiply(w.rows(), j, cols, c, &ahead);
+                }
+                out(j, cols, c, c2);
+            }
+        }
+        meet();
+    }
+
+    // Ends what pieces were claimed of.
+    void meet() {
+        team->meeting.wait([&] { team->claimed = 0; });
+    }
+
+    // Rounds c (+ bias) to y [count, n] from column j on.
+    static void store(const T* bias, const float* c, int64_t j, int64_t cols, T* y, int64_t y_stride, int64_t count) {
+        for (int64_t i = 0; i < count; ++i)
+            for_vectors<S>(cols, [&](int64_t v, int lanes) __attribute__((always_inline)) {
+                auto value = S::load_n(c + i * C + v, lanes);
+                if (bias != nullptr) value = S::add(value, S::load_n(bias + j + v, lanes));
+                S::store_n(y + i * y_stride + j + v, value, lanes);
+            });
+    }
+
+    // One layer, by the whole team. `first`: x is the stream. `following`: the layer after it, or null.
+    void layer(const StepLayer<T>& l, bool first, const StepLayer<T>* following, PagedAttention<S, T> attention,
+               T* k_cells, T* v_cells, const int64_t* slots) {
+        const Range mine = my_rows(rows);
+        const int64_t n = mine.end - mine.begin, q_width = n_q * d, kv_width = n_kv * d;
+        const auto norm = [&](const T* weight, bool add) {
+            if (n == 0) return;
+            T *stream = h + mine.begin * hidden, *delta = x + mine.begin * hidden;
+            if (!add) std::memcpy(stream, delta, size_t(n * hidden) * sizeof(T));
+            norm_rows<S>({0, n}, add ? delta : stream, hidden, add ? stream : nullptr, hidden, stream, hidden, weight,
+                         eps, x1 + mine.begin * x1_stride, x1_stride, hidden);
+        };
+        norm(l.attention_norm, !first);
+        team->meeting.wait();
+        product(l.qkv, 1, 3, x1, x1_stride, rows, qkv_width, hidden, false,
+                begin_of(l.o, hidden, q_width, X::prefetch_calls(hidden)),
+                [&](int64_t j, int64_t cols, const float* c, const float*) {
+                    store(l.qkv.bias, c, j, cols, projected, qkv_width, rows);
+                });
+        if (n > 0)
+            qk_norm_rope<S, T>(projected + mine.begin * qkv_width, qkv_width, cos + mine.begin * cos_stride, cos_stride,
+                               sin + mine.begin * sin_stride, sin_stride, n_q, n_kv, l.q_norm, l.k_norm, eps,
+                               rotated + mine.begin * qk_width, qk_width, n, d);
+        for (int64_t i = mine.begin; i < mine.end; ++i) {
+            std::memcpy(k_cells + slots[i] * kv_width, rotated + i * qk_width + q_width, size_t(kv_width) * sizeof(T));
+            std::memcpy(v_cells + slots[i] * kv_width, projected + i * qkv_width + qk_width,
+                        size_t(kv_width) * sizeof(T));
+        }
+        team->meeting.wait();
+        attention.q = rotated, attention.k_pool = k_cells, attention.v_pool = v_cells;
+        paged_attention_share(attention, team->claimed, heads, heads_stride);
+        meet();
+        product(l.o, 2, 1, heads, heads_stride, rows, hidden, q_width, false,
+                begin_of(l.gate_up, ffn, hidden, X::prefetch_calls(q_width)),
+                [&](int64_t j, int64_t cols, const float* c, const float*) {
+                    store(l.o.bias, c, j, cols, x, hidden, rows);
+                });
+        norm(l.mlp_norm, true);
+        team->meeting.wait();
+        product(l.gate_up, 4, 2, x1, x1_stride, rows, ffn, hidden, true,
+                begin_of(l.down, hidden, ffn, X::prefetch_calls(hidden)),
+                [&](int64_t j, int64_t cols, const float* gate, const float* up) {
+                    alignas(64) T both[2 * C];
+                    for (int64_t i = 0; i < rows; ++i) {
+                        store(nullptr, gate + i * C, 0, cols, both, 0, 1);
+                        store(nullptr, up + i * C, 0, cols, both + cols, 0, 1);
+                        swiglu_rows<S>({0, 1}, both, 2 * cols, a + i * a_stride + j, a_stride, cols);
+                    }
+                });
+        const Prefetch after =
+            following == nullptr ? Prefetch() : begin_of(following->qkv, qkv_width, hidden, X::prefetch_calls(ffn));
+        product(l.down, 8, 1, a, a_stride, rows, hidden, ffn, false, after,
+                [&](int64_t j, int64_t cols, const float* c, const float*) {
+                    store(nullptr, c, j, cols, x, hidden, rows);
+                });
+    }
+
+    // logits[w] of row wanted[w].
+    void head(const StepHead<T>& head, const int64_t* wanted, int64_t n_wanted, float* logits, int64_t vocab) {
+        const Range mine = my_rows(n_wanted);
+        for (int64_t w = mine.begin; w < mine.end; ++w) {
+            const int64_t i = wanted[w];
+            T* sum = projected + w * hidden;  // as wide as a row of x, and free
+            rms_norm<S, T>(x + i * hidden, hidden, h + i * hidden, hidden, sum, hidden, head.norm, eps,
+                           x1 + w * x1_stride, x1_stride, 1, hidden);
+        }
+        team->meeting.wait();
+        product(head.linear, 16, 1, x1, x1_stride, n_wanted, vocab, hidden, false, Prefetch(),
+                [&](int64_t j, int64_t cols, const float* c, const float*) {
+                    for (int64_t w = 0; w < n_wanted; ++w)
+                        std::memcpy(logits + w * vocab + j, c + w * C, size_t(cols) * sizeof(float));
+                });
+    }
+};
+
+// tokens [rows] of an embedding [.., hidden]; layers: n_layers StepLayer, head: a StepHead; pools [n_layers, n_blocks,
+// block, n_kv d] contiguous; slots[i]: the cell that row i's k and v go to; logits [n_wanted, vocab] of the rows
+// `wanted`, ascending. head_segments: the segments of those rows.
+template <class S, class T>
+void decode_step(const int64_t* tokens, const T* embedding, int64_t embedding_stride, const int64_t* layers,
+                 int64_t n_layers, const int64_t* head, const float* cos, int64_t cos_stride, const float* sin,
+                 int64_t sin_stride, T* k_pool, T* v_pool, int64_t n_blocks, int64_t block, const int64_t* slots,
+                 const int32_t* table, int64_t table_stride, int64_t max_blocks, const int32_t* lengths,
+                 const int64_t* segments, const int64_t* head_segments, const float* scales, int64_t n_segments,
+                 const int64_t* wanted, int64_t n_wanted, float* logits, int64_t rows, int64_t hidden, int64_t ffn,
+                 int64_t n_q, int64_t n_kv, int64_t d, int64_t vocab, float eps, float scale) {
+    const char* op = "decode_step";
+    check::multiple(op, "d", d, 2);
+    check::multiple(op, "hidden", hidden, 2);
+    check::multiple(op, "ffn", ffn, 2);
+    for (int64_t i = 0; i < rows; ++i) {
+        check::at_least(op, "tokens", tokens[i], 0);
+        check::at_least(op, "V", vocab, tokens[i] + 1);
+        check::at_least(op, "slots", slots[i], 0);
+        check::at_least(op, "cells in the pool", n_blocks * block, slots[i] + 1);
+    }
+    for (int64_t w = 0; w < n_wanted; ++w) {
+        check::at_least(op, "wanted", wanted[w], 0);
+        check::at_least(op, "rows", rows, wanted[w] + 1);
+    }
+    if (rows == 0) return;
+    const auto* all = reinterpret_cast<const StepLayer<T>*>(layers);
+    const int64_t kv_width = n_kv * d, pool = n_blocks * block * kv_width;
+    PagedAttention<S, T> attention{};
+    attention.k_stride = attention.v_stride = kv_width;
+    attention.k_block_stride = attention.v_block_stride = block * kv_width;
+    attention.table = table, attention.table_stride = table_stride, attention.lengths = lengths;
+    attention.rows = rows, attention.block = block, attention.n_q = n_q, attention.n_kv = n_kv, attention.d = d,
+    attention.scale = scale;
+    StepTeam team;
+    DecodeStep<S, T> step{};
+    step.team = &team;
+    step.adapters = {segments, scales, n_segments};
+    step.rows = rows, step.hidden = hidden, step.ffn = ffn, step.n_q = n_q, step.n_kv = n_kv, step.d = d;
+    step.eps = eps, step.cos = cos, step.sin = sin, step.cos_stride = cos_stride, step.sin_stride = sin_stride;
+    attention.validate(n_blocks, max_blocks);
+    const size_t bytes = step.place(nullptr);
+    step.place(static_cast<char*>(scratch(Slot::kLayer, bytes)));
+    attention.q_stride = step.qk_width;
+    for (int64_t i = 0; i < rows; ++i)
+        std::memcpy(step.x + i * hidden, embedding + tokens[i] * embedding_stride, size_t(hidden) * sizeof(T));
+#pragma omp parallel
+    {
+        const typename S::Tiles registers;
+        DecodeStep<S, T> mine = step;
+        for (int64_t i = 0; i < n_layers; ++i)
+            mine.layer(all[i], i == 0, i + 1 < n_layers ? all + i + 1 : nullptr, attention, k_pool + i * pool,
+                       v_pool + i * pool, slots);
+        mine.adapters.segments = head_segments;
+        mine.head(*reinterpret_cast<const StepHead<T>*>(head), wanted, n_wanted, logits, vocab);
+    }
+}
+
+}  // namespace mint

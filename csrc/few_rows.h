@@ -1,0 +1,184 @@
+// Products of a few rows of x with a weight used transposed, each byte of the weight read once, from far away.
+//
+// The sums are gemm's, in gemm's order (gemm.h): a row's bits depend neither on how many others share the call nor on
+// which of the two ran. What differs is the blocking. A panel of weight rows is transposed kDepth elements at a time
+// into L1, where all rows of x meet it, while the next panel is fetched a few lines at a time. In tiles
+// (few_rows_tiles.h) the weight is not even transposed.
+//
+// Rows may go on into a tail of their own: groups of neighbouring rows have the columns of their adapter's B after W
+// and their S after x, summed as if [W | B] lay in memory without gaps. A weight may be int8 with a scale for each row;
+// its sums are scaled before the tail is added.
+#pragma once
+#include <cstring>
+
+#include "gemm.h"
+
+namespace mint {
+
+constexpr int64_t kFewRows = 64;  // beyond, gemm's tiles are better
+
+// A weight whose rows are `stride` elements apart: T, or with `scales` int8 times a scale for each row.
+template <class T>
+struct WeightRows {
+    const void* data;
+    int64_t stride;
+    const float* scales;
+
+    // Elements [k, k + n) of row j in T; where they lie, or in `to`.
+    void copy(int64_t j, int64_t k, int64_t n, T* to) const {
+        if (scales == nullptr) {
+            std::memcpy(to, static_cast<const T*>(data) + j * stride + k, size_t(n) * sizeof(T));
+            return;
+        }
+        const int8_t* from = static_cast<const int8_t*>(data) + j * stride + k;
+        for (int64_t i = 0; i < n; ++i) put_exact(to + i, float(from[i]));
+    }
+    Prefetch ahead(int64_t j, int64_t n, int64_t k, int64_t calls) const {
+        const int64_t size = scales != nullptr ? 1 : int64_t(sizeof(T));
+        return Prefetch(static_cast<const char*>(data) + j * stride * size, n, stride * size, k * size, calls);
+    }
+
+  private:
+    // What int8 holds is exact in T.
+    MINT_INLINE void put_exact(float* p, float x) { *p = x; }
+    MINT_INLINE void put_exact(bf16* p, float x) { p->bits = uint16_t(float_to_bits(x) >> 16); }
+};
+
+// Rows [begin, end) of x; their weight goes on with `width` columns at b, row j of it at b + j * stride.
+template <class T>
+struct RowGroup {
+    int64_t begin, end;
+    const T* b;
+    int64_t stride, width;
+};
+
+template <class S, class T, bool Tiles = Panel<S, T>::kTiles>
+class FewRows;  // of tiles: few_rows_tiles.h
+
+// One thread's rows of x [rows, k], each with its tail behind it, and its scratch: until the next one is made.
+template <class S, class T>
+class FewRows<S, T, false> {
+    using Q = Panel<S, T>;
+    using P = typename Q::P;
+
+  public:
+    static constexpr int64_t C = Q::kCols;
+
+    // `groups` hold all rows, in order. With a tail, k is even. `buffers`: how many panels' sums are kept at once.
+    FewRows(const T* x, int64_t stride, int64_t k, const RowGroup<T>* groups, int64_t n_groups, bool, int64_t buffers)
+        : groups_(groups), n_groups_(n_groups), rows_(groups[n_groups - 1].end), k_(k) {
+        int64_t width = 0;
+        for (int64_t g = 0; g < n_groups; ++g) width = max64(width, groups[g].width);
+        x_ = left_rows<S, T>(x, stride, 1, rows_, k + width, Slot::kPanelsA);
+        panel_ = panel_scratch<S, T>(Slot::kPanelsB, 2 * kDepth * C + C * kWide);
+        unpacked_ = reinterpret_cast<T*>(panel_ + 2 * kDepth * C);
+        sums_ = static_cast<float*>(scratch(Slot::kTile, size_t(buffers * rows_ * C) * 4));
+    }
+
+    float* sums(int64_t buffer = 0) const { return sums_ + buffer * rows_ * C; }
+    static int64_t prefetch_calls(int64_t k) { return ceil_div(Q::depth(k), S::W); }
+
+    // c[i * C + j] (fp32) = x row i . weight row first + j, for j < cols <= C; columns are padded to whole vectors.
+    void multiply(const WeightRows<T>& w, int64_t first, int64_t cols, float* c, Prefetch* next) const {
+        const int64_t depth = Q::depth(k_), whole = depth / kDepth * kDepth;
+        const bool odd = k_ % Q::kStep != 0;
+        for (int64_t k0 = 0; k0 < whole; k0 += kDepth) {
+            pack_weight(w, first, cols, k0, kDepth, next);
+            tiles(0, rows_, cols, k0, kDepth, odd && k0 + kDepth == depth, panel_, c);
+        }
+        int64_t rest = depth - whole;
+        if (rest > 0) pack_weight(w, first, cols, whole, rest, next);
+        if (depth == 0) std::memset(c, 0, size_t(rows_ * C) * sizeof(float));
+        if (w.scales != nullptr) {
+            if (rest > 0) tiles(0, rows_, cols, whole, rest, odd, panel_, c);
+            rest = 0;
+            for (int64_t i = 0; i < rows_; ++i)
+                for (int64_t j = 0; j < cols; ++j) c[i * C + j] *= w.scales[first + j];
+        }
+        for (const RowGroup<T>* g = groups_; g < groups_ + n_groups_; ++g) {
+            const int64_t tail = Q::depth(g->width), room = rest > 0 ? min64(kDepth - rest, tail) : 0;
+            const bool half = (g->width > 0 ? g->width : k_) % Q::kStep != 0;
+            P* separate = panel_ + kDepth * C;
+            if (rest > 0) {
+                if (room > 0) pack_tail(*g, first, cols, 0, room, panel_ + rest * C);
+                tiles(g->begin, g->end, cols, whole, rest + room, half && room == tail, panel_, c);
+            }
+            for (int64_t t = room; t < tail; t += kDepth) {
+                const int64_t count = min64(kDepth, tail - t);
+                pack_tail(*g, first, cols, t, count, separate);
+                tiles(g->begin, g->end, cols, depth + t, count, half && t + count == tail, separate, c);
+            }
+        }
+    }
+
+  private:
+    static constexpr int64_t kWide = S::W * Q::kStep;
+
+    // `count` elements of k from k0 on, W at a time.
+    void pack_weight(const WeightRows<T>& w, int64_t first, int64_t cols, int64_t k0, int64_t count,
+                     Prefetch* next) const {
+        for (int64_t kk = 0; kk < count; kk += S::W) {
+            const int64_t at = (k0 + kk) * Q::kStep, n = min64(min64(S::W, count - kk) * Q::kStep, k_ - at);
+            const T* from = static_cast<const T*>(w.data) + first * w.stride + at;
+            int64_t stride = w.stride;
+            if (w.scales != nullptr) {
+                for (int64_t j = 0; j < cols; ++j) w.copy(first + j, at, n, unpacked_ + j * kWide);
+                from = unpacked_, stride = kWide;
+            }
+            pack_panel<S, T>(from, stride, 1, cols, n, panel_ + kk * C);
+            next->some();
+        }
+    }
+
+    void pack_tail(const RowGroup<T>& g, int64_t first, int64_t cols, int64_t k0, int64_t count, P* to) const {
+        const int64_t at = k0 * Q::kStep;
+        pack_panel<S, T>(g.b + first * g.stride + at, g.stride, 1, cols, min64(count * Q::kStep, g.width - at), to);
+    }
+
+    void tiles(int64_t begin, int64_t end, int64_t cols, int64_t k0, int64_t count, bool half, const P* panel,
+               float* c) const {
+        const int64_t nv = ceil_div(cols, S::W);
+        for (int64_t i = begin; i < end; i += S::kMr)
+            tile_of<S, T>(min64(S::kMr, end - i), nv, {x_.data + i * x_.stride + 4 * k0, x_.stride, half}, panel, count,
+                          c + i * C, C, k0 > 0);
+    }
+
+    const RowGroup<T>* groups_;
+    int64_t n_groups_, rows_, k_;
+    Rows x_;
+    P* panel_;     // [2 kDepth][C]
+    T* unpacked_;  // [C][kWide]
+    float* sums_;
+};
+
+}  // namespace mint
+
+#include "few_rows_tiles.h"
+
+namespace mint {
+
+// out(i, j, count, values) for pieces of every row of x [rows, k] @ weight [n, k]^T, values padded to a vector.
+template <class S, class T, class Out>
+void few_rows(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t rows, int64_t n, int64_t k, Out out) {
+    using X = FewRows<S, T>;
+    const int64_t panels = ceil_div(n, X::C);
+    const RowGroup<T> all{0, rows, nullptr, 0, 0};
+    const WeightRows<T> weight{w, w_stride, nullptr};
+#pragma omp parallel if (panels > 1 && n * k > kSerialWork * 2)
+    {
+        const Range mine = my_rows(panels);
+        if (mine.begin < mine.end) {
+            const typename S::Tiles registers;
+            const X left(x, x_stride, k, &all, 1, false, 1);
+            for (int64_t p = mine.begin; p < mine.end; ++p) {
+                const int64_t j = p * X::C, ahead = j + X::C;
+                Prefetch next;
+                if (p + 1 < mine.end) next = weight.ahead(ahead, min64(X::C, n - ahead), k, X::prefetch_calls(k));
+                left.multiply(weight, j, min64(X::C, n - j), left.sums(), &next);
+                for (int64_t i = 0; i < rows; ++i) out(i, j, min64(X::C, n - j), left.sums() + i * X::C);
+            }
+        }
+    }
+}
+
+}  // namespace mint

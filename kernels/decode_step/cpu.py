@@ -1,0 +1,47 @@
+"""The decode step in one call to C++ (csrc/decode_step.h)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mint_engine.kernels.op import NATIVE_DTYPES, native
+from mint_engine.kernels.op import native_reason as supports  # noqa: F401
+
+if TYPE_CHECKING:
+    from mint_engine.kernels.decode_step import StepAdapters, StepModel
+
+
+def decode_step(
+    model: StepModel,
+    tokens: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    wanted: Tensor,
+    scale: float,
+    adapters: StepAdapters | None,
+) -> Tensor:
+    vocab = len(model.embedding)
+    logits = torch.empty((len(wanted), vocab), dtype=torch.float32)
+    seated = (0, 0, 0, 0)
+    if adapters is not None:
+        segments, scales = adapters.segments.contiguous(), adapters.scales.contiguous()
+        of_wanted = segments.clone()  # those of the rows that reach the head
+        of_wanted[:, :2] = torch.searchsorted(wanted, segments[:, :2].contiguous())
+        seated = segments.data_ptr(), of_wanted.data_ptr(), scales.data_ptr(), len(scales)
+    native.decode_step(
+        NATIVE_DTYPES[model.norm.dtype], tokens.data_ptr(), model.embedding.data_ptr(), model.embedding.stride(0),
+        model.table.ctypes.data, len(model.layers), model.head_table.ctypes.data, cos.data_ptr(), cos.stride(0),
+        sin.data_ptr(), sin.stride(0), k_pool.data_ptr(), v_pool.data_ptr(), k_pool.shape[1], k_pool.shape[2],
+        slots.data_ptr(), block_table.data_ptr(), block_table.stride(0), block_table.shape[1], lengths.data_ptr(),
+        *seated, wanted.data_ptr(), len(wanted), logits.data_ptr(), len(tokens), model.hidden, model.ffn, model.n_q,
+        model.n_kv, model.d, vocab, model.eps, scale,
+    )  # fmt: skip
+    return logits

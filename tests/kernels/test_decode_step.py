@@ -1,0 +1,258 @@
+"""decode_step against its ops one by one, in float64 and to the bit, and against itself in other company."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from check import normal, poisoned, within_budget
+from check_isas import ISAS, using
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mint_engine.kernels import (
+    StepAdapters,
+    StepModel,
+    bordered_linear,
+    decode_step,
+    logits,
+    paged_attention,
+    plan,
+    qk_norm_rope,
+    rms_norm,
+    shrink,
+    swiglu,
+)
+
+LAYERS, VOCAB, HIDDEN, FFN, N_Q, N_KV, D, RANKS, BLOCK = 2, 131, 48, 80, 4, 2, 16, 6, 4
+EPS, SCALE = 1e-5, D**-0.5
+ALL = 31  # groups that an adapter may train, as bits
+
+
+@dataclass
+class Bordered:
+    buf: Tensor
+    n: int
+    k: int
+    m: int
+    bias: Tensor | None = None
+    int8: tuple[Tensor, Tensor] | None = None
+
+    def forward_weight(self, offset: int, rank: int) -> Tensor:
+        """[W | B] of one adapter."""
+        columns = slice(self.k + self.m * offset, self.k + self.m * (offset + rank))
+        return torch.cat([self.buf[: self.n, : self.k], self.buf[: self.n, columns]], 1)
+
+    def a(self, offset: int, rank: int) -> Tensor:
+        return self.buf[self.n + self.m * offset : self.n + self.m * (offset + rank), : self.k]
+
+
+@dataclass
+class Weights:
+    attention_norm: Tensor
+    qkv: Bordered
+    o: Bordered
+    mlp_norm: Tensor
+    gate_up: Bordered
+    down: Bordered
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+def bordered(n: int, k: int, m: int, seed: int, dtype: torch.dtype, bias: bool = False) -> Bordered:
+    """The border is full of numbers: what nobody asked for must not be read."""
+    buf = normal(n + m * RANKS, k + m * RANKS, seed=seed, dtype=dtype, scale=k**-0.5)
+    return Bordered(buf, n, k, m, normal(n, seed=seed + 50, dtype=dtype) if bias else None)
+
+
+def model(dtype: torch.dtype, *, bias: bool = False, norms: bool = False, hidden: int = HIDDEN) -> StepModel:
+    def norm(n: int, seed: int) -> Tensor:
+        return (1 + normal(n, seed=seed, scale=0.1)).to(dtype)
+
+    layers = [
+        Weights(
+            norm(hidden, s + 1), bordered((N_Q + 2 * N_KV) * D, hidden, 3, s + 2, dtype, bias),
+            bordered(hidden, N_Q * D, 1, s + 3, dtype, bias), norm(hidden, s + 4),
+            bordered(2 * FFN, hidden, 2, s + 5, dtype), bordered(hidden, FFN, 1, s + 6, dtype),
+            norm(D, s + 7) if norms else None, norm(D, s + 8) if norms else None,
+        )
+        for s in range(0, 20 * LAYERS, 20)
+    ]  # fmt: skip
+    head = bordered(VOCAB, hidden, 1, 99, dtype)
+    return StepModel(layers, norm(hidden, 98), head, head.buf[:VOCAB, :hidden], N_Q, N_KV, EPS)
+
+
+def converted(m: StepModel, dtype: torch.dtype) -> StepModel:
+    def cast(value: Any) -> Any:
+        if isinstance(value, Bordered):
+            return replace(value, buf=value.buf.to(dtype), bias=cast(value.bias))
+        return value.to(dtype) if isinstance(value, Tensor) else value
+
+    layers = [Weights(**{name: cast(value) for name, value in vars(w).items()}) for w in m.layers]
+    return StepModel(layers, cast(m.norm), cast(m.head), cast(m.embedding), N_Q, N_KV, EPS)
+
+
+def batch(rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Rows of different lengths in scattered blocks; every cell that is not theirs is NaN."""
+    lengths = torch.tensor([1 + 3 * i % 9 for i in range(rows)], dtype=torch.int32)
+    table = torch.full((rows, 3), -1, dtype=torch.int32)
+    width = N_KV * D
+    k_pool, v_pool = (torch.full((LAYERS, 3 * rows + 1, BLOCK, width), float("nan"), dtype=dtype) for _ in range(2))
+    slots = []
+    for i, n in enumerate(lengths.tolist()):
+        blocks = [3 * rows - 3 * i - j for j in range(-(-n // BLOCK))]
+        table[i, : len(blocks)] = torch.tensor(blocks)
+        cells = [blocks[t // BLOCK] * BLOCK + t % BLOCK for t in range(n)]
+        for seed, pool in ((i, k_pool), (i + 99, v_pool)):
+            pool.view(LAYERS, -1, width)[:, cells[:-1]] = normal(LAYERS, n - 1, width, seed=seed, dtype=dtype)
+        slots.append(cells[-1])
+    angles = normal(rows, D // 2, seed=3)
+    return {
+        "tokens": torch.arange(rows) * 7 % VOCAB, "cos": angles.cos(), "sin": angles.sin(), "k_pool": k_pool,
+        "v_pool": v_pool, "slots": torch.tensor(slots), "block_table": table, "lengths": lengths,
+        "wanted": torch.arange(rows),
+    }  # fmt: skip
+
+
+def run(m: StepModel, b: dict[str, Any], adapters: StepAdapters | None = None, face: str | None = None) -> Any:
+    b = {name: t.clone() if name.endswith("pool") else t for name, t in b.items()}
+    return decode_step(m, **b, scale=SCALE, adapters=adapters, face=face), b["k_pool"], b["v_pool"]
+
+
+def seated(*segments: tuple[int, int, int, int, int]) -> StepAdapters:
+    scales = torch.tensor([2.0, 0.5, 1.5, 1.0, 0.75][: len(segments)])
+    return StepAdapters(torch.tensor(segments, dtype=torch.int64).reshape(-1, 5), scales, RANKS)
+
+
+# rows 0 and 1: rank 2, everything; row 2: the base; rows 3 and 4: rank 4, attention only
+MIXED = seated((0, 2, 0, 2, ALL), (3, 5, 2, 4, 3))
+
+
+@pytest.mark.parametrize("adapters", [None, MIXED], ids=["base", "adapters"])
+@pytest.mark.parametrize("extras", [{}, {"bias": True}, {"norms": True}, {"hidden": 64}])
+def test_a_step_matches_float64(face: str, dtype: torch.dtype, extras: dict, adapters: StepAdapters | None) -> None:
+    m, b = model(dtype, **extras), batch(5, dtype)
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in b.items()}
+    got, plain = run(m, b, adapters, face), run(m, b, adapters, "reference")
+    exact = run(converted(m, torch.float64), wide, adapters, "reference")
+    within_budget("logits", got[0], exact[0], plain[0])
+    cells = b["slots"]
+    for name, g, e, p, before in zip(
+        ("k", "v"), got[1:], exact[1:], plain[1:], (b["k_pool"], b["v_pool"]), strict=True
+    ):
+        flat = [t.view(LAYERS, -1, N_KV * D) for t in (g, e, p, before)]
+        within_budget(name, *(t[:, cells] for t in flat[:3]))
+        others = torch.ones(flat[0].shape[1], dtype=torch.bool)
+        others[cells] = False
+        assert torch.equal(flat[0][:, others].nan_to_num(7.0), flat[3][:, others].nan_to_num(7.0)), "nothing else"
+
+
+def one_by_one(m: StepModel, b: dict[str, Tensor], rank: int, scale: float) -> Tensor:
+    """The step in the ops of a training pass, with one adapter first in the border, or none."""
+
+    def linear(w: Bordered, x: Tensor) -> tuple[Tensor, Tensor]:
+        tail = poisoned(len(x), w.m * rank, x.dtype)
+        if rank:
+            shrink(x, w.a(0, rank), scale, out=tail, face="cpu")
+        return torch.cat([x, tail], 1), w.forward_weight(0, rank)
+
+    def product(w: Bordered, x: Tensor) -> Tensor:
+        return bordered_linear(*linear(w, x), bias=w.bias, face="cpu")
+
+    x, h, rows = m.embedding[b["tokens"]], None, len(b["tokens"])
+    for i, w in enumerate(m.layers):
+        x1, h1 = rms_norm(x, w.attention_norm, EPS, residual=h, face="cpu")
+        qkv = product(w.qkv, x1)
+        qk = qk_norm_rope(qkv, b["cos"], b["sin"], N_Q, N_KV, q_weight=w.q_norm, k_weight=w.k_norm, eps=EPS, face="cpu")
+        k_pool, v_pool = b["k_pool"][i].clone(), b["v_pool"][i].clone()
+        k_pool.view(-1, N_KV * D)[b["slots"]] = qk[:, N_Q * D :]
+        v_pool.view(-1, N_KV * D)[b["slots"]] = qkv[:, qk.shape[1] :]
+        o = torch.empty(rows, N_Q * D, dtype=x.dtype)
+        table, lengths = b["block_table"], b["lengths"]
+        paged_attention(qk[:, : N_Q * D], k_pool, v_pool, table, lengths, N_Q, N_KV, SCALE, out=o, face="cpu")
+        x2, h = rms_norm(product(w.o, o), w.mlp_norm, EPS, residual=h1, face="cpu")
+        x = product(w.down, swiglu(product(w.gate_up, x2), face="cpu"))
+    assert h is not None
+    return logits(*linear(m.head, rms_norm(h + x, m.norm, EPS, face="cpu")[0]), face="cpu")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", [1, 3, 19, 70])
+@pytest.mark.parametrize("rank", [0, 2, 5])
+def test_a_step_has_the_bits_of_a_training_pass(dtype: torch.dtype, isa: str, rows: int, rank: int) -> None:
+    m, b = model(dtype, norms=True, bias=True), batch(rows, dtype)
+    with using(isa), plan.own_products():
+        got = run(m, b, seated((0, rows, 0, rank, ALL)) if rank else None, "cpu")[0]
+        assert torch.equal(got, one_by_one(m, b, rank, 2.0))
+
+
+# A row's adapter: none, or one of three of ranks 1, 2 and 3, at this place in the border.
+SEATS = {1: (5, 1), 2: (0, 2), 3: (2, 3)}
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(whose=st.lists(st.integers(0, 3), min_size=2, max_size=90), threads=st.integers(1, 3), at=st.integers(0, 89))
+def test_a_row_has_the_same_bits_alone_and_in_company(dtype: torch.dtype, whose: list, threads: int, at: int) -> None:
+    rows, whose = len(whose), sorted(whose)
+    at %= rows
+    m, b = model(dtype), batch(rows, dtype)
+    segments = [
+        (whose.index(a), whose.index(a) + whose.count(a), *SEATS[a], ALL if a < 3 else 5)
+        for a in (1, 2, 3)
+        if a in whose
+    ]
+    for isa in ISAS:
+        with using(isa, threads):
+            together = run(m, b, seated(*segments), "cpu")[0]
+        own = {name: t if name.endswith("pool") else t[at : at + 1] for name, t in b.items()}
+        adapters = seated(*((0, 1, *s[2:]) for s in segments if s[0] <= at < s[1]))
+        scale = torch.tensor([seated(*segments).scales[i] for i, s in enumerate(segments) if s[0] <= at < s[1]])
+        adapters = replace(adapters, scales=scale)
+        with using(isa, 1):
+            alone = run(m, {**own, "wanted": torch.zeros(1, dtype=torch.int64)}, adapters, "cpu")[0]
+        assert torch.equal(together[at], alone[0]), isa
+
+
+@pytest.mark.parametrize("hidden", [HIDDEN, 64])
+def test_int8_weights_are_their_values_times_their_scales(face: str, dtype: torch.dtype, hidden: int) -> None:
+    m, b = model(dtype, hidden=hidden), batch(5, dtype)
+    for w in [getattr(la, name) for la in m.layers for name in ("qkv", "o", "gate_up", "down")] + [m.head]:
+        scales = w.buf[: w.n, : w.k].float().abs().amax(1) / 127
+        values = (w.buf[: w.n, : w.k].float() / scales[:, None]).round().to(torch.int8)
+        w.int8 = values, scales
+        w.buf[: w.n, : w.k] = float("nan")  # nobody reads it
+    m = StepModel(m.layers, m.norm, m.head, normal(VOCAB, hidden, seed=4, dtype=dtype), N_Q, N_KV, EPS)
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in b.items()}
+    exact = run(converted(m, torch.float64), wide, MIXED, "reference")[0]
+    within_budget("logits", run(m, b, MIXED, face)[0], exact, run(m, b, MIXED, "reference")[0])
+
+
+def test_only_what_is_wanted_reaches_the_head(face: str, dtype: torch.dtype) -> None:
+    m, b = model(dtype), batch(5, dtype)
+    everything = run(m, b, MIXED, face)[0]
+    for wanted in ([], [4], [1, 2, 3]):
+        got = run(m, {**b, "wanted": torch.tensor(wanted, dtype=torch.int64)}, MIXED, face)[0]
+        assert torch.equal(got, everything[wanted]) or face == "reference"
+        torch.testing.assert_close(got, everything[wanted])
+
+
+def test_arguments_that_do_not_fit_are_named() -> None:
+    m, b = model(torch.float32), batch(2, torch.float32)
+    with pytest.raises(ValueError, match=r"slots: expected torch.int64 \[2\], got torch.int64 \[1\] \(decode_step\)"):
+        run(m, {**b, "slots": b["slots"][:1]})
+    with pytest.raises(ValueError, match=r"k_pool: expected \[layers, n_blocks, block, 32\], contiguous"):
+        run(m, {**b, "k_pool": b["k_pool"].transpose(1, 2)})
+    with pytest.raises(ValueError, match=r"adapters: expected at most the border's 6 ranks, got 9 \(decode_step\)"):
+        run(m, b, StepAdapters(torch.zeros(0, 5, dtype=torch.int64), torch.zeros(0), 9))
+    with pytest.raises(ValueError, match=r"cells in the pool: expected 1001 or more, got 28"):
+        run(m, {**b, "slots": torch.tensor([1000, 0])}, face="cpu")
+    with pytest.raises(ValueError, match=r"rows: expected 3 or more, got 2"):
+        run(m, {**b, "wanted": torch.tensor([2])}, face="cpu")
+    m.layers[1].o.n = 7
+    with pytest.raises(
+        ValueError, match=r"layer 1: o: expected torch.float32 of 1 modules of \[48, 64\], got 1 of \[7"
+    ):
+        StepModel(m.layers, m.norm, m.head, m.embedding, N_Q, N_KV, EPS)
