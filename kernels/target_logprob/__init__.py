@@ -26,7 +26,8 @@ def _check_targets(op: str, targets: torch.Tensor | Labels, m: int, v: int) -> i
     if isinstance(targets, Labels):
         if len(targets) != m:
             raise ValueError(f"targets: expected labels for {m} rows, got {len(targets)} ({op})")
-        targets, m = targets.labels[:, None], len(targets.labels)
+        labels = targets.labels[:, None]
+        targets, m = labels, len(labels)
     k = args.matrix(op, "targets", targets)[1]
     args.tensor(op, "targets", targets, (m, k), torch.int64)
     if targets.is_cpu and targets.numel():
