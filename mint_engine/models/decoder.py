@@ -205,6 +205,21 @@ class Decoder:
         )  # fmt: skip
         return self._head_gradients(h, x, dx_ext, d_border, seating, grads)
 
+    def head_both(
+        self, h: Tensor, x: Tensor, targets: Tensor, gradient: Callable[[slice, Tensor], Tensor], seating: Seating,
+        grads: linear.Gradients, logprobs: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """:meth:`target_logprob` into ``logprobs`` [M, K] and :meth:`head_backward`, the logits computed once.
+
+        ``gradient(rows, logprobs[rows])`` is d loss / d logprob of some rows; it must not wait for the device.
+        """
+        ranks = seating.ranks_of(self.head.group)
+        x = x[:, : self.head.k + self.head.m * ranks]
+        _, _, dx_ext, d_border = kernels.target_logprob_with_gradient(
+            x, self.head.forward_weight(ranks), targets, gradient, border=self.head.m * ranks, logprob=logprobs
+        )
+        return self._head_gradients(h, x, dx_ext, d_border, seating, grads)
+
     def head_backward_logits(
         self, h: Tensor, x: Tensor, dlogits: Tensor, seating: Seating, grads: linear.Gradients
     ) -> Tensor:

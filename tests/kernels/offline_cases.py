@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from mint_engine import kernels
+from mint_engine.kernels.grouped_linear import LinearTable, Outer, OuterTable, Product
 
 ROWS = 8192
 HIDDEN, FFN, N_Q, N_KV, D = 1024, 3072, 16, 8, 128
@@ -115,6 +116,26 @@ def by_tile_with_pointers() -> None:
     kernels.bordered_by_tile(x, w, spans, k=HIDDEN, tile_rows=128, face="triton")
 
 
+def grouped() -> None:
+    """Eight adapters of rank 16 on gate and up: S, S Bᵀ, dS, dS A, dA, dB."""
+    rows, n, k = ROWS // 8, 2 * FFN, HIDDEN
+    stride, seats = k + 8 * 2 * RANK, range(8)
+    x, dy, buf = bf16(ROWS, k + 2 * RANK), bf16(ROWS, n + 2 * RANK), bf16(n + 8 * 2 * RANK, stride)
+    a = [Product(rows * i, rows, 0, k, (n + 32 * i) * stride, stride, 1, k, 2 * RANK, 2.0) for i in seats]
+    b = [Product(rows * i, rows, k, RANK, k + 32 * i, stride, 1, 0, FFN) for i in seats]
+    d_b = [Product(rows * i, rows, 0, FFN, k + 32 * i, 1, stride, n, RANK, 2.0) for i in seats]
+    d_a = [Product(rows * i, rows, n, 2 * RANK, (n + 32 * i) * stride, 1, stride, 0, k) for i in seats]
+    y, dx, size = dy[:, :n], x[:, :k], buf.numel()
+    for source, out, products, add in ((x, x, a, False), (x, y, b, True), (dy, dy, d_b, False), (dy, dx, d_a, True)):
+        table = LinearTable.of(products, ROWS, source.shape[1], out.shape[1], size)
+        kernels.grouped_linear(source, buf, out, table, add=add, face="triton")
+    outs = [fp32(2 * RANK * k + n * RANK) for _ in seats]
+    wide = [Outer(i, rows * i, rows, n, 2 * RANK, 0, k, 0, k) for i in seats]
+    tall = [Outer(i, rows * i, rows, 0, FFN, k, RANK, 2 * RANK * k, RANK) for i in seats]
+    kernels.grouped_outer(dy, x, outs, OuterTable.of(wide, ROWS, dy.shape[1], x.shape[1], 8), face="triton")
+    kernels.grouped_outer(dy, x, outs, OuterTable.of(tall, ROWS, dy.shape[1], x.shape[1], 8), face="triton")
+
+
 def head() -> None:
     x, w = bf16(ROWS, HIDDEN + BORDER), bf16(151936, HIDDEN + BORDER)
     targets = torch.empty(ROWS, 1, dtype=torch.int64, device="meta")
@@ -162,6 +183,7 @@ CASES: dict[str, Callable[[], None]] = {
     "bordered_by_tile": by_tile,
     "bordered_by_tile of 16": by_narrow_tile,
     "bordered_by_tile with pointers": by_tile_with_pointers,
+    "grouped_linear": grouped,
     "attention 64": lambda: attention(64),
     "attention 128": lambda: attention(128),
     "attention 256": lambda: attention(256),
