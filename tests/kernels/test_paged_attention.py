@@ -118,6 +118,8 @@ def test_decoding_token_by_token_is_the_packed_forward(
     face: str, dtype: torch.dtype, n: int, n_q: int, n_kv: int, d: int
 ) -> None:
     """In C++ to the bit: what was sampled is what training sees."""
+    if face == "triton" and n > 100:
+        pytest.skip("a minute in the interpreter; rows of several splits are above")
     q = normal(n, n_q * d, seed=7, dtype=dtype)
     k_pool, v_pool, table, ks, vs = cache([n], 16, n_kv * d, dtype)
     lengths = torch.arange(1, n + 1, dtype=torch.int32)
@@ -143,6 +145,7 @@ def test_large_scores_are_a_hard_choice(face: str, dtype: torch.dtype) -> None:
 
 
 def test_a_needed_block_that_is_missing_is_refused(face: str) -> None:
+    """On a GPU nobody waits for lengths and tables: the row is NaN, and its neighbours are not."""
     pool, q = torch.zeros(4, 2, 8), torch.zeros(1, 8)
     for row, length, error in (
         ([3, -1], 3, "block_table: "),
@@ -151,6 +154,11 @@ def test_a_needed_block_that_is_missing_is_refused(face: str) -> None:
         ([3, 1], -1, "lengths"),
     ):
         table, lengths = torch.tensor([row], dtype=torch.int32), torch.tensor([length], dtype=torch.int32)
+        if face == "triton":
+            two, one = torch.tensor([row, [3, 1]], dtype=torch.int32), torch.tensor([length, 3], dtype=torch.int32)
+            out = paged_attention(q.expand(2, -1), pool, pool, two, one, 1, 1, 1.0, face=face)
+            assert out.isnan().all(1).tolist() == [True, False]
+            continue
         with pytest.raises(ValueError, match=error):
             paged_attention(q, pool, pool, table, lengths, 1, 1, 1.0, face=face)
     ok = torch.tensor([[3, -1]], dtype=torch.int32)
