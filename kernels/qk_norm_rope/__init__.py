@@ -78,6 +78,57 @@ def qk_norm_rope(
     return out
 
 
+def qk_norm_rope_cached(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    n_q: int,
+    n_kv: int,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    out: torch.Tensor | None = None,
+    face: str | None = None,
+) -> torch.Tensor:
+    """``qk_norm_rope`` of a decode step: q comes back, k and v go into the cells of a paged cache.
+
+    Args:
+        qkv, cos, sin, n_q, n_kv, q_weight, k_weight, eps: as in :func:`qk_norm_rope`.
+        k_pool, v_pool: ``[n_blocks, block, n_kv * d]``, the dtype of qkv, last dimension contiguous; written to.
+        slots: ``[M]`` int64: row m's cell is ``slots[m] // block, slots[m] % block``; below 0 nothing is written (a row
+            that only fills up a shape). No two rows have the same. One that is too large is refused on the CPU, and
+            writes nothing on a GPU, which nobody waits for.
+        out: ``[M, n_q * d]`` to write into, or None.
+        face: run this face ("triton", "cpu", "reference") or raise.
+
+    Returns:
+        ``q [M, n_q * d]``.
+
+    Raises:
+        ValueError: a shape or dtype does not match, a slot is too large, or ``face`` cannot run.
+    """
+    op = "qk_norm_rope_cached"
+    m, width = _check(op, qkv, cos, sin, n_q, n_kv, q_weight, k_weight)
+    d = width // (n_q + n_kv)
+    if k_pool.dim() != 3:
+        raise ValueError(f"k_pool: expected 3 dimensions, got shape {list(k_pool.shape)} ({op})")
+    cells = (k_pool.shape[0], k_pool.shape[1], n_kv * d)
+    args.tensor(op, "k_pool", k_pool, cells, qkv.dtype)
+    args.tensor(op, "v_pool", v_pool, cells, qkv.dtype)
+    args.tensor(op, "slots", slots, (m,), torch.int64)
+    if slots.is_cpu and m and int(slots.max()) >= cells[0] * cells[1]:
+        raise ValueError(f"slots: expected less than {cells[0] * cells[1]}, got {int(slots.max())} ({op})")
+    out = args.writable(op, "out", out, qkv, (m, n_q * d))
+    _op.pick(face, qkv, cos, sin, q_weight, k_weight, k_pool, v_pool, out).qk_norm_rope_cached(
+        qkv, cos, sin, n_q, n_kv, k_pool, v_pool, slots.contiguous(), q_weight, k_weight, eps, out
+    )
+    return out
+
+
 def qk_norm_rope_backward(
     dqk: torch.Tensor,
     qkv: torch.Tensor,

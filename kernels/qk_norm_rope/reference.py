@@ -37,6 +37,38 @@ def qk_norm_rope(
     out.copy_(torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).flatten(1))
 
 
+def qk_norm_rope_cached(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    n_q: int,
+    n_kv: int,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    slots: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor,
+) -> None:
+    qk = qkv.new_empty(len(qkv), out.shape[1] + k_pool.shape[2])
+    qk_norm_rope(qkv, cos, sin, n_q, n_kv, q_weight, k_weight, eps, qk)
+    store(qkv, qk, k_pool, v_pool, slots, out)
+
+
+def store(
+    qkv: torch.Tensor, qk: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor,
+    out: torch.Tensor,
+) -> None:  # fmt: skip
+    """q of ``qk`` into ``out``, its k and the v of ``qkv`` into the rows' cells."""
+    q, block = out.shape[1], k_pool.shape[1]
+    out.copy_(qk[:, :q])
+    rows = slots >= 0
+    at = slots[rows]
+    k_pool[at // block, at % block] = qk[rows, q:]
+    v_pool[at // block, at % block] = qkv[rows, qk.shape[1] :]
+
+
 def qk_norm_rope_backward(
     dqk: torch.Tensor,
     qkv: torch.Tensor,

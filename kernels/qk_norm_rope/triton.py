@@ -58,6 +58,46 @@ def _forward(
 
 
 @triton.jit
+def _cached(
+    qkv, qkv_row, cos, cos_row, sin, sin_row, q_weight, k_weight, out, out_row,
+    k, k_block, k_token, v, v_block, v_token, slots, cells, block, n_q, n_kv, half, eps,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Heads of q go to ``out``, of k and v to the row's cell; those of v as they are."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    columns = tl.arange(0, HALF)
+    inside = columns < half
+    is_q, is_v = head < n_q, head >= n_q + n_kv
+    mask = (head < n_q + 2 * n_kv) & inside[None, :]
+    at = head * (2 * half) + columns[None, :]
+    x1 = tl.load(qkv + row * qkv_row + at, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(qkv + row * qkv_row + half + at, mask=mask, other=0.0).to(tl.float32)
+    y1, y2 = x1, x2
+    if q_weight is not None:
+        w1, w2 = _weights(q_weight, k_weight, is_q, columns, inside, half)
+        r = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, 1) / (2 * half) + eps)[:, None]
+        y1 = x1 * r * w1
+        y2 = x2 * r * w2
+    c = tl.load(cos + row * cos_row + columns, mask=inside, other=0.0)[None, :]
+    s = tl.load(sin + row * sin_row + columns, mask=inside, other=0.0)[None, :]
+    dtype = out.dtype.element_ty
+    z1 = tl.where(is_v, x1, y1 * c - y2 * s).to(dtype)
+    z2 = tl.where(is_v, x2, y2 * c + y1 * s).to(dtype)
+    tl.store(out + row * out_row + at, z1, mask=mask & is_q)
+    tl.store(out + row * out_row + half + at, z2, mask=mask & is_q)
+    slot = tl.load(slots + row)
+    written = mask & (slot >= 0) & (slot < cells)
+    k_cell = k + slot // block * k_block + slot % block * k_token - n_q * (2 * half)
+    v_cell = v + slot // block * v_block + slot % block * v_token - (n_q + n_kv) * (2 * half)
+    is_k = (head >= n_q) & (head < n_q + n_kv)
+    tl.store(k_cell + at, z1, mask=written & is_k)
+    tl.store(k_cell + half + at, z2, mask=written & is_k)
+    tl.store(v_cell + at, z1, mask=written & is_v)
+    tl.store(v_cell + half + at, z2, mask=written & is_v)
+
+
+@triton.jit
 def _backward(
     dqk, dqk_row, qkv, qkv_row, cos, cos_row, sin, sin_row, q_weight, k_weight, dqkv, dqkv_row, n_q, heads, half, eps,
     HEADS: tl.constexpr, HALF: tl.constexpr,
@@ -111,6 +151,30 @@ def qk_norm_rope(
         _forward[grid](
             qkv, qkv.stride(0), cos, cos.stride(0), sin, sin.stride(0), q_weight, k_weight, out, out.stride(0),
             n_q, n_q + n_kv, cos.shape[1], eps, **meta,
+        )  # fmt: skip
+
+
+def qk_norm_rope_cached(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    n_q: int,
+    n_kv: int,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    slots: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor,
+) -> None:
+    grid, meta = _geometry(len(qkv), n_q + 2 * n_kv, cos.shape[1])
+    blocks, block, _ = k_pool.shape
+    if len(qkv):
+        _cached[grid](
+            qkv, qkv.stride(0), cos, cos.stride(0), sin, sin.stride(0), q_weight, k_weight, out, out.stride(0),
+            k_pool, k_pool.stride(0), k_pool.stride(1), v_pool, v_pool.stride(0), v_pool.stride(1), slots,
+            blocks * block, block, n_q, n_kv, cos.shape[1], eps, **meta,
         )  # fmt: skip
 
 

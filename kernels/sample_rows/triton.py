@@ -59,7 +59,7 @@ def _mass(z, vocab, high, divisor, TILE: tl.constexpr):
     total = tl.full((), 0.0, tl.float64)
     first = tl.full((TILE,), NEVER, tl.int32)
     for at in range(0, vocab, TILE):
-        y, e, _ = _entries(z, at + step, vocab, high, divisor)
+        y, e, key = _entries(z, at + step, vocab, high, divisor)
         total += tl.sum(e.to(tl.float64), 0)
         first = tl.minimum(first, tl.where((y == 0.0) & (at + step < vocab), at + step, NEVER))
     return total, tl.min(first, 0)
@@ -75,7 +75,7 @@ def _edge(z, vocab, high, divisor, target, BY_MASS: tl.constexpr, TILE: tl.const
         shift = 28 - 4 * level
         sums = tl.zeros((16,), tl.float64)
         for at in range(0, vocab, TILE):
-            _, e, key = _entries(z, at + step, vocab, high, divisor)
+            y, e, key = _entries(z, at + step, vocab, high, divisor)
             value = e if BY_MASS else (at + step < vocab).to(tl.float32)
             value = tl.where(((key >> shift) >> 4) == prefix, value, 0.0)
             hit = ((key >> shift) & 15)[:, None] == digits[None, :]
@@ -102,7 +102,7 @@ def _kept_mass(z, vocab, high, divisor, edge, ties, TILE: tl.constexpr):
     total = tl.full((), 0.0, tl.float64)
     seen = tl.full((), 0, tl.int32)
     for at in range(0, vocab, TILE):
-        _, e, key = _entries(z, at + step, vocab, high, divisor)
+        y, e, key = _entries(z, at + step, vocab, high, divisor)
         e, seen = _kept(e, key, at + step, vocab, edge, ties, seen)
         total += tl.sum(e.to(tl.float64), 0)
     return total
@@ -117,7 +117,7 @@ def _draw(z, vocab, high, divisor, edge, ties, target, TILE: tl.constexpr):
     # Of the tile with the token, or until it is found of the last tile of any mass.
     start, start_seen, start_sum, found = seen, seen, running, seen
     for at in range(0, vocab, TILE):
-        _, e, key = _entries(z, at + step, vocab, high, divisor)
+        y, e, key = _entries(z, at + step, vocab, high, divisor)
         e, now = _kept(e, key, at + step, vocab, edge, ties, seen)
         mass = tl.sum(e.to(tl.float64), 0)
         takes = (found == 0) & (mass > 0.0)
@@ -127,8 +127,8 @@ def _draw(z, vocab, high, divisor, edge, ties, target, TILE: tl.constexpr):
         seen = now
         found = tl.where(running > target, 1, found)
     v = start + step
-    _, e, key = _entries(z, v, vocab, high, divisor)
-    e, _ = _kept(e, key, v, vocab, edge, ties, start_seen)
+    y, e, key = _entries(z, v, vocab, high, divisor)
+    e, now = _kept(e, key, v, vocab, edge, ties, start_seen)
     above = (start_sum + tl.cumsum(e.to(tl.float64), 0) > target) & (e > 0.0)
     token = tl.min(tl.where(above, v, NEVER), 0)
     return tl.where(token == NEVER, tl.max(tl.where(e > 0.0, v, 0), 0), token)
@@ -176,7 +176,7 @@ def _top(logits, stride, temperatures, tokens, logprobs, k, vocab, TILE: tl.cons
     row, step = tl.program_id(0).to(tl.int64), tl.arange(0, TILE)
     z = logits + row * stride
     divisor, high = _divisor(tl.load(temperatures + row)), _maximum(z, vocab, TILE)
-    total, _ = _mass(z, vocab, high, divisor, TILE)
+    total, likeliest = _mass(z, vocab, high, divisor, TILE)
     valid = total == total
     log_sum = tl.log(total)
     last = tl.full((), -1, tl.int64)
@@ -184,7 +184,7 @@ def _top(logits, stride, temperatures, tokens, logprobs, k, vocab, TILE: tl.cons
         best = tl.full((TILE,), 0x7FFFFFFFFFFFFFFF, tl.int64)
         for at in range(0, vocab, TILE):
             v = at + step
-            _, _, key = _entries(z, v, vocab, high, divisor)
+            y, e, key = _entries(z, v, vocab, high, divisor)
             place = (key.to(tl.int64) << 32) | v
             best = tl.minimum(best, tl.where((place > last) & (v < vocab), place, 0x7FFFFFFFFFFFFFFF))
         last = tl.min(best, 0)

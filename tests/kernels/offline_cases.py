@@ -59,6 +59,14 @@ def rope() -> None:
     )  # fmt: skip
 
 
+def rope_cached() -> None:
+    qkv, table, w, pool = bf16(64, (N_Q + 2 * N_KV) * D), fp32(64, D // 2), bf16(D), bf16(8192, 32, N_KV * D)
+    slots = torch.empty(64, dtype=torch.int64, device="meta")
+    kernels.qk_norm_rope_cached(
+        qkv, table, table, N_Q, N_KV, pool, pool, slots, q_weight=w, k_weight=w, face="triton"
+    )  # fmt: skip
+
+
 def adamw() -> None:
     p = fp32(10_000_000)
     hyper = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "step": 3}
@@ -116,6 +124,13 @@ def by_tile_with_pointers() -> None:
     kernels.bordered_by_tile(x, w, spans, k=HIDDEN, tile_rows=128, face="triton")
 
 
+def by_tile_of_few_rows() -> None:
+    """A decode step: 64 rows, grouped by adapter and padded to tiles of 16."""
+    spans = torch.empty(4, 3, dtype=torch.int32, device="meta")
+    x, w = bf16(64, HIDDEN + 16), bf16(2 * FFN, HIDDEN + 4 * 16)
+    kernels.bordered_by_tile(x, w, spans, k=HIDDEN, tile_rows=16, face="triton")
+
+
 def grouped() -> None:
     """Eight adapters of rank 16 on gate and up: S, S Bᵀ, dS, dS A, dA, dB."""
     rows, n, k = ROWS // 8, 2 * FFN, HIDDEN
@@ -164,6 +179,20 @@ def attention(d: int) -> None:
     kernels.attention_backward(q, q, kv, kv, q, lse, cu, N_Q, N_KV, d**-0.5, face="triton")
 
 
+def paged_attention(d: int) -> None:
+    """64 rows of up to 4096 tokens in blocks of 32."""
+    pool, ints = bf16(8192, 32, N_KV * d), dict(dtype=torch.int32, device="meta")
+    table, lengths = torch.empty(64, 128, **ints), torch.empty(64, **ints)
+    kernels.paged_attention(bf16(64, N_Q * d), pool, pool, table, lengths, N_Q, N_KV, d**-0.5, face="triton")
+
+
+def sample() -> None:
+    logits, doubles = fp32(64, 151936), dict(dtype=torch.float64, device="meta")
+    k = torch.empty(64, dtype=torch.int64, device="meta")
+    kernels.sample_rows(logits, fp32(64), k, torch.empty(64, **doubles), torch.empty(64, **doubles), face="triton")
+    kernels.top_logprobs(logits, fp32(64), 20, face="triton")
+
+
 CASES: dict[str, Callable[[], None]] = {
     "rms_norm 1024": lambda: norm(1024),
     "rms_norm 4096": lambda: norm(4096),
@@ -174,6 +203,7 @@ CASES: dict[str, Callable[[], None]] = {
     "lora_gradients 16": lambda: lora(16),
     "lora_gradients 64": lambda: lora(64),
     "qk_norm_rope": rope,
+    "qk_norm_rope into a cache": rope_cached,
     "adamw": adamw,
     "adamw into places": adamw_places,
     "embedding": embedding,
@@ -183,10 +213,15 @@ CASES: dict[str, Callable[[], None]] = {
     "bordered_by_tile": by_tile,
     "bordered_by_tile of 16": by_narrow_tile,
     "bordered_by_tile with pointers": by_tile_with_pointers,
+    "bordered_by_tile of few rows": by_tile_of_few_rows,
     "grouped_linear": grouped,
     "attention 64": lambda: attention(64),
     "attention 128": lambda: attention(128),
     "attention 256": lambda: attention(256),
+    "paged_attention 64": lambda: paged_attention(64),
+    "paged_attention 128": lambda: paged_attention(128),
+    "paged_attention 256": lambda: paged_attention(256),
+    "sample_rows": sample,
     "target_logprob": head,
     "target_logprob with gradient": head_at_once,
     "logits 16 rows": head_logits,

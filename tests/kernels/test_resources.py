@@ -17,11 +17,15 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes 
 OLD = "3.6.0"
 # Too few rows a tile for the instructions of a whole warp group: those of a warp (HMMA) do.
 FEW_ROWS = {
+    "bordered_by_tile of few rows: matmul",
+    "bordered_by_tile of few rows: two_loops",
     "logits 16 rows: matmul",
+    *(f"paged_attention {d}: split" for d in (64, 128, 256)),
     *(f"norm, swiglu with S of {r}: {op}_shrink" for r in (16, 48, 256) for op in ("norm", "swiglu")),
 }
 BY_TMA = (
     "bordered_by_tile: persistent",
+    "bordered_by_tile of few rows: two_loops",
     "bordered_by_tile of 16: two_loops",
     "target_logprob: tile",
     "target_logprob with gradient: tile",

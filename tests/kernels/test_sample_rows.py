@@ -107,7 +107,8 @@ def test_rows_of_every_kind_match_the_reference(face: str, vocab: int) -> None:
 
 def test_a_large_vocabulary_matches_the_reference(face: str) -> None:
     """A real head's size, where bins and blocks are many; logits that repeat, as bf16 activations make them."""
-    logits = (normal(6, 49153, seed=3, scale=3.0) * 8).round() / 8
+    rows = 2 if face == "triton" else 6  # a second a row in the interpreter
+    logits = (normal(rows, 49153, seed=3, scale=3.0) * 8).round() / 8
     for temperature, top_k, top_p in ((1.0, -1, 1.0), (0.8, 50, 1.0), (1.0, -1, 0.95), (0.6, 1000, 0.99), (0.0, -1, 1)):
         got, expected = (draw(logits, temperature, top_k, top_p, face=f) for f in (face, "reference"))
         assert torch.equal(got[0], expected[0])
