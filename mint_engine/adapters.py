@@ -106,6 +106,15 @@ class Adapter:
         other.factors = other.views(other.params)
         return other
 
+    def outline(self) -> Adapter:
+        """An adapter of the same shape without memory for parameters: one that sits in the border already."""
+        other = object.__new__(Adapter)
+        other.lora, other.rank, other.scale, other.groups = self.lora, self.rank, self.scale, self.groups
+        other.uid, other.version = next(self._ids), 0
+        other.params = torch.empty_like(self.params, device="meta")
+        other.factors = other.views(other.params)
+        return other
+
     def check_finite(self) -> None:
         if not bool(torch.isfinite(self.params).all()):
             raise NonFiniteError("adapter: it has weights that are not finite")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ class KVCache:
         shape = (config.num_layers, self.num_blocks, BLOCK_TOKENS, width)
         self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self._pool = BlockPool(self.num_blocks)
+        self.programs: Any = None  # of `mint_engine.gpu.decode`, on a GPU
 
     @property
     def capacity(self) -> int:

@@ -245,13 +245,13 @@ class Sampler:
         return self._logits(last, h, seating)
 
     def _logits(self, rows: dict[Job, int], h: Tensor, seating: Seating) -> dict[Job, Tensor]:
-        """The logits [V] of these rows, on the host, where tokens are drawn."""
+        """The logits [V] of these rows, on the device, where tokens are drawn."""
         if not rows:
             return {}
         at = torch.tensor(list(rows.values()))
         own = seating.select(at)
         x = self._decoder.head_input(h[at], own)
-        return dict(zip(rows, self._decoder.logits(x, own).cpu(), strict=True))
+        return dict(zip(rows, self._decoder.logits(x, own), strict=True))
 
     def _score(self, job: Job, piece: Piece, h: Tensor, seating: Seating, offset: int) -> None:
         """Score the rows ``h`` of a piece, which are rows ``offset, ...`` of the pass."""

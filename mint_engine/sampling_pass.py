@@ -19,6 +19,7 @@ from mint_engine import kernels
 from mint_engine.adapters import Adapter
 from mint_engine.borders import Seating
 from mint_engine.device import upload
+from mint_engine.gpu.decode import Step, decode_programs, seats
 from mint_engine.kv_cache import CachedSequence, KVCache
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.layer import Attend
@@ -49,21 +50,36 @@ def prefill(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) -> tuple[
 
 
 def decode(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], wanted: Sequence[int] | None = None) -> Tensor:
-    """fp32 logits [R, V], on the host, of the rows of sampled tokens, or of the ``wanted`` ones, ascending.
+    """fp32 logits [R, V], on the device, of the rows of sampled tokens, or of the ``wanted`` ones, ascending.
 
-    Their K and V go into the cache. Where the cpu kernels run, rows have the same bits in any company.
+    Their K and V go into the cache. Where the cpu kernels run, rows have the same bits in any company. On a GPU the
+    logits of a step live until the next.
     """
+    if decoder.device.type == "cuda" and wanted is None:
+        return decode_programs(decoder, cache).logits(_step(cache, pieces))
     rows, c = _Rows.of(decoder, cache, pieces), decoder.config
     chosen = torch.arange(len(rows.tokens)) if wanted is None else torch.tensor(wanted, dtype=torch.int64)
     if not kernels.decode_step_supported(decoder.norm, cache.k, cache.v):
         h = _hidden(decoder, cache, rows, _sampled_attend(decoder, cache, pieces))
         own = rows.seating.select(chosen)
-        return decoder.logits(decoder.head_input(h[upload(chosen, decoder.device)], own), own).cpu()
+        return decoder.logits(decoder.head_input(h[upload(chosen, decoder.device)], own), own)
     cos, sin = decoder.rope.rows(rows.positions)
     table, lengths = _context(cache, pieces)
     return kernels.decode_step(
         decoder.step_model(), rows.tokens, cos, sin, cache.k, cache.v, rows.slots, table, lengths, chosen,
         c.head_dim**-0.5, adapters=_adapters(decoder, rows.seating),
+    )  # fmt: skip
+
+
+def _step(cache: KVCache, pieces: Sequence[Piece]) -> Step:
+    """The pieces as the GPU's programs take them."""
+    table, lengths = _context(cache, pieces)
+    return Step(
+        tokens=np.concatenate([p.tokens for p in pieces]),
+        positions=np.concatenate([np.arange(p.start, p.stop) for p in pieces]),
+        slots=_slots(cache, [(p, p.start) for p in pieces]).numpy(),
+        table=table.numpy(), lengths=lengths.numpy(),
+        seats=seats([p.adapter for p in pieces], [len(p.tokens) for p in pieces]),
     )  # fmt: skip
 
 

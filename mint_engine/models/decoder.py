@@ -17,7 +17,7 @@ from mint_engine.kernels.attention import Bounds
 from mint_engine.models import layer as decoder_layer
 from mint_engine.models import linear
 from mint_engine.models.config import ModelConfig
-from mint_engine.models.layer import Attend, DecoderLayer, Pass, Saved
+from mint_engine.models.layer import Attend, Cells, DecoderLayer, Pass, Saved
 from mint_engine.models.rope import RopeTable
 from mint_engine.models.weights import WeightReader
 from mint_engine.models.workspace import Workspace
@@ -125,14 +125,16 @@ class Decoder:
     def hidden(
         self, tokens: Tensor, positions: Tensor, seating: Seating, attend: Attend, saved: list[Saved] | None = None,
         *, rows: Tensor | None = None, space: Workspace | None = None, length: int | None = None,
+        cells: Cells | None = None,
     ) -> tuple[Tensor, Pass]:  # fmt: skip
         """The residual stream after the last layer; what a backward needs is appended to ``saved``.
 
         [M, H]; or [rows, H] of the ``rows`` (int64, ascending) that are wanted. What is in ``saved``, and with
         ``space`` the result too, lives until the next pass over this base model, which writes into the same memory.
-        ``length``: a bound above every position, if known.
+        ``length``: a bound above every position, if known. ``cells``: in a decode step, where K and V go.
         """
         p, delta = self.embed(tokens, positions, seating, attend, length)
+        p.cells = cells
         h = None
         for la in self.layers:
             some = rows if la is self.layers[-1] else None

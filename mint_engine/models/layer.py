@@ -21,6 +21,7 @@ from mint_engine.kernels import (
     attention_backward,
     qk_norm_rope,
     qk_norm_rope_backward,
+    qk_norm_rope_cached,
     rms_norm,
     rms_norm_backward,
     swiglu,
@@ -50,6 +51,15 @@ class DecoderLayer:
     k_norm: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Cells:
+    """Where a decode step's K and V go: ``slots`` int64 [M] of the pools ``k, v`` [layers, n_blocks, block, n_kv*d]."""
+
+    slots: Tensor
+    k: Tensor
+    v: Tensor
+
+
 @dataclass
 class Pass:
     """What all layers share in one pass: who sits where, the rotary tables of the rows, how to attend, memory."""
@@ -61,6 +71,7 @@ class Pass:
     attend: Attend
     space: Workspace
     cu_seqlens: Tensor | Bounds | None = None  # needed by the backward
+    cells: Cells | None = None  # then ``attend`` gets a layer's pools for k and v
 
     def first(self, rows: int) -> Pass:
         """The same for a backward over the first ``rows`` rows; ``cu_seqlens`` is theirs already."""
@@ -125,11 +136,17 @@ def forward(
     h = _norm(layer.qkv, delta, layer.attention_norm, eps, h, x, take("h", m, layer.qkv.k, kept=True), seating)
     qkv = linear.forward(layer.qkv, x, seating, take("qkv", m, layer.qkv.n, kept=True))
     s_qkv = _tail(layer.qkv, x, take, save)
-    qk = take("qk", m, (n_q + n_kv) * d)
-    qk_norm_rope(qkv, p.cos, p.sin, n_q, n_kv, q_weight=layer.q_norm, k_weight=layer.k_norm, eps=eps, out=qk)
+    norms = {"q_weight": layer.q_norm, "k_weight": layer.k_norm}
+    if p.cells is None:
+        qk, v = take("qk", m, (n_q + n_kv) * d), qkv[:, (n_q + n_kv) * d :]
+        qk_norm_rope(qkv, p.cos, p.sin, n_q, n_kv, **norms, eps=eps, out=qk)
+        q, k = qk[:, : n_q * d], qk[:, n_q * d :]
+    else:
+        q, k, v = take("qk", m, n_q * d), p.cells.k[layer.index], p.cells.v[layer.index]
+        qk_norm_rope_cached(qkv, p.cos, p.sin, n_q, n_kv, k, v, p.cells.slots, **norms, eps=eps, out=q)
     o = take("o", m, layer.o.k + linear.tail(layer.o, seating), kept=True)
     attended = o[:, : layer.o.k]
-    lse = p.attend(layer.index, qk[:, : n_q * d], qk[:, n_q * d :], qkv[:, (n_q + n_kv) * d :], attended)
+    lse = p.attend(layer.index, q, k, v, attended)
 
     h_in = h
     if rows is not None:
