@@ -202,8 +202,8 @@ struct DecodeStep {
             if (n == 0) return;
             T *stream = h + mine.begin * hidden, *delta = x + mine.begin * hidden;
             if (!add) std::memcpy(stream, delta, size_t(n * hidden) * sizeof(T));
-            rms_norm<S, T>(add ? delta : stream, hidden, add ? stream : nullptr, hidden, stream, hidden, weight, eps,
-                           x1 + mine.begin * x1_stride, x1_stride, n, hidden);
+            norm_rows<S>({0, n}, add ? delta : stream, hidden, add ? stream : nullptr, hidden, stream, hidden, weight,
+                         eps, x1 + mine.begin * x1_stride, x1_stride, hidden);
         };
         norm(l.attention_norm, !first);
         team->meeting.wait();
@@ -239,7 +239,7 @@ struct DecodeStep {
                     for (int64_t i = 0; i < rows; ++i) {
                         store(nullptr, gate + i * C, 0, cols, both, 0, 1);
                         store(nullptr, up + i * C, 0, cols, both + cols, 0, 1);
-                        swiglu<S, T>(both, 2 * cols, a + i * a_stride + j, a_stride, 1, cols);
+                        swiglu_rows<S>({0, 1}, both, 2 * cols, a + i * a_stride + j, a_stride, cols);
                     }
                 });
         const Prefetch after =

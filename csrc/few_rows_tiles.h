@@ -121,17 +121,26 @@ class FewRows<S, T, true> {
     const uint32_t* add_tail(const WeightRows<T>& w, const RowGroup<T>& g, int64_t first, int64_t cols, int64_t m,
                              const uint32_t* b) const {
         const int64_t rest = k_ - base_, steps = ceil_div(tail(g), kK), stride = steps * kK;
-        stage(w, first, rest > 0 ? cols : 0, base_, rest, stride, stage_);
-        for (int64_t j = 0; j < cols; ++j)
-            std::memcpy(stage_ + j * stride + rest, g.b + (first + j) * g.stride, size_t(g.width) * sizeof(T));
+        if (rest > 0) stage(w, first, cols, base_, rest, stride, stage_);
+        for (int64_t j = 0; j < cols; ++j) {
+            const T* from = g.b + (first + j) * g.stride;
+            T* to = stage_ + j * stride + rest;
+            if (rest > 0) {
+                std::memcpy(to, from, size_t(g.width) * sizeof(T));
+                continue;
+            }
+            for (int64_t i = 0; i < stride; i += kK) {  // whole vectors, zeros beyond the width
+                const auto step = S::load_pairs_n(from + i, int(g.width - i));
+                std::memcpy(to + i, &step, kK * sizeof(T));
+            }
+        }
+        std::memset(stage_ + cols * stride, 0, size_t((m - cols) * stride) * sizeof(T));
         for (int64_t i = g.begin; i < g.end; i += 16, b += steps * 16 * 16) {
-            const int64_t n = min64(16, g.end - i);
-            for (int64_t j = 0; j < m; ++j)
-                std::memcpy(own_ + j * 16, turned_ + j * ld_ + i, size_t(n) * sizeof(float));
+            const int n = int(min64(16, g.end - i));
+            for (int64_t j = 0; j < m; ++j) S::store(own_ + j * 16, S::load_n(turned_ + j * ld_ + i, n));
             S::multiply_tiles(m, 16, reinterpret_cast<const char*>(stage_), stride * int64_t(sizeof(T)), nullptr, b, 16,
                               own_, 16, steps, true, [] {});
-            for (int64_t j = 0; j < m; ++j)
-                std::memcpy(turned_ + j * ld_ + i, own_ + j * 16, size_t(n) * sizeof(float));
+            for (int64_t j = 0; j < m; ++j) S::store_n(turned_ + j * ld_ + i, S::load(own_ + j * 16), n);
         }
         return b;
     }
