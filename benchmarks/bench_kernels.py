@@ -71,7 +71,7 @@ def test_kernel(benchmark: Any, name: str, who: str) -> None:
     case = checked(name)
     peak, bandwidth = peaks()
     benchmark.group = name
-    benchmark.extra_info["floor_us"] = round(max(case.flop / peak, case.moved / bandwidth) * 1e6, 1)
+    benchmark.extra_info["floor_us"] = floor = round(max(case.flop / peak, case.moved / bandwidth) * 1e6, 1)
+    benchmark.name = f"{who} (floor {floor:g} us)"
     with torch.no_grad():
         benchmark(case.ours if who == "ours" else case.torch, *case.inputs)
-    benchmark.name = f"{who}, floor {benchmark.extra_info['floor_us']:g} us"

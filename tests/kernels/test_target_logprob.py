@@ -109,21 +109,22 @@ def test_columns_of_the_border_that_are_zero_may_be_left_out(face: str, dtype: t
 
 
 def test_threads_do_not_change_a_bit(face: str, dtype: torch.dtype) -> None:
+    if face != "cpu":
+        pytest.skip("neither plain torch nor numpy, which interprets Triton, promises that")
     x, weight, targets = inputs((33, 200, 1500, 2), dtype)
     dlogprob = normal(33, 2, seed=4)
     results = []
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2) if face == "triton" else (1, 2, 3):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             logprob, lse = target_logprob(x, weight, targets, face=face)
             gradients = target_logprob_backward(x, weight, targets, dlogprob, lse, border=8, face=face)
             results.append((logprob, lse, *gradients))
     finally:
         torch.set_num_threads(before)
-    if face != "reference":  # plain torch makes no such promise
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_large_logits_do_not_overflow(face: str) -> None:
