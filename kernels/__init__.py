@@ -1,6 +1,6 @@
 """The engine's kernels: one folder per op, each with a plain-torch reference and faster faces (see ``op.py``)."""
 
-from mint_engine.kernels.adamw import adamw_
+from mint_engine.kernels.adamw import Places, adamw_, adamw_places_, hyperparameters
 from mint_engine.kernels.attention import attention, attention_backward
 from mint_engine.kernels.bordered_by_tile import bordered_by_tile, bordered_by_tile_backward
 from mint_engine.kernels.bordered_linear import (
@@ -11,6 +11,7 @@ from mint_engine.kernels.bordered_linear import (
     shrink,
 )
 from mint_engine.kernels.decode_step import StepAdapters, StepModel, decode_step, decode_step_supported
+from mint_engine.kernels.embedding import embedding
 from mint_engine.kernels.grouped_linear import grouped_linear, grouped_outer
 from mint_engine.kernels.lora_gradients import lora_gradients
 from mint_engine.kernels.op import faces, force_face, isa
@@ -20,13 +21,22 @@ from mint_engine.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward
 from mint_engine.kernels.rms_norm import rms_norm, rms_norm_backward
 from mint_engine.kernels.sample_rows import sample_rows, top_logprobs
 from mint_engine.kernels.swiglu import swiglu, swiglu_backward
-from mint_engine.kernels.target_logprob import logits, target_logprob, target_logprob_backward
+from mint_engine.kernels.target_logprob import (
+    Labels,
+    logits,
+    target_logprob,
+    target_logprob_backward,
+    target_logprob_with_gradient,
+)
 
 __all__ = [
+    "Labels",
+    "Places",
     "Shrink",
     "StepAdapters",
     "StepModel",
     "adamw_",
+    "adamw_places_",
     "attention",
     "attention_backward",
     "bordered_by_tile",
@@ -35,11 +45,13 @@ __all__ = [
     "bordered_linear_backward",
     "decode_step",
     "decode_step_supported",
+    "embedding",
     "expand_backward",
     "faces",
     "force_face",
     "grouped_linear",
     "grouped_outer",
+    "hyperparameters",
     "isa",
     "logits",
     "lora_gradients",
@@ -55,5 +67,6 @@ __all__ = [
     "swiglu_backward",
     "target_logprob",
     "target_logprob_backward",
+    "target_logprob_with_gradient",
     "top_logprobs",
 ]

@@ -9,14 +9,14 @@ operands first; on a GPU it is False and the product runs on the tensor cores.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 UPCAST = INTERPRETED
-
-GROUP = 8  # rows of tiles of a GEMM that are worked on together
 
 DEVICES = {"cuda", "cpu"} if INTERPRETED else {"cuda"}  # the offline compiler adds "meta"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -51,9 +51,18 @@ def architecture() -> int:
     return 90 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)
 
 
-def stages(dtype: torch.dtype) -> int:
-    """Steps of a GEMM held in shared memory: float32, for tests, is twice as wide."""
-    return 2 if dtype is torch.float32 else 3
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; interpreted, few, so that a persistent program has more than one tile to do."""
+    return 3 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def tma_reason(*matrices: torch.Tensor) -> str | None:
+    """``None`` if TMA can move tiles of these matrices, else why not."""
+    for t in matrices:
+        if t.data_ptr() % 16 or t.stride(0) * t.element_size() % 16:
+            return f"a matrix begins or continues off a multiple of 16 bytes: row stride {t.stride(0)} of {t.dtype}"
+    return None
 
 
 def power_of_2(n: int, least: int = 1) -> int:
@@ -101,4 +110,15 @@ def product(
         a = tl.load(x_tile + at[None, :], mask=(at < k)[None, :], other=0.0)
         b = tl.load(w_tile + at[:, None], mask=(at < k)[:, None], other=0.0)
         acc = dot(a, b, acc, UPCAST)
+    return acc
+
+
+@triton.jit
+def product_tma(
+    x, w, tile_m, tile_n, tiles, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr
+):
+    """``product`` of two descriptors: what lies past their ends is 0."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    for i in range(tiles):
+        acc = dot(x.load([tile_m * BM, i * BK]), w.load([tile_n * BN, i * BK]).T, acc, UPCAST)
     return acc

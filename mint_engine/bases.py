@@ -88,10 +88,11 @@ class BaseModels:
         wake: Callable[[], None],
         *,
         int8: bool = False,
+        speculation: int = 0,
     ) -> None:
         self._home, self._dtype, self._device = home, dtype, device
         self._cache_bytes, self._activation_bytes = cache_bytes, activation_bytes
-        self._on_load, self._wake, self._int8 = on_load, wake, int8
+        self._on_load, self._wake, self._int8, self._speculation = on_load, wake, int8, speculation
         self._lock = threading.Lock()
         self._loading: dict[str, Future[Base]] = {}
 
@@ -144,10 +145,10 @@ class BaseModels:
             progress.update(task, total=len(names))
             decoder = Decoder(
                 config, reader, self._dtype, device=self._device, int8=self._int8,
-                on_tensor=lambda _: progress.advance(task),
                 activation_bytes=self._activation_bytes or ACTIVATION_BYTES,
+                on_tensor=lambda _: progress.advance(task),
             )  # fmt: skip
-        sampler = Sampler(decoder, self._cache_bytes, self._wake)
+        sampler = Sampler(decoder, self._cache_bytes, self._wake, speculation=self._speculation)
         if self._device.type == "cuda" and not self._activation_bytes:
             decoder.activation_bytes = free_bytes(self._device)  # now that weights and KV cache have theirs
         self._on_load(sampler)

@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from mint_engine import kernels
 from mint_engine.errors import MintError
 from mint_engine.kernels import op
+from mint_engine.kernels.attention import library
 from mint_engine.models.hub import missing_files
 
 PACKAGES = (
@@ -67,7 +68,7 @@ def examine(home: Path | None = None, database_url: str | None = None) -> Report
     database_url = database_url or os.environ.get("MINT_SERVER_DATABASE_URL")
     return Report({
         "machine": _machine(),
-        "GPU": [_gpu()],
+        "GPU": _gpu(),
         "packages": _packages(),
         "kernels (face that runs)": _kernels(),
         "base models on this machine": _models(home),
@@ -89,12 +90,16 @@ def _machine() -> list[Line]:
     ]
 
 
-def _gpu() -> Line:
+def _gpu() -> list[Line]:
     if not torch.cuda.is_available():
         reason = "this torch is a CPU build" if torch.version.cuda is None else "torch finds no usable GPU"
-        return Line("none", f"{reason}; everything runs on the CPU")
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return Line("found", f"{', '.join(names)}; not used: the kernels are there, the engine runs on the CPU yet")
+        return [Line("none", f"{reason}; everything runs on the CPU")]
+    lines = []
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        name = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
+        lines += [Line(f"cuda:{i}", name), Line("  attention", library.report(10 * major + minor))]
+    return lines
 
 
 def _packages() -> list[Line]:

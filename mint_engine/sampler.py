@@ -20,6 +20,7 @@ from mint_engine.batch import pack
 from mint_engine.borders import Seating
 from mint_engine.errors import NonFiniteError, SampleCancelledError, UserError
 from mint_engine.executor import settle
+from mint_engine.kernels import plan
 from mint_engine.kv_cache import KVCache, blocks_for
 from mint_engine.models.decoder import Decoder
 from mint_engine.requests import MAX_VALUES, Request, check_product
@@ -201,11 +202,12 @@ class Sampler:
             if budget <= 0:
                 break
         chunks.sort(key=lambda chunk: adapter_order(chunk[0].request.adapter))
-        if chunks:
-            requests = [job.request for job, _, _ in chunks]
-            self._guarded(requests, lambda: self._compute_chunks(chunks, published))
-        for job in uncached:
-            self._guarded([job.request], lambda job=job: self._score_whole(job))  # type: ignore[misc]
+        with plan.own_products():  # a row, in the layers and the head, has the same bits in any company
+            if chunks:
+                requests = [job.request for job, _, _ in chunks]
+                self._guarded(requests, lambda: self._compute_chunks(chunks, published))
+            for job in uncached:
+                self._guarded([job.request], lambda job=job: self._score_whole(job))  # type: ignore[misc]
         return bool(chunks or uncached)
 
     def _compute_chunks(self, chunks: list[tuple[Job, int, int]], published: list[int]) -> None:

@@ -19,7 +19,6 @@ from mint_engine import kernels
 from mint_engine.adapters import Adapter
 from mint_engine.borders import Seating
 from mint_engine.device import upload
-from mint_engine.kernels import plan
 from mint_engine.kv_cache import CachedSequence, KVCache
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.layer import Attend
@@ -43,11 +42,10 @@ def prefill(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) -> tuple[
     """(residual stream [M, H], seating) of the rows of prompts; their K and V go into the cache.
 
     A piece's earlier tokens must be in the cache or come from a piece before it. Rows have the same bits in any company
-    of their own adapter's: where an adapter sits in the border moves sums.
+    of their own adapter's where products are our own (`kernels.plan`); where an adapter sits in the border moves sums.
     """
     rows, attend = _Rows.of(decoder, cache, pieces), _prompt_attend(decoder, cache, pieces)
-    with plan.own_products():
-        return _hidden(decoder, cache, rows, attend), rows.seating
+    return _hidden(decoder, cache, rows, attend), rows.seating
 
 
 def decode(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], wanted: Sequence[int] | None = None) -> Tensor:

@@ -30,6 +30,16 @@ def test_json_is_one_document_with_the_same_findings() -> None:
     assert {"machine", "GPU", "packages", "store"} <= set(found["sections"])
 
 
+def test_a_gpu_is_named_with_the_attention_that_runs_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "is_available": True, "device_count": 1, "get_device_capability": (9, 0), "get_device_name": "H",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, value=value: value)
+    found, attention = doctor._gpu()
+    assert (found.name, found.value) == ("cuda:0", "H, compute capability 9.0")
+    assert "torch.nn.attention.varlen" in attention.value
+
+
 def test_a_home_that_cannot_be_written_fails_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")

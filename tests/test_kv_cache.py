@@ -1,7 +1,9 @@
-"""The block manager under random arrivals, growth, forks, cancellations and evictions: every cell is read back."""
+"""The block manager under random arrivals, growth, forks, cancellations, evictions and adapters that change: every cell
+is read back."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,34 +41,56 @@ def make_cache() -> KVCache:
     return cache
 
 
-def keys_of(tokens: list[int]) -> list[bytes]:
+@dataclass
+class Version:
+    """What the keys know of an adapter."""
+
+    uid: int
+    version: int
+
+
+def keys_of(tokens: list[int], adapter: Version | None = None) -> list[bytes]:
     array = np.array(tokens, dtype=np.int64)
-    return block_keys(Request(None, array, 1, SamplingParams(), StopRule()), array)
+    return block_keys(Request(adapter, array, 1, SamplingParams(), StopRule()), array)  # type: ignore[arg-type]
+
+
+def cell(token: int, version: Version | None) -> int:
+    """What a token's keys and values are to be."""
+    return token + (0 if version is None else 100 * (1 + version.version))
 
 
 class Blocks(RuleBasedStateMachine):
-    """Sequences beside the tokens that must be in their cells. Tokens are few, so prefixes are often common."""
+    """Sequences beside the tokens that must be in their cells, and the version of the adapter that computed them, which
+    the cells hold, too. Tokens are few, so prefixes are often common.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.cache = make_cache()
-        self.live: list[tuple[CachedSequence, list[int]]] = []
+        self.live: list[tuple[CachedSequence, list[int], Version | None]] = []
+        self.adapter = Version(5, 0)
 
     def fits(self, price: int) -> bool:
         return price <= self.cache.blocks_available
 
-    def store(self, seq: CachedSequence, held: list[int], tokens: list[int]) -> None:
+    def store(self, seq: CachedSequence, held: list[int], tokens: list[int], version: Version | None) -> None:
         """What a pass does: write tokens behind those that are held, and count them."""
         slots = torch.from_numpy(self.cache.slots(seq, len(held), len(held) + len(tokens)))
-        values = torch.tensor(tokens, dtype=torch.float32)[:, None]
+        values = torch.tensor([cell(token, version) for token in tokens], dtype=torch.float32)[:, None]
         self.cache.write(0, slots, values, values)
         seq.length += len(tokens)
         held += tokens
 
-    @rule(kind=st.integers(0, 2), length=st.integers(1, 4 * BLOCK_TOKENS), publish=st.booleans())
-    def arrive(self, kind: int, length: int, publish: bool) -> None:
+    @rule()
+    def train(self) -> None:
+        """A new version of the adapter: nothing of the old one may be found for it."""
+        self.adapter = Version(5, self.adapter.version + 1)
+
+    @rule(kind=st.integers(0, 2), length=st.integers(1, 4 * BLOCK_TOKENS), publish=st.booleans(), adapted=st.booleans())
+    def arrive(self, kind: int, length: int, publish: bool, adapted: bool) -> None:
+        version = self.adapter if adapted else None
         tokens = ([kind] * (BLOCK_TOKENS + 5) + [7] * (4 * BLOCK_TOKENS))[:length]
-        keys = keys_of(tokens)
+        keys = keys_of(tokens, version)
         found = self.cache.find(keys[: (length - 1) // BLOCK_TOKENS])
         before = self.cache.blocks_available
         price = self.cache.price(found, length)
@@ -76,66 +100,66 @@ class Blocks(RuleBasedStateMachine):
         self.cache.reserve(seq, length - seq.length)
         assert before - self.cache.blocks_available == price
         held = tokens[: seq.length]
-        self.store(seq, held, tokens[seq.length :])
+        self.store(seq, held, tokens[seq.length :], version)
         if publish:
             self.cache.publish(seq, keys, 0, length)
-        self.live.append((seq, held))
+        self.live.append((seq, held, version))
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 99), token=st.integers(0, 9), tokens=st.integers(1, 3))
     def grow(self, which: int, token: int, tokens: int) -> None:
-        seq, held = self.live[which % len(self.live)]
+        seq, held, version = self.live[which % len(self.live)]
         before, growth = self.cache.blocks_available, self.cache.growth(seq, tokens)
         if not self.fits(growth):
             return
         self.cache.reserve(seq, tokens)
         assert before - self.cache.blocks_available == growth
-        self.store(seq, held, [token] * tokens)
+        self.store(seq, held, [token] * tokens, version)
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 99))
     def fork(self, which: int) -> None:
-        seq, held = self.live[which % len(self.live)]
+        seq, held, version = self.live[which % len(self.live)]
         before = self.cache.blocks_available
-        self.live.append((self.cache.fork(seq), list(held)))
+        self.live.append((self.cache.fork(seq), list(held), version))
         assert self.cache.blocks_available == before, "a fork costs nothing until it is written to"
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 99), publish=st.booleans())
     def leave(self, which: int, publish: bool) -> None:
         """A sample ends, is cancelled or is preempted."""
-        seq, held = self.live.pop(which % len(self.live))
+        seq, held, version = self.live.pop(which % len(self.live))
         if publish:
-            self.cache.publish(seq, keys_of(held), 0, len(held))
+            self.cache.publish(seq, keys_of(held, version), 0, len(held))
         self.cache.close(seq)
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 99))
     def fail(self, which: int) -> None:
         """A pass fails: what it published is not found, what it held is given back."""
-        seq, held = self.live.pop(which % len(self.live))
-        new = self.cache.publish(seq, keys_of(held), 0, len(held))
+        seq, held, version = self.live.pop(which % len(self.live))
+        new = self.cache.publish(seq, keys_of(held, version), 0, len(held))
         self.cache.retract(new)
-        assert not {*self.cache.find(keys_of(held))} & {*new}
+        assert not {*self.cache.find(keys_of(held, version))} & {*new}
         self.cache.close(seq)
 
     @invariant()
     def every_sequence_reads_its_own_tokens(self) -> None:
-        for seq, held in self.live:
+        for seq, held, version in self.live:
             assert seq.length == len(held)
             k, v = self.cache.read(0, torch.from_numpy(self.cache.slots(seq, 0, seq.length)))
-            assert k[:, 0].tolist() == held == v[:, 0].tolist()
+            assert k[:, 0].tolist() == [cell(token, version) for token in held] == v[:, 0].tolist()
 
     @invariant()
     def no_block_is_lost_and_the_budget_is_kept(self) -> None:
-        distinct = {block for seq, _ in self.live for block in seq.blocks}
+        distinct = {block for seq, _, _ in self.live for block in seq.blocks}
         assert self.cache.blocks_used == len(distinct)
         assert self.cache.blocks_used + self.cache.blocks_available == BLOCKS
-        users = [sum(seq.blocks.count(block) for seq, _ in self.live) for block in range(BLOCKS)]
+        users = [sum(seq.blocks.count(block) for seq, _, _ in self.live) for block in range(BLOCKS)]
         assert [self.cache._pool.users(block) for block in range(BLOCKS)] == users
 
     def teardown(self) -> None:
-        for seq, _ in self.live:
+        for seq, _, _ in self.live:
             self.cache.close(seq)
         assert self.cache.blocks_available == BLOCKS
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mint_engine.kernels.adamw.places import Places
 from mint_engine.kernels.op import native
 from mint_engine.kernels.op import native_reason as supports  # noqa: F401
 
@@ -26,3 +27,16 @@ def adamw_(
         0, param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), param.numel(), grad_scale,
         1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** -0.5, eps, lr / (1 - beta1**step),
     )  # fmt: skip
+
+
+def adamw_places_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    hyper: torch.Tensor,
+    places: Places,
+) -> None:
+    state = (param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr())
+    native.adamw(0, *state, param.numel(), *hyper.tolist())
+    places.write(param)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from mint_engine.kernels.adamw.places import Places
+
 
 def adamw_(
     param: torch.Tensor,
@@ -24,3 +26,20 @@ def adamw_(
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
     param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+
+
+def adamw_places_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    hyper: torch.Tensor,
+    places: Places,
+) -> None:
+    scale, keep, new1, beta2, new2, root, eps, rate = hyper
+    g = grad * scale
+    param.mul_(keep)
+    exp_avg.add_(new1 * (g - exp_avg))
+    exp_avg_sq.mul_(beta2).add_(new2 * g * g)
+    param.sub_(rate * exp_avg / (exp_avg_sq.sqrt() * root + eps))
+    places.write(param)

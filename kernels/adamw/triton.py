@@ -1,4 +1,4 @@
-"""AdamW in Triton: one pass over the flat buffers."""
+"""AdamW in Triton: one pass over the flat buffers, and over the places its result goes to."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-from mint_engine.kernels.triton_common import triton_reason
+from mint_engine.kernels.adamw.places import BLOCK, Places
+from mint_engine.kernels.gpu_plan import Tunable
+from mint_engine.kernels.triton_common import architecture, triton_reason
 
-BLOCK = 1024
+STEP = Tunable("adamw.step", {"BLOCK": (512, 1024, 2048, 4096), "warps": (4, 8), "stages": (1,)})
+PLACES = Tunable("adamw.places", {"warps": (4, 8), "stages": (1,)})
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def supports(param: torch.Tensor, *rest: torch.Tensor) -> str | None:
@@ -17,11 +21,8 @@ def supports(param: torch.Tensor, *rest: torch.Tensor) -> str | None:
 
 
 @triton.jit
-def _step(
-    param, grad, exp_avg, exp_avg_sq, n, grad_scale, keep, new1, beta2, new2, root, eps, rate, BLOCK: tl.constexpr
-):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
+def _update(param, grad, exp_avg, exp_avg_sq, at, inside, grad_scale, keep, new1, beta2, new2, root, eps, rate):
+    """Updates the elements ``at`` and returns the new parameters."""
     g = tl.load(grad + at, mask=inside, other=0.0) * grad_scale
     p = tl.load(param + at, mask=inside, other=0.0) * keep
     m = tl.load(exp_avg + at, mask=inside, other=0.0)
@@ -32,6 +33,31 @@ def _step(
     tl.store(param + at, p, mask=inside)
     tl.store(exp_avg + at, m, mask=inside)
     tl.store(exp_avg_sq + at, v, mask=inside)
+    return p
+
+
+@triton.jit
+def _step(
+    param, grad, exp_avg, exp_avg_sq, n, grad_scale, keep, new1, beta2, new2, root, eps, rate, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    _update(param, grad, exp_avg, exp_avg_sq, at, at < n, grad_scale, keep, new1, beta2, new2, root, eps, rate)
+
+
+@triton.jit
+def _places(param, grad, exp_avg, exp_avg_sq, hyper, table, BLOCK: tl.constexpr, TYPE: tl.constexpr):
+    row = table + tl.program_id(0) * 6
+    first, end, origin = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    columns, stride, address = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    at = first + tl.arange(0, BLOCK)
+    inside = at < end
+    p = _update(
+        param, grad, exp_avg, exp_avg_sq, at, inside, tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2),
+        tl.load(hyper + 3), tl.load(hyper + 4), tl.load(hyper + 5), tl.load(hyper + 6), tl.load(hyper + 7),
+    )  # fmt: skip
+    place = at - origin
+    where = address.to(tl.pointer_type(TYPE)) + place // columns * stride + place % columns
+    tl.store(where, p.to(TYPE), mask=inside & (address != 0))
 
 
 def adamw_(
@@ -49,9 +75,25 @@ def adamw_(
 ) -> None:
     n = param.numel()
     if n:
+        meta = STEP.meta(architecture())
         # Differences near 1 are formed here, in float64, and rounded to fp32 once.
-        _step[(triton.cdiv(n, BLOCK),)](
+        _step[(triton.cdiv(n, meta["BLOCK"]),)](
             param, grad, exp_avg, exp_avg_sq, n, float(grad_scale), 1.0 - lr * weight_decay, 1.0 - beta1,
             float(beta2), 1.0 - beta2, (1.0 - beta2**step) ** -0.5, float(eps), lr / (1.0 - beta1**step),
-            BLOCK=BLOCK, num_warps=4,
+            **meta,
+        )  # fmt: skip
+
+
+def adamw_places_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    hyper: torch.Tensor,
+    places: Places,
+) -> None:
+    if len(places.table):
+        _places[(len(places.table),)](
+            param, grad, exp_avg, exp_avg_sq, hyper, places.table, BLOCK=BLOCK, TYPE=TYPES[places.dtype],
+            **PLACES.meta(architecture()),
         )  # fmt: skip

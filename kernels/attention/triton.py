@@ -1,5 +1,6 @@
-"""Causal attention over packed sequences in Triton (FlashAttention-2, arXiv:2307.08691): the launches.
+"""Causal attention over packed sequences on a GPU: an installed library's (`library.py`), or our own in Triton.
 
+Ours is FlashAttention-2 (arXiv:2307.08691).
 A table made on the host gives every tile of rows its sequence, the longest work first; nothing is padded but the last
 tile of a sequence, and tiles begin where sequences do, so a sequence has the same bits alone and packed. No atomics.
 The kernels are in `triton_kernels.py`.
@@ -14,24 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mint_engine.kernels.attention import library
 from mint_engine.kernels.attention.bounds import Bounds
 from mint_engine.kernels.attention.triton_kernels import backward_kv, backward_q, forward
+from mint_engine.kernels.gpu_plan import Row, Tunable
 from mint_engine.kernels.triton_common import INTERPRETED, UPCAST, architecture, power_of_2, triton_reason
 
-# Padded head dimension -> queries and keys of a tile, warps, stages. The larger of queries and keys, whose tile is the
-# program's own, must be a multiple of the other. Chosen so that nothing spills (README.md), with either
-# version of Triton; not tuned on a GPU yet.
-Plan = dict[int, tuple[int, int, int, int]]
-HOPPER: dict[str, Plan] = {
-    "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
-    "backward_q": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-    "backward_kv": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (16, 64, 8, 2)},
-}
-AMPERE: dict[str, Plan] = {
-    "forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 3)},
-    "backward_q": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
-    "backward_kv": {64: (32, 128, 8, 2), 128: (64, 64, 8, 2), 256: (16, 64, 8, 2)},
-}
+
+def _shared(row: Row, d: int) -> int:
+    return 2 * d * (max(row["BM"], row["BN"]) + 2 * row["stages"] * min(row["BM"], row["BN"]))
+
+
+def _tunable(name: str, **choices: tuple[int, ...]) -> Tunable:
+    """The larger of BM (queries) and BN (keys) is the program's own tile; it is a multiple of the other."""
+    return Tunable(f"attention.{name}", choices, cases=(64, 128, 256), shared=_shared)
+
+
+FORWARD = _tunable("forward", BM=(64, 128), BN=(32, 64), warps=(4, 8), stages=(2, 3, 4))
+BACKWARD_Q = _tunable("backward_q", BM=(64, 128), BN=(32, 64), warps=(4, 8), stages=(2, 3))
+BACKWARD_KV = _tunable("backward_kv", BM=(16, 32, 64), BN=(64, 128), warps=(4, 8), stages=(1, 2, 3))
 
 
 def supports(*tensors: Tensor | None) -> str | None:
@@ -78,15 +80,14 @@ def _bounds(op: str, name: str, cumulative: Tensor, rows: int) -> bytes:
     return cu.tobytes()
 
 
-def _meta(kernel: str, d: int, dtype: torch.dtype) -> dict[str, int | bool]:
-    plan = (HOPPER if architecture() >= 90 else AMPERE)[kernel]
+def _meta(tunable: Tunable, d: int, dtype: torch.dtype) -> dict[str, int | bool]:
     width = power_of_2(d, 16)
-    if width > max(plan):
-        raise ValueError(f"q: expected heads of at most {max(plan)}, got {d} (attention in Triton)")
-    queries, keys, warps, stages = plan[max(width, min(plan))]
+    if width > tunable.cases[-1]:
+        raise ValueError(f"q: expected heads of at most {tunable.cases[-1]}, got {d} (attention in Triton)")
+    meta = tunable.meta(architecture(), width)
     if dtype is torch.float32 and not INTERPRETED:  # for tests: twice as wide, and not on the tensor cores
-        queries, keys, warps, stages = 32, 32, 8, 1
-    return {"BM": queries, "BN": keys, "D": width, "UPCAST": UPCAST, "num_warps": warps, "num_stages": stages}
+        meta = {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
+    return {**meta, "D": width, "UPCAST": UPCAST}
 
 
 def attention(
@@ -103,7 +104,10 @@ def attention(
 ) -> None:
     """Sequence i's keys are rows ``cu_keys[i]:cu_keys[i+1]`` of k and v; its queries are those of its last tokens."""
     m, d = q.shape[0], q.shape[1] // n_q
-    meta = _meta("forward", d, q.dtype)
+    if (use := library.library_for(q, d, cu_seqlens, cu_keys)) is not None:
+        library.attention(use, q, k, v, cu_seqlens, n_q, n_kv, scale, out, lse)
+        return
+    meta = _meta(FORWARD, d, q.dtype)
     tiles = _tiles("attention", cu_seqlens, cu_keys, q, k, meta["BM"], False)
     if isinstance(cu_seqlens, Tensor) and isinstance(cu_keys, Tensor) and cu_keys is not cu_seqlens:
         for i, (n, own) in enumerate(zip(np.diff(cu_seqlens.numpy()), np.diff(cu_keys.numpy()), strict=True)):
@@ -132,7 +136,10 @@ def attention_backward(
     dv: Tensor,
 ) -> None:
     m, d = q.shape[0], q.shape[1] // n_q
-    meta = _meta("backward_q", d, q.dtype)
+    if (use := library.library_for(q, d, cu_seqlens, cu_seqlens)) is not None:
+        library.attention_backward(use, do, q, k, v, o, lse, cu_seqlens, n_q, n_kv, scale, dq, dk, dv)
+        return
+    meta = _meta(BACKWARD_Q, d, q.dtype)
     tiles = _tiles("attention_backward", cu_seqlens, cu_seqlens, q, k, meta["BM"], False)
     if not len(tiles):
         return
@@ -141,7 +148,7 @@ def attention_backward(
     backward_q[(len(tiles), n_q)](
         *shared, o, o.stride(0), lse, delta, dq, dq.stride(0), tiles, m, d, n_q // n_kv, float(scale), **meta,
     )  # fmt: skip
-    meta = _meta("backward_kv", d, q.dtype)
+    meta = _meta(BACKWARD_KV, d, q.dtype)
     tiles = _tiles("attention_backward", cu_seqlens, cu_seqlens, q, k, meta["BN"], True)
     backward_kv[(len(tiles), n_kv)](
         *shared, lse, delta, dk, dk.stride(0), dv, dv.stride(0), tiles, m, d, n_q // n_kv, float(scale), **meta,

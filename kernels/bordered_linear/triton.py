@@ -7,12 +7,14 @@ it for its fp32 output.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mint_engine.kernels.bordered_linear.reference import bordered_linear, bordered_linear_backward
-from mint_engine.kernels.triton_common import GROUP, UPCAST, dot, power_of_2, stages, tile_of
+from mint_engine.kernels.gpu_plan import Row, Tunable
+from mint_engine.kernels.triton_common import UPCAST, architecture, dot, power_of_2, tile_of
 from mint_engine.kernels.triton_common import triton_reason as supports
 
 __all__ = [
@@ -23,6 +25,28 @@ __all__ = [
     "shrink",
     "supports",
 ]
+
+WIDEST = 64  # columns of a narrow product
+
+
+def _narrow(row: Row, columns: int) -> int:
+    return 2 * row["stages"] * row["BK"] * (row["BM"] + columns)
+
+
+def _wide(row: Row, rows: int) -> int:
+    return 2 * row["stages"] * row["BK"] * (rows + row["BN"])
+
+
+# A narrow product (S, dS) is a pass over x: few rows a program, so that there are programs for every multiprocessor.
+NARROW = Tunable(
+    "bordered_linear.narrow", {"BM": (16, 32, 64, 128), "BK": (64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4)},
+    cases=(16, 32, 64), shared=_narrow,
+)  # fmt: skip
+WIDE = Tunable(
+    "bordered_linear.wide",
+    {"BN": (64, 128, 256), "BK": (32, 64, 128), "GROUP": (4, 8, 16), "warps": (4, 8), "stages": (2, 3, 4)},
+    cases=(16, 32, 64, 128, 256), shared=_wide,
+)  # fmt: skip
 
 
 @triton.jit
@@ -79,16 +103,22 @@ def matmul(
 ) -> Tensor:
     """``out[M, N] = scale * x[M, :k] @ w[:k]`` (+ border by ``spans``) + bias; ``w [K, N]`` of any two strides."""
     (m, n), k = out.shape, x.shape[1] if k is None else k
-    bn = min(128, power_of_2(n, 16))
-    # A narrow product is a pass over x: fewer rows a program, so that there are programs for every multiprocessor.
-    bm = tile_rows or min(128 if bn > 64 else 64, power_of_2(m, 16))
-    bk = 64 if min(bm, bn) > 32 else 128
-    if m and n:
-        _matmul[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
-            x, x.stride(0), w, w.stride(1), w.stride(0), out, out.stride(0), bias, spans, m, n, k, float(scale),
-            BM=bm, BN=bn, BK=bk, GROUP=GROUP, UPCAST=UPCAST,
-            num_warps=8 if bm * bn >= 128 * 128 else 4, num_stages=stages(x.dtype),
-        )  # fmt: skip
+    if not (m and n):
+        return out
+    if n <= WIDEST and not tile_rows:
+        columns = power_of_2(n, 16)
+        meta = {**NARROW.meta(architecture(), columns), "BN": columns, "GROUP": 1}
+        meta["BM"] = min(meta["BM"], power_of_2(m, 16))
+    else:
+        rows = tile_rows or min(128, power_of_2(m, 16))
+        meta = {**WIDE.meta(architecture(), rows), "BM": rows}
+        meta["BN"] = min(meta["BN"], power_of_2(n, 16))
+    if x.dtype is torch.float32:  # for tests: twice as wide
+        meta["num_stages"], meta["BK"] = 2, min(meta["BK"], 64)
+    _matmul[(triton.cdiv(m, meta["BM"]) * triton.cdiv(n, meta["BN"]),)](
+        x, x.stride(0), w, w.stride(1), w.stride(0), out, out.stride(0), bias, spans, m, n, k, float(scale),
+        UPCAST=UPCAST, **meta,
+    )  # fmt: skip
     return out
 
 

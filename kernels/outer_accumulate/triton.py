@@ -11,11 +11,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mint_engine.kernels.triton_common import UPCAST, dot, power_of_2, stages, triton_reason
+from mint_engine.kernels.gpu_plan import Row, Tunable
+from mint_engine.kernels.triton_common import UPCAST, architecture, dot, power_of_2, triton_reason
 
-CHUNK = 512  # rows summed in registers: enough programs for a GPU, and short chains of fp32 additions
-MOST_CHUNKS = 32  # beyond, chunks grow
-ROWS = 64  # of one step
+MOST_CHUNKS = 32  # beyond, chunks grow: their sums are scratch
+
+
+def _shared(row: Row, narrow: int) -> int:
+    return 2 * row["stages"] * row["BM"] * (row["BW"] + narrow)
+
+
+# chunk: rows summed in registers: enough programs for a GPU, and short chains of fp32 additions
+SUM_ROWS = Tunable(
+    "outer_accumulate.sum_rows",
+    {"chunk": (256, 512, 1024, 2048), "BM": (32, 64, 128), "BW": (64, 128), "warps": (4, 8), "stages": (2, 3, 4)},
+    cases=(16, 32, 64), shared=_shared,
+)  # fmt: skip
 
 
 def supports(a: Tensor, b: Tensor, out: Tensor) -> str | None:
@@ -67,17 +78,21 @@ def outer_accumulate(a: Tensor, b: Tensor, out: Tensor, alpha: float) -> None:
     (p, q), m = out.shape, a.shape[0]
     if not (m and p and q):
         return
-    chunk = max(CHUNK, triton.cdiv(triton.cdiv(m, MOST_CHUNKS), ROWS) * ROWS)
+    bn = min(64, power_of_2(min(p, q), 16))
+    meta = SUM_ROWS.meta(architecture(), bn)
+    if a.dtype is torch.float32:  # for tests: twice as wide
+        meta["num_stages"] = min(meta["num_stages"], 2)
+    chunk = max(meta.pop("chunk"), triton.cdiv(triton.cdiv(m, MOST_CHUNKS), meta["BM"]) * meta["BM"])
     chunks = triton.cdiv(m, chunk)
     target = out if chunks == 1 else torch.empty((chunks, p, q), dtype=torch.float32, device=out.device)
     wide, narrow, out_w, out_n = a, b, target.stride(-2), 1
     if p < q:
         wide, narrow, out_w, out_n = b, a, 1, target.stride(-2)
-    bw, bn = min(128, power_of_2(wide.shape[1], 16)), min(64, power_of_2(narrow.shape[1], 16))
-    _sum_rows[(triton.cdiv(wide.shape[1], bw), triton.cdiv(narrow.shape[1], bn), chunks)](
+    meta["BW"] = min(meta["BW"], power_of_2(wide.shape[1], 16))
+    _sum_rows[(triton.cdiv(wide.shape[1], meta["BW"]), triton.cdiv(narrow.shape[1], bn), chunks)](
         wide, wide.stride(0), narrow, narrow.stride(0), target, 0 if chunks == 1 else target.stride(0), out_w, out_n,
         m, wide.shape[1], narrow.shape[1], chunk, float(alpha),
-        ADD=chunks == 1, BM=ROWS, BW=bw, BN=bn, UPCAST=UPCAST, num_warps=4, num_stages=stages(a.dtype),
+        ADD=chunks == 1, BN=bn, UPCAST=UPCAST, **meta,
     )  # fmt: skip
     if chunks > 1:
         block = min(1024, power_of_2(p * q))

@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from mint_engine.kernels.triton_common import power_of_2, row_warps, triton_reason
+from mint_engine.kernels.gpu_plan import Tunable
+from mint_engine.kernels.triton_common import architecture, power_of_2, triton_reason
 
-MAX_HEADS = 16
+HEADS = Tunable("qk_norm_rope.heads", {"HEADS": (4, 8, 16, 32), "warps": (1, 2, 4, 8), "stages": (1,)})
 
 
 def supports(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: torch.Tensor | None) -> str | None:
@@ -89,8 +90,9 @@ def _backward(
 
 
 def _geometry(m: int, heads: int, half: int) -> tuple[tuple[int, int], dict[str, int]]:
-    tile, columns = min(MAX_HEADS, power_of_2(heads)), power_of_2(half)
-    return (m, triton.cdiv(heads, tile)), {"HEADS": tile, "HALF": columns, "num_warps": row_warps(tile * columns)}
+    meta = HEADS.meta(architecture())
+    meta["HEADS"] = min(meta["HEADS"], power_of_2(heads))
+    return (m, triton.cdiv(heads, meta["HEADS"])), {**meta, "HALF": power_of_2(half)}
 
 
 def qk_norm_rope(

@@ -1,4 +1,8 @@
-"""RMSNorm in Triton: one program a row, the row in registers between the sum of squares and the product."""
+"""RMSNorm in Triton: one program a row, the row in registers between the sum of squares and the product.
+
+With an adapter's S a program takes some rows and passes over them twice, the second time from L2: S is summed from the
+rounded y while it is in registers, so neither y nor another launch is needed for it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,19 @@ import triton.language as tl
 
 from mint_engine.kernels.bordered_linear import Shrink
 from mint_engine.kernels.bordered_linear.triton import matmul
-from mint_engine.kernels.triton_common import power_of_2, row_warps
+from mint_engine.kernels.gpu_plan import Row, Tunable
+from mint_engine.kernels.triton_common import UPCAST, architecture, dot, power_of_2, row_warps
 from mint_engine.kernels.triton_common import triton_reason as supports  # noqa: F401
+
+
+def _shared(row: Row, ranks: int) -> int:
+    return 2 * row["stages"] * row["BK"] * (2 * row["BM"] + ranks)
+
+
+SHRINK = Tunable(
+    "rms_norm.shrink", {"BM": (16, 32, 64), "BK": (64, 128, 256), "warps": (4, 8), "stages": (1, 2, 3)},
+    cases=(16, 32, 64, 128, 256), shared=_shared,
+)  # fmt: skip
 
 
 @triton.jit
@@ -26,6 +41,45 @@ def _forward(x, x_row, residual, residual_row, weight, y, y_row, h, h_row, width
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     r = tl.rsqrt(tl.sum(value * value, 0) / width + eps)
     tl.store(y + row * y_row + columns, (value * r * w).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_shrink(
+    x, x_row, residual, residual_row, weight, y, y_row, h, h_row, a, a_row, s, s_row, m, width, ranks, scale, eps,
+    BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """BM rows a program: once over them for the sums of squares, again (from L2) for y and S."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    here = (row < m)[:, None]
+    row = row.to(tl.int64)[:, None]
+    step, rank = tl.arange(0, BK), tl.arange(0, R)
+    squares = tl.zeros((BM,), tl.float32)
+    for at in range(0, width, BK):
+        columns = (at + step)[None, :]
+        mask = here & (columns < width)
+        value = tl.load(x + row * x_row + columns, mask=mask, other=0.0).to(tl.float32)
+        if residual is not None:
+            value += tl.load(residual + row * residual_row + columns, mask=mask, other=0.0).to(tl.float32)
+            rounded = value.to(h.dtype.element_ty)
+            tl.store(h + row * h_row + columns, rounded, mask=mask)
+            value = rounded.to(tl.float32)
+        squares += tl.sum(value * value, 1)
+    tl.debug_barrier()  # h is read back by other threads than wrote it
+    r = tl.rsqrt(squares / width + eps)[:, None]
+    acc = tl.zeros((BM, R), tl.float32)
+    for at in range(0, width, BK):
+        columns = (at + step)[None, :]
+        mask = here & (columns < width)
+        value = tl.load(h + row * h_row + columns, mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(weight + at + step, mask=at + step < width, other=0.0).to(tl.float32)[None, :]
+        rounded = (value * r * w).to(y.dtype.element_ty)
+        tl.store(y + row * y_row + columns, rounded, mask=mask)
+        factor = tl.load(
+            a + rank.to(tl.int64)[None, :] * a_row + (at + step)[:, None],
+            mask=(rank < ranks)[None, :] & (at + step < width)[:, None], other=0.0,
+        )  # fmt: skip
+        acc = dot(rounded, factor, acc, UPCAST)
+    tl.store(s + row * s_row + rank[None, :], (acc * scale).to(s.dtype.element_ty), mask=here & (rank < ranks)[None, :])
 
 
 @triton.jit
@@ -53,12 +107,25 @@ def rms_norm(
     shrink: Shrink | None,
 ) -> None:
     m, width = x.shape
-    block = power_of_2(width)
-    if m:
-        _forward[(m,)](
-            x, x.stride(0), residual, 0 if residual is None else residual.stride(0), weight, y, y.stride(0),
-            h, h.stride(0), width, eps, BLOCK=block, num_warps=row_warps(block),
+    added = 0 if residual is None else residual.stride(0)
+    if not m:
+        return
+    if shrink is not None and 0 < len(shrink.a) <= SHRINK.cases[-1]:
+        ranks = power_of_2(len(shrink.a), 16)
+        meta = SHRINK.meta(architecture(), ranks)
+        if x.dtype is torch.float32:  # for tests: twice as wide
+            meta["num_stages"], meta["BK"] = 1, 64
+        _norm_shrink[(triton.cdiv(m, meta["BM"]),)](
+            x, x.stride(0), residual, added, weight, y, y.stride(0), h, h.stride(0), shrink.a, shrink.a.stride(0),
+            shrink.s, shrink.s.stride(0), m, width, len(shrink.a), float(shrink.scale), eps, R=ranks, UPCAST=UPCAST,
+            **meta,
         )  # fmt: skip
+        return
+    block = power_of_2(width)
+    _forward[(m,)](
+        x, x.stride(0), residual, added, weight, y, y.stride(0), h, h.stride(0), width, eps, BLOCK=block,
+        num_warps=row_warps(block),
+    )  # fmt: skip
     if shrink is not None:
         matmul(y, shrink.a.T, shrink.s, scale=shrink.scale)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from mint_engine.kernels import args
 from mint_engine.kernels.op import Op
+from mint_engine.kernels.target_logprob.labels import Labels
+
+__all__ = ["Labels", "logits", "target_logprob", "target_logprob_backward", "target_logprob_with_gradient"]
 
 _op = Op("target_logprob")
 
@@ -17,7 +22,12 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[int, int]:
     return m, v
 
 
-def _check_targets(op: str, targets: torch.Tensor, m: int, v: int) -> int:
+def _check_targets(op: str, targets: torch.Tensor | Labels, m: int, v: int) -> int:
+    if isinstance(targets, Labels):
+        if len(targets) != m:
+            raise ValueError(f"targets: expected labels for {m} rows, got {len(targets)} ({op})")
+        labels = targets.labels[:, None]
+        targets, m = labels, len(labels)
     k = args.matrix(op, "targets", targets)[1]
     args.tensor(op, "targets", targets, (m, k), torch.int64)
     if targets.is_cpu and targets.numel():
@@ -27,8 +37,25 @@ def _check_targets(op: str, targets: torch.Tensor, m: int, v: int) -> int:
     return k
 
 
+def _writable(op: str, name: str, t: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor of statistics: ``t`` after a check, or a new one."""
+    dtype = args.statistics_dtype(like.dtype)
+    if t is None:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    args.tensor(op, name, t, shape, dtype)
+    if not t.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor ({op})")
+    return t
+
+
 def target_logprob(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, face: str | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor | Labels,
+    *,
+    logprob: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    face: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``logits = x @ weight.T;  lse = logsumexp(logits, -1);  logprob[m, k] = logits[m, targets[m, k]] - lse[m]``.
 
@@ -39,7 +66,8 @@ def target_logprob(
         x: ``[M, H]`` float32 or bfloat16, any row stride (the head adapter's border columns are part of H).
         weight: ``[V, H]`` of the same dtype, any row stride.
         targets: ``[M, K]`` int64; -1 skips (its logprob is 0). Others outside the vocabulary are refused on the CPU;
-            on a GPU, which would have to be waited for, their logprob is NaN.
+            on a GPU, which would have to be waited for, their logprob is NaN. Or raw :class:`Labels` (K = 1).
+        logprob, lse: float32 like what is returned, contiguous, to write into, or None.
         face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
@@ -51,20 +79,87 @@ def target_logprob(
         ValueError: a shape or dtype does not match, a target is outside [-1, V), or ``face`` cannot run.
     """
     m, v = _check("target_logprob", x, weight)
-    _check_targets("target_logprob", targets, m, v)
-    out: tuple[torch.Tensor, torch.Tensor] = _op.pick(face, x, weight).target_logprob(x, weight, targets)
-    return out
+    k = _check_targets("target_logprob", targets, m, v)
+    logprob = _writable("target_logprob", "logprob", logprob, (m, k), x)
+    lse = _writable("target_logprob", "lse", lse, (m,), x)
+    _op.pick(face, x, weight).target_logprob(x, weight, targets, logprob, lse)
+    return logprob, lse
+
+
+def target_logprob_with_gradient(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor | Labels,
+    gradient: Callable[[slice, torch.Tensor], torch.Tensor],
+    *,
+    border: int = 0,
+    logprob: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    dx: torch.Tensor | None = None,
+    dborder: torch.Tensor | None = None,
+    face: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``target_logprob`` and its gradient in one go: on a GPU the logits are computed once, not twice.
+
+    A loss is a function of the log-probabilities (DESIGN.md 2.4): ``gradient(rows, logprob[rows])`` is asked for
+    ``d loss / d logprob`` float32 ``[rows, K]`` of some rows (a slice, in order, together all of them) as soon as
+    theirs are known. It may launch what it likes and must not wait for the device.
+
+    Args:
+        x, weight, targets: as in ``target_logprob``. Pass only rows that may get a gradient.
+        gradient: the loss's derivative.
+        border: trailing columns of ``weight`` that train (the head adapter's B), 0 for none.
+        logprob, lse, dx: what is returned, to write into, or None.
+        dborder: ``[V, border]`` float32 to add to, or None (starts from zeros).
+        face: run this face ("triton", "cpu", "reference") or raise.
+
+    Returns:
+        ``(logprob [M, K], lse [M], dx [M, H] in the dtype of x, dborder [V, border] float32)``.
+
+    Raises:
+        ValueError: a shape or dtype does not match, a target is outside [-1, V), or ``face`` cannot run.
+    """
+    op = "target_logprob_with_gradient"
+    m, v = _check(op, x, weight)
+    k = _check_targets(op, targets, m, v)
+    logprob, lse = _writable(op, "logprob", logprob, (m, k), x), _writable(op, "lse", lse, (m,), x)
+    dx, dborder = _gradients(op, x, v, border, dx, dborder)
+
+    def checked(rows: slice, of: torch.Tensor) -> torch.Tensor:
+        d = gradient(rows, of)
+        args.tensor(op, "gradient's result", d, tuple(of.shape), of.dtype)
+        return d
+
+    run = _op.pick(face, x, weight, dx).target_logprob_with_gradient
+    run(x, weight, targets, checked, border, logprob, lse, dx, dborder)
+    return logprob, lse, dx, dborder
+
+
+def _gradients(
+    op: str, x: torch.Tensor, v: int, border: int, dx: torch.Tensor | None, dborder: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not 0 <= border <= x.shape[1]:
+        raise ValueError(f"border: expected 0 to {x.shape[1]}, got {border} ({op})")
+    wide = args.statistics_dtype(x.dtype)
+    if dborder is None:
+        dborder = torch.zeros((v, border), dtype=wide, device=x.device)
+    args.tensor(op, "dborder", dborder, (v, border), wide)
+    if not dborder.is_contiguous():
+        raise ValueError(f"dborder: expected a contiguous tensor ({op})")
+    return args.writable(op, "dx", dx, x, (x.shape[0], x.shape[1])), dborder
 
 
 def target_logprob_backward(
     x: torch.Tensor,
     weight: torch.Tensor,
-    targets: torch.Tensor,
+    targets: torch.Tensor | Labels,
     dlogprob: torch.Tensor,
     lse: torch.Tensor,
     *,
     border: int = 0,
     spans: torch.Tensor | None = None,
+    dx: torch.Tensor | None = None,
+    dborder: torch.Tensor | None = None,
     face: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of ``target_logprob`` for ``x`` and for the last ``border`` columns of ``weight``.
@@ -80,6 +175,8 @@ def target_logprob_backward(
         border: trailing columns of ``weight`` that train (the head adapter's B), 0 for none.
         spans: ``[M, 2]`` int64, which columns of the border each row uses, from and to: it must be 0 in the others.
             Saves time where many adapters share the border.
+        dx: ``[M, H]`` to write into, or None.
+        dborder: ``[V, border]`` float32 to add to, or None (starts from zeros).
         face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
@@ -94,19 +191,16 @@ def target_logprob_backward(
     wide = args.statistics_dtype(x.dtype)
     args.tensor(op, "dlogprob", dlogprob, (m, k), wide)
     args.tensor(op, "lse", lse, (m,), wide)
-    if not 0 <= border <= x.shape[1]:
-        raise ValueError(f"border: expected 0 to {x.shape[1]}, got {border} ({op})")
+    dx, dborder = _gradients(op, x, v, border, dx, dborder)
     if spans is not None:
         args.tensor(op, "spans", spans, (m, 2), torch.int64)
         start, stop = spans[:, 0], spans[:, 1]
         if spans.is_cpu and bool(((start < 0) | (stop < start) | (stop > border)).any()):
             raise ValueError(f"spans: expected from <= to in [0, {border}], got {spans.tolist()[:4]} ... ({op})")
         spans = spans.contiguous()
-    dlogprob = dlogprob.masked_fill(targets < 0, 0.0)
-    out: tuple[torch.Tensor, torch.Tensor] = _op.pick(face, x, weight).target_logprob_backward(
-        x, weight, targets, dlogprob, lse, border, spans
-    )
-    return out
+    run = _op.pick(face, x, weight, dx).target_logprob_backward
+    run(x, weight, targets, dlogprob, lse, border, spans, dx, dborder)
+    return dx, dborder
 
 
 def logits(x: torch.Tensor, weight: torch.Tensor, *, face: str | None = None) -> torch.Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from mint_engine.kernels.op import NATIVE_DTYPES, native
 from mint_engine.kernels.op import native_reason as supports  # noqa: F401
+from mint_engine.kernels.target_logprob.labels import Labels, resolve
 
 _SCRATCH_BYTES = 64 << 20  # dlogits held at once in the backward
 
@@ -20,32 +23,47 @@ def logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def target_logprob(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    (m, h), v, k = x.shape, weight.shape[0], targets.shape[1]
-    logprob = torch.empty((m, k), dtype=torch.float32)
-    lse = torch.empty(m, dtype=torch.float32)
-    targets = targets.contiguous()
+def target_logprob(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor | Labels, logprob: torch.Tensor, lse: torch.Tensor
+) -> None:
+    (m, h), v, targets = x.shape, weight.shape[0], resolve(targets)
     native.target_logprob(
         NATIVE_DTYPES[x.dtype], x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0),
-        targets.data_ptr(), k, logprob.data_ptr(), lse.data_ptr(), m, v, h,
+        targets.data_ptr(), targets.shape[1], logprob.data_ptr(), lse.data_ptr(), m, v, h,
     )  # fmt: skip
-    return logprob, lse
+
+
+def target_logprob_with_gradient(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor | Labels,
+    gradient: Callable[[slice, torch.Tensor], torch.Tensor],
+    border: int,
+    logprob: torch.Tensor,
+    lse: torch.Tensor,
+    dx: torch.Tensor,
+    dborder: torch.Tensor,
+) -> None:
+    targets = resolve(targets)
+    target_logprob(x, weight, targets, logprob, lse)
+    d = gradient(slice(0, len(x)), logprob)
+    target_logprob_backward(x, weight, targets, d, lse, border, None, dx, dborder)
 
 
 def target_logprob_backward(
     x: torch.Tensor,
     weight: torch.Tensor,
-    targets: torch.Tensor,
+    targets: torch.Tensor | Labels,
     dlogprob: torch.Tensor,
     lse: torch.Tensor,
     border: int,
-    spans: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    (m, h), v, k = x.shape, weight.shape[0], targets.shape[1]
-    code = NATIVE_DTYPES[x.dtype]
-    dx = torch.empty((m, h), dtype=x.dtype)
-    dborder = torch.zeros((v, border), dtype=torch.float32)
-    targets, dlogprob, lse = targets.contiguous(), dlogprob.contiguous(), lse.contiguous()
+    spans: torch.Tensor | None,
+    dx: torch.Tensor,
+    dborder: torch.Tensor,
+) -> None:
+    (m, h), v, targets = x.shape, weight.shape[0], resolve(targets)
+    k, code = targets.shape[1], NATIVE_DTYPES[x.dtype]
+    dlogprob, lse = dlogprob.masked_fill(targets < 0, 0.0), lse.contiguous()
     chunk = max(1, min(m, _SCRATCH_BYTES // (x.element_size() * v)))
     dlogits = torch.empty((chunk, v), dtype=x.dtype)
     for start in range(0, m, chunk):
@@ -59,6 +77,5 @@ def target_logprob_backward(
         )  # fmt: skip
         native.matmul(
             code, dlogits.data_ptr(), v, weight.data_ptr(), 1, weight.stride(0), 0,
-            dx[start:].data_ptr(), h, n, h, v, 1.0,
+            dx[start:].data_ptr(), dx.stride(0), n, h, v, 1.0,
         )  # fmt: skip
-    return dx, dborder

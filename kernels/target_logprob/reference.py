@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from mint_engine.kernels.args import statistics_dtype
+from mint_engine.kernels.target_logprob.labels import Labels, resolve
 
 _CHUNK_ELEMENTS = 1 << 26  # logits held at once
 
@@ -19,35 +22,50 @@ def logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.to(wide) @ weight.to(wide).T
 
 
-def target_logprob(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = statistics_dtype(x.dtype)
-    logprob = torch.zeros(targets.shape, dtype=wide, device=x.device)
-    lse = torch.empty(x.shape[0], dtype=wide, device=x.device)
+def target_logprob(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor | Labels, logprob: torch.Tensor, lse: torch.Tensor
+) -> None:
+    targets = resolve(targets)
     for rows in _chunks(x.shape[0], weight.shape[0]):
         chunk = logits(x[rows], weight)
         lse[rows] = torch.logsumexp(chunk, dim=-1)
         picked = chunk.gather(1, targets[rows].clamp(min=0)) - lse[rows, None]
         logprob[rows] = picked.masked_fill(targets[rows] < 0, 0.0)
-    return logprob, lse
+
+
+def target_logprob_with_gradient(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor | Labels,
+    gradient: Callable[[slice, torch.Tensor], torch.Tensor],
+    border: int,
+    logprob: torch.Tensor,
+    lse: torch.Tensor,
+    dx: torch.Tensor,
+    dborder: torch.Tensor,
+) -> None:
+    target_logprob(x, weight, targets, logprob, lse)
+    d = gradient(slice(0, len(x)), logprob)
+    target_logprob_backward(x, weight, targets, d, lse, border, None, dx, dborder)
 
 
 def target_logprob_backward(
     x: torch.Tensor,
     weight: torch.Tensor,
-    targets: torch.Tensor,
+    targets: torch.Tensor | Labels,
     dlogprob: torch.Tensor,
     lse: torch.Tensor,
     border: int,
-    spans: torch.Tensor | None = None,  # what they leave out is zero
-) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = statistics_dtype(x.dtype)
+    spans: torch.Tensor | None,  # what they leave out is zero
+    dx: torch.Tensor,
+    dborder: torch.Tensor,
+) -> None:
+    wide, targets = dborder.dtype, resolve(targets)
+    dlogprob = dlogprob.masked_fill(targets < 0, 0.0)
     v, h = weight.shape
-    dx = torch.empty_like(x)
-    dborder = torch.zeros((v, border), dtype=wide, device=x.device)
     for rows in _chunks(x.shape[0], v):
         dlogits = torch.exp(logits(x[rows], weight) - lse[rows, None])
         dlogits *= -dlogprob[rows].sum(-1, keepdim=True)
         dlogits.scatter_add_(1, targets[rows].clamp(min=0), dlogprob[rows])
         dx[rows] = (dlogits @ weight.to(wide)).to(x.dtype)
         dborder += dlogits.T @ x[rows, h - border :].to(wide)
-    return dx, dborder

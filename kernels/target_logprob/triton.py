@@ -1,108 +1,78 @@
 """Fused unembedding + log-softmax in Triton: a GEMM over the vocabulary whose epilogue keeps a few numbers of a row.
 
 Forward: a program owns a tile of logits in fp32 registers and leaves, for each of its rows, the maximum, the sum of
-exponentials and the logits of the targets that fall into it. A second kernel merges the tiles of a row.
-Backward: the same tiles again, turned into dlogits; a chunk of rows of them, rounded, goes to scratch, from where the
-library makes dx and `outer_accumulate` the border's gradient. A tile of rows without a gradient skips its product.
+exponentials and the logits of the targets that fall into it; a second kernel merges the tiles of a row.
+With a gradient: the epilogue leaves the scaled exponentials too, for a chunk of rows at a time; when the chunk's
+log-probabilities are known, one pass turns them into dlogits and makes the border's gradient, and the library makes dx.
+Backward alone, of a forward long gone: the same tiles again. The kernels are in `triton_kernels.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mint_engine.kernels.bordered_linear.triton import matmul
+from mint_engine.kernels.gpu_plan import Row, Tunable
 from mint_engine.kernels.outer_accumulate.triton import outer_accumulate
-from mint_engine.kernels.triton_common import GROUP, UPCAST, power_of_2, product, stages, tile_of
+from mint_engine.kernels.target_logprob import triton_kernels as kernels
+from mint_engine.kernels.target_logprob.labels import Labels
+from mint_engine.kernels.triton_common import UPCAST, architecture, power_of_2, tma_reason
 from mint_engine.kernels.triton_common import triton_reason as supports  # noqa: F401
 
-SCRATCH_BYTES = 512 << 20  # dlogits held at once in the backward
-BN, BK = 128, 64
-MERGED_ROWS, MERGED_TILES = 16, 64  # of one step of the merge
+SCRATCH_BYTES = 1 << 30  # exponentials or dlogits held at once
 
 
-@triton.jit
-def _tile(
-    x, x_row, w, w_row, targets, n_targets, top, total, picked, m, v, h,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    tile_m, tile_n = tile_of(tl.cdiv(m, BM), tl.cdiv(v, BN), GROUP)
-    row, column = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
-    logits = product(x, x_row, w, w_row, row, column, m, v, h, tl.cdiv(h, BK), BM, BN, BK, UPCAST)
-    logits = tl.where((column < v)[None, :], logits, float("-inf"))
-    inside = row < m
-    row = row.to(tl.int64)
-
-    high = tl.max(logits, 1)
-    base = tl.where(high == float("-inf"), 0.0, high)  # a tile of impossible tokens: 0, not NaN
-    here = tile_n.to(tl.int64) * m + row
-    tl.store(top + here, high, mask=inside)
-    tl.store(total + here, tl.sum(tl.exp(logits - base[:, None]), 1), mask=inside)
-    for j in range(n_targets):
-        target = tl.load(targets + row * n_targets + j, mask=inside, other=-1)
-        value = tl.sum(tl.where(target[:, None] == column[None, :], logits, 0.0), 1)
-        mine = inside & (target // BN == tile_n) & (target >= 0) & (target < v)
-        tl.store(picked + row * n_targets + j, value, mask=mine)
+def _shared(row: Row, _: int) -> int:
+    return 2 * row["stages"] * row["BK"] * (row["BM"] + row["BN"])
 
 
-@triton.jit
-def _merge(
-    top, total, picked, targets, n_targets, logprob, lse, m, tiles, ROWS: tl.constexpr, TILES: tl.constexpr
-):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < m
-    row = row.to(tl.int64)
-    high = tl.full((ROWS,), float("-inf"), tl.float32)
-    sums = tl.zeros((ROWS,), tl.float32)
-    for first in range(0, tiles, TILES):
-        tile = first + tl.arange(0, TILES)
-        here = tile.to(tl.int64)[:, None] * m + row[None, :]
-        mask = (tile < tiles)[:, None] & inside[None, :]
-        highs = tl.load(top + here, mask=mask, other=float("-inf"))
-        parts = tl.load(total + here, mask=mask, other=0.0)
-        new = tl.maximum(high, tl.max(highs, 0))
-        base = tl.where(new == float("-inf"), 0.0, new)
-        sums = sums * tl.exp(high - base) + tl.sum(parts * tl.exp(highs - base[None, :]), 0)
-        high = new
-    result = high + tl.log(sums)
-    tl.store(lse + row, result, mask=inside)
-    for j in range(n_targets):
-        target = tl.load(targets + row * n_targets + j, mask=inside, other=-1)
-        value = tl.load(picked + row * n_targets + j, mask=inside, other=0.0)
-        tl.store(logprob + row * n_targets + j, tl.where(target == -1, 0.0, value - result), mask=inside)
+GEMM = {
+    "BM": (64, 128, 256), "BN": (64, 128, 256), "BK": (32, 64, 128), "GROUP": (4, 8, 16, 32), "warps": (4, 8),
+    "stages": (2, 3, 4),
+}  # fmt: skip
+TILE = Tunable("target_logprob.tile", GEMM, shared=_shared)
+DLOGITS = Tunable("target_logprob.dlogits", GEMM, shared=_shared)
+MERGE = Tunable(
+    "target_logprob.merge", {"ROWS": (4, 8, 16, 32), "TILES": (32, 64, 128), "warps": (2, 4, 8), "stages": (1, 2)}
+)
+REBUILD = Tunable(
+    "target_logprob.rebuild", {"BM": (16, 32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)}, cases=(16, 32, 64, 128)
+)
 
 
-@triton.jit
-def _dlogits(
-    x, x_row, w, w_row, targets, n_targets, dlogprob, lse, out, out_row, m, v, h,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    tile_m, tile_n = tile_of(tl.cdiv(m, BM), tl.cdiv(v, BN), GROUP)
-    row, column = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
-    inside, at = row < m, row.to(tl.int64)
-    weight = tl.zeros((BM,), tl.float32)
-    for j in range(n_targets):
-        weight += tl.load(dlogprob + at * n_targets + j, mask=inside, other=0.0)
-    # NaN counts as a gradient: it must not be lost.
-    tiles = tl.where(tl.sum((weight != 0.0).to(tl.int32), 0) > 0, tl.cdiv(h, BK), 0)
-    logits = product(x, x_row, w, w_row, row, column, m, v, h, tiles, BM, BN, BK, UPCAST)
-    d = -weight[:, None] * tl.exp(logits - tl.load(lse + at, mask=inside, other=0.0)[:, None])
-    d = tl.where(weight[:, None] == 0.0, 0.0, d)  # not 0 * inf: the skipped logits are 0, whatever lse is
-    for j in range(n_targets):
-        target = tl.load(targets + at * n_targets + j, mask=inside, other=-1)
-        share = tl.load(dlogprob + at * n_targets + j, mask=inside, other=0.0)
-        d += tl.where(target[:, None] == column[None, :], share[:, None], 0.0)
-    mask = inside[:, None] & (column < v)[None, :]
-    tl.store(out + at[:, None] * out_row + column[None, :], d.to(out.dtype.element_ty), mask=mask)
+def _matrix(x: Tensor, weight: Tensor, tunable: Tunable, tma: bool = True) -> tuple[tuple[Any, ...], Row]:
+    """The first arguments of a kernel of logits, and its constexprs. The grid: `_grid`."""
+    arch, row = architecture(), {}
+    row = tunable.meta(arch)
+    row["BM"] = min(row["BM"], power_of_2(len(x), 16))
+    if x.dtype is torch.float32:  # for tests: twice as wide
+        row["num_stages"] = 2
+        row["BN"] = min(row["BN"], 128)
+    use = arch >= 90 and x.dtype is not torch.float32 and tma_reason(x, weight) is None
+    meta = {**row, "UPCAST": UPCAST, "TMA": use}
+    if not use:
+        return (x, x.stride(0), weight, weight.stride(0)), meta
+    tiles = [TensorDescriptor.from_tensor(t, [row[b], row["BK"]]) for t, b in ((x, "BM"), (weight, "BN"))]
+    return (tiles[0], 0, tiles[1], 0), meta
 
 
-def _geometry(m: int, v: int, dtype: torch.dtype) -> tuple[tuple[int], dict[str, int | bool]]:
-    bm = min(128, power_of_2(m, 16))
-    tile = {"BM": bm, "BN": BN, "BK": BK, "GROUP": GROUP, "UPCAST": UPCAST}
-    grid = (triton.cdiv(m, bm) * triton.cdiv(v, BN),)
-    return grid, {**tile, "num_warps": 8 if bm == 128 else 4, "num_stages": stages(dtype)}
+def _grid(m: int, v: int, meta: Row) -> tuple[int]:
+    return (triton.cdiv(m, meta["BM"]) * triton.cdiv(v, meta["BN"]),)
+
+
+def _where(targets: Tensor | Labels) -> tuple[Any, ...]:
+    """What the kernels find a row's targets with."""
+    if isinstance(targets, Labels):
+        n = len(targets.cu_seqlens) - 1
+        return targets.labels, 1, targets.cu_seqlens, n.bit_length(), n, targets.rows, targets.shift
+    targets = targets.contiguous()
+    return targets, targets.shape[1], None, 0, 0, None, 0
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -110,43 +80,72 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
     return matmul(x, weight.T, out)
 
 
-def target_logprob(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    (m, h), v, k = x.shape, weight.shape[0], targets.shape[1]
-    targets, tiles = targets.contiguous(), triton.cdiv(v, BN)
-    logprob, lse, top, total = (
-        torch.empty(shape, dtype=torch.float32, device=x.device) for shape in ((m, k), (m,), (tiles, m), (tiles, m))
-    )
+def _forward(
+    x: Tensor, weight: Tensor, targets: Tensor | Labels, logprob: Tensor, lse: Tensor, kept: Tensor | None
+) -> tuple[Tensor, int]:
+    """Fill logprob and lse (and ``kept``). Returns each tile's maxima, and how many tokens a tile has."""
+    (m, h), v, where = x.shape, weight.shape[0], _where(targets)
+    k = where[1]
+    matrix, meta = _matrix(x, weight, TILE)
+    tiles = triton.cdiv(v, meta["BN"])
+    top, total = torch.empty((2, tiles, m), dtype=torch.float32, device=x.device)
     # No tile holds a target outside the vocabulary: its logprob stays NaN.
     picked = torch.full((m, k), float("nan"), dtype=torch.float32, device=x.device)
-    if m and v:
-        grid, meta = _geometry(m, v, x.dtype)
-        _tile[grid](
-            x, x.stride(0), weight, weight.stride(0), targets, k, top, total, picked, m, v, h, **meta
+    stride = 0 if kept is None else kept.stride(0)
+    kernels.tile[_grid(m, v, meta)](*matrix, *where, top, total, picked, kept, stride, m, v, h, **meta)
+    merged = MERGE.meta(architecture())
+    kernels.merge[(triton.cdiv(m, merged["ROWS"]),)](top, total, picked, *where, logprob, lse, m, tiles, **merged)
+    return top, meta["BN"]
+
+
+def target_logprob(x: Tensor, weight: Tensor, targets: Tensor | Labels, logprob: Tensor, lse: Tensor) -> None:
+    if len(x) and len(weight):
+        _forward(x, weight, targets, logprob, lse, None)
+
+
+def _scratch(x: Tensor, v: int) -> Tensor:
+    """``[rows of a chunk, V]``; its rows begin at multiples of 16 bytes, so that the library loads it fast."""
+    chunk = min(len(x), max(1, SCRATCH_BYTES // (x.element_size() * v * 128)) * 128)
+    return torch.empty((chunk, -(-v // 8) * 8), dtype=x.dtype, device=x.device)[:, :v]
+
+
+def target_logprob_with_gradient(
+    x: Tensor, weight: Tensor, targets: Tensor | Labels, gradient: Callable[[slice, Tensor], Tensor], border: int,
+    logprob: Tensor, lse: Tensor, dx: Tensor, dborder: Tensor,
+) -> None:  # fmt: skip
+    (m, h), v, arch = x.shape, weight.shape[0], architecture()
+    if not (m and v):
+        return
+    scratch = _scratch(x, v)
+    row = REBUILD.meta(arch, power_of_2(border, 16))
+    for start in range(0, m, len(scratch)):
+        rows = slice(start, min(start + len(scratch), m))
+        part, kept, mine = x[rows], scratch[: rows.stop - start], targets[rows]
+        top, tokens = _forward(part, weight, mine, logprob[rows], lse[rows], kept)
+        d = gradient(rows, logprob[rows]).contiguous()
+        kernels.rebuild[(triton.cdiv(v, tokens),)](
+            kept, kept.stride(0), top, lse[rows], logprob[rows], d, *_where(mine), part[:, h - border :], x.stride(0),
+            dborder, dborder.stride(0), len(part), v, border, BN=tokens, P=power_of_2(border, 16), BORDERED=border > 0,
+            UPCAST=UPCAST, **{**row, "BM": min(row["BM"], power_of_2(len(part), 16))},
         )  # fmt: skip
-        _merge[(triton.cdiv(m, MERGED_ROWS),)](
-            top, total, picked, targets, k, logprob, lse, m, tiles, ROWS=MERGED_ROWS, TILES=MERGED_TILES, num_warps=4
-        )
-    return logprob, lse
+        torch.mm(kept, weight, out=dx[rows])
 
 
 def target_logprob_backward(
-    x: Tensor, weight: Tensor, targets: Tensor, dlogprob: Tensor, lse: Tensor, border: int, spans: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, targets: Tensor | Labels, dlogprob: Tensor, lse: Tensor, border: int,
+    spans: Tensor | None, dx: Tensor, dborder: Tensor,
+) -> None:  # fmt: skip
     """``spans`` saves nothing here: what lies outside of them is zero."""
-    (m, h), v, k = x.shape, weight.shape[0], targets.shape[1]
-    dx = torch.empty((m, h), dtype=x.dtype, device=x.device)
-    dborder = torch.zeros((v, border), dtype=torch.float32, device=x.device)
-    targets, dlogprob, lse = targets.contiguous(), dlogprob.contiguous(), lse.contiguous()
-    chunk = min(m, max(1, SCRATCH_BYTES // (x.element_size() * v * 128)) * 128)
-    scratch = torch.empty((chunk, v), dtype=x.dtype, device=x.device)
-    for start in range(0, m, max(chunk, 1)):
-        rows = slice(start, min(start + chunk, m))
-        part, dlogits = x[rows], scratch[: rows.stop - start]
-        grid, meta = _geometry(len(part), v, x.dtype)
-        _dlogits[grid](
-            part, x.stride(0), weight, weight.stride(0), targets[rows], k, dlogprob[rows], lse[rows],
-            dlogits, dlogits.stride(0), len(part), v, h, **meta,
-        )  # fmt: skip
-        torch.mm(dlogits, weight, out=dx[rows])
-        outer_accumulate(dlogits, part[:, h - border :], dborder, 1.0)
-    return dx, dborder
+    (m, h), v = x.shape, weight.shape[0]
+    if not (m and v):
+        return
+    dlogprob, lse, scratch = dlogprob.contiguous(), lse.contiguous(), _scratch(x, v)
+    for start in range(0, m, len(scratch)):
+        rows = slice(start, min(start + len(scratch), m))
+        part, d = x[rows], scratch[: rows.stop - start]
+        matrix, meta = _matrix(part, weight, DLOGITS)
+        kernels.dlogits[_grid(len(part), v, meta)](
+            *matrix, *_where(targets[rows]), dlogprob[rows], lse[rows], d, d.stride(0), len(part), v, h, **meta
+        )
+        torch.mm(d, weight, out=dx[rows])
+        outer_accumulate(d, part[:, h - border :], dborder, 1.0)

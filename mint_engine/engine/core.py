@@ -34,11 +34,14 @@ class EngineCore:
     def __init__(
         self, *, dtype: str, device: str | None, home: Path, kv_cache_bytes: int | None, store: Store | None,
         activation_bytes: int | None, sampling_share: float = DEFAULT_SAMPLING_SHARE, weights: str | None = None,
+        speculation: int = 0,
     ) -> None:  # fmt: skip
         if dtype not in DTYPES:
             raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         if weights not in (None, "int8"):
             raise UserError(f"weights: expected None or 'int8', got {weights!r}")
+        if isinstance(speculation, bool) or not isinstance(speculation, int) or speculation < 0:
+            raise UserError(f"speculation: expected an integer of at least 0, got {speculation!r}")
         self.dtype, self.device, self.home = dtype, resolve(device), home
         self.store = Store(home) if store is None else store
         self._executor = Executor("mint-engine", FairShare(sampling_share))
@@ -47,8 +50,10 @@ class EngineCore:
             self._executor.lane().submit(partial(torch.cuda.set_device, self.device))
         cache_bytes = kv_cache_bytes or default_bytes(self.device)
         add, wake = self._executor.add_stepper, self._executor.notify
-        int8 = weights == "int8"
-        self._bases = BaseModels(home, DTYPES[dtype], self.device, cache_bytes, activation_bytes, add, wake, int8=int8)
+        self._bases = BaseModels(
+            home, DTYPES[dtype], self.device, cache_bytes, activation_bytes, add, wake, int8=weights == "int8",
+            speculation=speculation,
+        )  # fmt: skip
         self._residents = Residents(self._executor.lane)
         self._recorder = Recorder()
         self._owners: dict[str, str] = {}

@@ -44,14 +44,17 @@ class Engine(Models, Training, Checkpoints, Parking):
             between its datums, with the same sums. It is kept until the last training client has gone. Default 2 GiB.
         kv_cache_bytes: size of each base model's KV cache; default a quarter of the machine's (the GPU's) memory.
         store: where metadata and checkpoints go; default a store under ``home``.
-        deterministic: whether a training call's numbers are to be the same bits in any company. If not, calls of
-            different clients share passes over the base model (`trainer.run_together`), which is several times faster
-            for many small ones and moves their numbers by roundings. Default: in float32, which is for exactness.
+        deterministic: whether a training call's numbers are to be the same bits in any company, as samples always are
+            where the C++ kernels run. If not, calls of different clients share passes over the base model
+            (`trainer.run_together`), which is several times faster for many small ones and moves their numbers by
+            roundings. Default: in float32, which is for exactness.
         masked_logprobs: whether forward_backward reports the log-probabilities of positions that its loss masks (weight
             or advantage 0). If not, they are NaN, and such positions skip the unembedding and, in the last layer, all
             but K and V. Loss and gradients are the same sums. `forward` and custom losses always report all.
         sampling_share: the part of the device's time that decode steps get while training operations wait, between 0
             and 1; the operations get the rest while there is something to sample. Who is alone gets everything.
+        speculation: tokens that a sample may propose in a step, from text that repeats itself (docs/sampling.md);
+            0 for none. What is sampled does not change.
         weights: None, or "int8": base models' linear weights are rounded to int8 with a scale for each output channel.
             Decode steps read these, half the bytes of bfloat16; everything else computes with the same values in
             ``dtype``, so both copies are kept. For sampling: it is another, slightly worse base model.
@@ -61,11 +64,12 @@ class Engine(Models, Training, Checkpoints, Parking):
         self, *, dtype: str = "bfloat16", device: str | None = None, home: Path, kv_cache_bytes: int | None = None,
         store: Store | None = None, deterministic: bool | None = None, masked_logprobs: bool = True,
         activation_bytes: int | None = None, sampling_share: float = DEFAULT_SAMPLING_SHARE,
-        weights: str | None = None,
+        speculation: int = 0, weights: str | None = None,
     ) -> None:  # fmt: skip
         EngineCore.__init__(
             self, dtype=dtype, device=device, home=home, kv_cache_bytes=kv_cache_bytes, store=store,
-            activation_bytes=activation_bytes, sampling_share=sampling_share, weights=weights,
+            activation_bytes=activation_bytes, sampling_share=sampling_share, speculation=speculation,
+            weights=weights,
         )  # fmt: skip
         self.deterministic = dtype == "float32" if deterministic is None else deterministic
         self.masked_logprobs = masked_logprobs

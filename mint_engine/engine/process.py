@@ -23,8 +23,8 @@ def get_engine(dtype: str | None = None, home: Path | None = None, *, device: st
 
     Defaults: MINT_DTYPE or "bfloat16"; MINT_DEVICE or a GPU if there is one; MINT_HOME or ``~/.mint-engine``;
     MINT_KV_CACHE_BYTES or a quarter of the machine's memory (touched only as it is used), on a GPU of the GPU's;
-    MINT_ACTIVATION_BYTES or 2 GiB; MINT_MASKED_LOGPROBS or "true"; MINT_SAMPLING_SHARE or a half; MINT_WEIGHTS
-    ("int8", see :class:`Engine`) or the compute dtype's.
+    MINT_ACTIVATION_BYTES or 2 GiB; MINT_MASKED_LOGPROBS or "true"; MINT_SAMPLING_SHARE or a half;
+    MINT_SPECULATION or 0; MINT_WEIGHTS ("int8", see :class:`Engine`) or the compute dtype's.
     """
     dtype = dtype or os.environ.get("MINT_DTYPE") or "bfloat16"
     home = Path(home or os.environ.get("MINT_HOME") or Path.home() / ".mint-engine").expanduser().resolve()
@@ -32,17 +32,18 @@ def get_engine(dtype: str | None = None, home: Path | None = None, *, device: st
     with _engines_lock:
         if key not in _engines:
             _engines[key] = Engine(
-                dtype=dtype, device=str(key[1]), home=home, kv_cache_bytes=_bytes("MINT_KV_CACHE_BYTES"),
-                activation_bytes=_bytes("MINT_ACTIVATION_BYTES"), masked_logprobs=_flag("MINT_MASKED_LOGPROBS", True),
-                sampling_share=_sampling_share(), weights=os.environ.get("MINT_WEIGHTS") or None,
+                dtype=dtype, device=str(key[1]), home=home, kv_cache_bytes=_whole("MINT_KV_CACHE_BYTES", "bytes"),
+                activation_bytes=_whole("MINT_ACTIVATION_BYTES", "bytes"),
+                masked_logprobs=_flag("MINT_MASKED_LOGPROBS", True), sampling_share=_sampling_share(),
+                speculation=_whole("MINT_SPECULATION", "tokens"), weights=os.environ.get("MINT_WEIGHTS") or None,
             )  # fmt: skip
         return _engines[key]
 
 
-def _bytes(name: str) -> int:
+def _whole(name: str, what: str) -> int:
     given = os.environ.get(name) or "0"
     if not given.isdecimal():
-        raise UserError(f"{name}: expected a number of bytes, got {given!r}")
+        raise UserError(f"{name}: expected a number of {what}, got {given!r}")
     return int(given)
 
 

@@ -7,8 +7,9 @@ recorded, so a shape that never comes again costs no recording.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -132,30 +133,46 @@ class Program:
         )  # fmt: skip
         head = (self._seating if shape.masked else self._head).bordered
         x = decoder.head_input(h, head, decoder.space)
-        targets = self._targets.device if some is None else self._targets.device[scored]
-        logprobs, lse = decoder.target_logprob(x, targets, head)
-        gradients = self._evaluate(logprobs, targets, some)
-        if saved is None:
-            return
-        if some is None:
-            h, x = decoder.rows(h, scored, "h"), decoder.rows(x, scored, "x")
-            targets, gradients, lse = targets[scored], gradients[scored], lse[scored]
         grads = {a.uid: a.views(a.params) for a in self.gradients}
-        dh = decoder.head_backward(h, x, targets, gradients, lse, self._head.bordered, grads)
+        if some is not None:
+            targets = self._targets.device[scored]
+            gradient = partial(self._evaluate, self._head, self._gathered(scored), targets)
+            dh = decoder.head_both(h, x, targets, gradient, head, grads, self._logprobs)
+        else:
+            targets = self._targets.device
+            logprobs, lse = decoder.target_logprob(x, targets, head)
+            self._logprobs.copy_(logprobs)
+            inputs = {name: staged.device for name, staged in self._inputs.items()}
+            gradients = self._evaluate(self._seating, inputs, targets, slice(0, shape.rows), logprobs)
+            if saved is None:
+                return
+            h, x = decoder.rows(h, scored, "h"), decoder.rows(x, scored, "x")
+            dh = decoder.head_backward(
+                h, x, targets[scored], gradients[scored], lse[scored], self._head.bordered, grads
+            )
+        assert saved is not None  # only a pass with a backward leaves rows out
         p.cu_seqlens = self._bounds
         backward(dh, scored, saved, p, grads)
 
-    def _evaluate(self, logprobs: Tensor, targets: Tensor, some: Tensor | None) -> Tensor:
-        """The losses' values into the results, and d loss / d logprob of every row that was scored."""
+    def _gathered(self, scored: Tensor) -> dict[str, Tensor]:
+        return {name: staged.device[scored] for name, staged in self._inputs.items()}
+
+    def _evaluate(
+        self, seating: Seating, inputs: Mapping[str, Tensor], targets: Tensor, rows: slice, logprobs: Tensor
+    ) -> Tensor:
+        """The losses' values of some rows into the results, and d loss / d logprob of them.
+
+        ``inputs`` and ``targets`` are of all rows that are scored, ``logprobs`` of ``rows``.
+        """
         gradients = torch.empty_like(logprobs)
-        seating = self._seating if some is None else self._head
         for segment, seat, loss in zip(seating.segments, self._shape.seats, self._losses, strict=True):
-            rows = slice(segment.start, segment.stop)
-            at = rows if some is None else some[rows]
-            inputs = {name: self._inputs[name].device[at] for name in seat.inputs}
-            values, gradient = loss.fn(logprobs[rows], inputs, dict(seat.config))
-            padded = targets[rows] < 0
-            self._values[rows] = values.masked_fill(padded, 0.0)
-            gradients[rows] = gradient.masked_fill(padded, 0.0)
-        self._logprobs.copy_(logprobs)
+            start, stop = max(segment.start, rows.start), min(segment.stop, rows.stop)
+            if start >= stop:
+                continue
+            here = slice(start - rows.start, stop - rows.start)
+            own = {name: inputs[name][start:stop] for name in seat.inputs}
+            values, gradient = loss.fn(logprobs[here], own, dict(seat.config))
+            padded = targets[start:stop] < 0
+            self._values[start:stop] = values.masked_fill(padded, 0.0)
+            gradients[here] = gradient.masked_fill(padded, 0.0)
         return gradients

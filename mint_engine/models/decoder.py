@@ -149,7 +149,7 @@ class Decoder:
         cos, sin = self.rope.rows(positions, length)
         p = Pass(self.config, seating, cos, sin, attend, self.space)
         delta = self.space.take("embedded", (len(tokens), self.config.hidden_size), self.dtype)
-        return p, torch.index_select(self.embedding, 0, upload(tokens, self.device), out=delta)
+        return p, kernels.embedding(upload(tokens, self.device), self.embedding, out=delta)
 
     def rows(self, t: Tensor, rows: Tensor, name: str) -> Tensor:
         """Some rows of a matrix (int64, on the CPU), in memory of that name."""
@@ -203,6 +203,21 @@ class Decoder:
             x, self.head.forward_weight(ranks), targets, dlogprob, lse, border=self.head.m * ranks,
             spans=spans,
         )  # fmt: skip
+        return self._head_gradients(h, x, dx_ext, d_border, seating, grads)
+
+    def head_both(
+        self, h: Tensor, x: Tensor, targets: Tensor, gradient: Callable[[slice, Tensor], Tensor], seating: Seating,
+        grads: linear.Gradients, logprobs: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """:meth:`target_logprob` into ``logprobs`` [M, K] and :meth:`head_backward`, the logits computed once.
+
+        ``gradient(rows, logprobs[rows])`` is d loss / d logprob of some rows; it must not wait for the device.
+        """
+        ranks = seating.ranks_of(self.head.group)
+        x = x[:, : self.head.k + self.head.m * ranks]
+        _, _, dx_ext, d_border = kernels.target_logprob_with_gradient(
+            x, self.head.forward_weight(ranks), targets, gradient, border=self.head.m * ranks, logprob=logprobs
+        )
         return self._head_gradients(h, x, dx_ext, d_border, seating, grads)
 
     def head_backward_logits(

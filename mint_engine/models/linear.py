@@ -67,7 +67,7 @@ def forward(w: BorderedWeight, x: Tensor, seating: Seating, out: Tensor) -> Tens
     weight = w.forward_weight(seating.ranks_of(w.group))
     if seating.tile_rows and seating.of(w.group):
         spans = company.spans(w, w.k, seating, len(x))
-        return out.copy_(bordered_by_tile(x, weight, spans, k=w.k, tile_rows=seating.tile_rows, bias=w.bias))
+        return bordered_by_tile(x, weight, spans, k=w.k, tile_rows=seating.tile_rows, bias=w.bias, out=out)
     return bordered_linear(x, weight, bias=w.bias, out=out)
 
 
@@ -78,7 +78,7 @@ def backward(w: BorderedWeight, dy: Tensor, seating: Seating, out: Tensor) -> Te
     weight = w.backward_weight(seating.ranks_of(w.group))
     if seating.tile_rows and seating.of(w.group):
         spans = company.spans(w, w.n, seating, len(dy))
-        return out.copy_(bordered_by_tile_backward(dy, weight, spans, n=w.n, tile_rows=seating.tile_rows))
+        return bordered_by_tile_backward(dy, weight, spans, n=w.n, tile_rows=seating.tile_rows, out=out)
     return bordered_linear_backward(dy, weight, out=out)
 
 

@@ -65,6 +65,7 @@ def run(settings: Settings) -> int:
             masked_logprobs=settings.masked_logprobs,
             activation_bytes=settings.activation_bytes,
             sampling_share=settings.sampling_share,
+            speculation=settings.speculation,
             weights=settings.weights,
         )
         stack.callback(engine.close)

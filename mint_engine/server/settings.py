@@ -80,6 +80,9 @@ class Settings(BaseSettings):
         lt=1,
         description="The part of the device's time that sampling gets while training waits, and training the rest.",
     )
+    speculation: int = Field(
+        default=0, ge=0, description="Tokens a sample may propose in a step, where text repeats itself; 0 for none."
+    )
     public_url: str | None = Field(
         default=None,
         description="The URL under which clients reach the server, if not the one it listens on; used in links.",

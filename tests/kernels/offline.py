@@ -94,6 +94,7 @@ def resources(kernel: Any, arch: int) -> dict[str, int]:
         "dots": kernel.asm["ttir"].count("tt.dot "),
         "matrix": len(re.findall(MATRIX[arch], code)),
         "hmma": len(re.findall(MATRIX[80], code)),
+        "tma": len(re.findall(r"\bUTMA\w+", code)),
     }
 
 

@@ -10,6 +10,7 @@ from mint_engine import kernels
 
 ROWS = 8192
 HIDDEN, FFN, N_Q, N_KV, D = 1024, 3072, 16, 8, 128
+RANK, BORDER = 16, 64
 
 
 def bf16(*shape: int) -> torch.Tensor:
@@ -24,6 +25,23 @@ def norm(width: int) -> None:
     x, w = bf16(ROWS, width), bf16(width)
     kernels.rms_norm(x, w, 1e-6, residual=x, face="triton")
     kernels.rms_norm_backward(x, x, w, 1e-6, dresidual=x, face="triton")
+
+
+def shrinks(ranks: int) -> None:
+    """norm + residual + S, SwiGLU + S."""
+    x, a, w = bf16(ROWS, HIDDEN + BORDER), bf16(ranks, FFN), bf16(HIDDEN)
+    shrink = kernels.Shrink(a[:, :HIDDEN], 2.0, bf16(ROWS, ranks))
+    kernels.rms_norm(x[:, :HIDDEN], w, 1e-6, residual=bf16(ROWS, HIDDEN), shrink=shrink, face="triton")
+    kernels.swiglu(bf16(ROWS, 2 * FFN), shrink=kernels.Shrink(a, 2.0, bf16(ROWS, ranks)), face="triton")
+
+
+def lora(rank: int) -> None:
+    """dS and dB of gate and up, dA of both."""
+    dy, s, ds = bf16(ROWS, 2 * FFN + BORDER), bf16(ROWS, 2 * rank), bf16(ROWS, 2 * rank)
+    b, db = [bf16(FFN, rank)] * 2, [fp32(FFN, rank)] * 2
+    kernels.lora_gradients(
+        dy[:, : 2 * FFN], s, b, 2.0, ds=ds, db=db, x=bf16(ROWS, HIDDEN), da=fp32(2 * rank, HIDDEN), face="triton"
+    )  # fmt: skip
 
 
 def swiglu() -> None:
@@ -46,7 +64,15 @@ def adamw() -> None:
     kernels.adamw_(p, p, p, p, **hyper, face="triton")
 
 
-RANK, BORDER = 16, 64
+def adamw_places() -> None:
+    """A and B of one linear, written into its border."""
+    p, buf = fp32(RANK * (HIDDEN + FFN)), bf16(FFN + BORDER, HIDDEN + BORDER)
+    views = buf[FFN : FFN + RANK, :HIDDEN], buf[:FFN, HIDDEN : HIDDEN + RANK]
+    kernels.adamw_places_(p, p, p, p, fp32(8), kernels.Places([(v.numel(), v) for v in views], "meta"), face="triton")
+
+
+def embedding() -> None:
+    kernels.embedding(torch.empty(ROWS, dtype=torch.int64, device="meta"), bf16(151936, HIDDEN), face="triton")
 
 
 def narrow() -> None:
@@ -68,9 +94,25 @@ def outer_tall() -> None:
 def by_tile() -> None:
     spans = torch.empty(ROWS // 128, 3, dtype=torch.int32, device="meta")
     x, w = bf16(ROWS, HIDDEN + BORDER), bf16(2 * FFN + BORDER, HIDDEN + BORDER)
+    kernels.bordered_by_tile(x, w[: 2 * FFN], spans, k=HIDDEN, tile_rows=128, step=64, face="triton")
+    dy = bf16(ROWS, 2 * FFN + BORDER)
+    kernels.bordered_by_tile_backward(dy, w[:, :HIDDEN], spans, n=2 * FFN, tile_rows=128, step=64, face="triton")
+
+
+def by_narrow_tile() -> None:
+    """Borders of 16 columns: less than a tile of K."""
+    spans = torch.empty(ROWS // 128, 3, dtype=torch.int32, device="meta")
+    x, w = bf16(ROWS, HIDDEN + BORDER), bf16(2 * FFN + BORDER, HIDDEN + BORDER)
     kernels.bordered_by_tile(x, w[: 2 * FFN], spans, k=HIDDEN, tile_rows=128, face="triton")
     dy = bf16(ROWS, 2 * FFN + BORDER)
     kernels.bordered_by_tile_backward(dy, w[:, :HIDDEN], spans, n=2 * FFN, tile_rows=128, face="triton")
+
+
+def by_tile_with_pointers() -> None:
+    """Strides that are no multiples of 16 bytes."""
+    spans = torch.empty(ROWS // 128, 3, dtype=torch.int32, device="meta")
+    x, w = bf16(ROWS, HIDDEN + 17), bf16(2 * FFN, HIDDEN + 17)
+    kernels.bordered_by_tile(x, w, spans, k=HIDDEN, tile_rows=128, face="triton")
 
 
 def head() -> None:
@@ -78,6 +120,16 @@ def head() -> None:
     targets = torch.empty(ROWS, 1, dtype=torch.int64, device="meta")
     _, lse = kernels.target_logprob(x, w, targets, face="triton")
     kernels.target_logprob_backward(x, w, targets, fp32(ROWS, 1), lse, border=BORDER, face="triton")
+
+
+def head_at_once() -> None:
+    """Raw labels of some rows, with the gradient from the exponentials that the forward left."""
+    x, w, rows = bf16(ROWS, HIDDEN + BORDER), bf16(151936, HIDDEN + BORDER), torch.empty(ROWS, dtype=torch.int64)
+    bounds = torch.empty(9, dtype=torch.int32, device="meta")
+    labels = kernels.Labels(torch.empty(32768, dtype=torch.int64, device="meta"), bounds, rows.to("meta"))
+    kernels.target_logprob_with_gradient(
+        x, w, labels, lambda _, logprob: torch.empty_like(logprob), border=BORDER, face="triton"
+    )  # fmt: skip
 
 
 def head_logits() -> None:
@@ -95,15 +147,25 @@ CASES: dict[str, Callable[[], None]] = {
     "rms_norm 1024": lambda: norm(1024),
     "rms_norm 4096": lambda: norm(4096),
     "swiglu": swiglu,
+    "norm, swiglu with S of 16": lambda: shrinks(16),
+    "norm, swiglu with S of 48": lambda: shrinks(48),
+    "norm, swiglu with S of 256": lambda: shrinks(256),
+    "lora_gradients 16": lambda: lora(16),
+    "lora_gradients 64": lambda: lora(64),
     "qk_norm_rope": rope,
     "adamw": adamw,
+    "adamw into places": adamw_places,
+    "embedding": embedding,
     "shrink, expand": narrow,
     "outer_accumulate dA": outer,
     "outer_accumulate dB": outer_tall,
     "bordered_by_tile": by_tile,
+    "bordered_by_tile of 16": by_narrow_tile,
+    "bordered_by_tile with pointers": by_tile_with_pointers,
     "attention 64": lambda: attention(64),
     "attention 128": lambda: attention(128),
     "attention 256": lambda: attention(256),
     "target_logprob": head,
+    "target_logprob with gradient": head_at_once,
     "logits 16 rows": head_logits,
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from check import normal, within_budget
 
-from mint_engine.kernels import adamw_
+from mint_engine.kernels import Places, adamw_, adamw_places_, hyperparameters
 
 HYPER = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -50,3 +50,35 @@ def test_a_step_counted_from_zero_is_refused() -> None:
     t = torch.zeros(3)
     with pytest.raises(ValueError, match="step: expected 1 or more, got 0"):
         adamw_(t, t, t, t, **HYPER, step=0)
+
+
+def test_the_step_goes_to_its_places_in_the_same_pass(face: str, dtype: torch.dtype) -> None:
+    """A rows of a border, B columns, a piece that goes nowhere and one of no elements; each step has other numbers."""
+    wide = torch.full((50, 130), torch.nan, dtype=dtype)
+    a, b = wide[40:47, :100], wide[:37, 110:113]
+    pieces = [(700, a), (1500, None), (0, None), (111, b)]
+    places, n = Places(pieces, wide.device), 2311
+    param = normal(n, seed=0)
+    got = [param.clone(), torch.zeros(n), torch.zeros(n)]
+    hyper, grads = torch.empty(8), [normal(n, seed=i + 1, scale=0.1) for i in range(10)]
+    for i, g in enumerate(grads):
+        hyper.copy_(torch.tensor(hyperparameters(**HYPER, step=i + 1, grad_scale=0.5)))
+        adamw_places_(got[0], g, got[1], got[2], hyper, places, face=face)
+    scaled = [g * 0.5 for g in grads]
+    exact, plain = torch_steps(param.double(), scaled), torch_steps(param, scaled)
+    for name, x, y, z in zip(("param", "exp_avg", "exp_avg_sq"), got, exact, plain, strict=True):
+        within_budget(name, x, y, z)
+    assert torch.equal(a, got[0][:700].view(7, 100).to(dtype))
+    assert torch.equal(b, got[0][2200:].view(37, 3).to(dtype))
+    assert int(wide.isnan().sum()) == wide.numel() - 811
+
+
+def test_places_that_do_not_fit_are_named() -> None:
+    view = torch.zeros(4, 6)
+    with pytest.raises(ValueError, match=r"expected a view \[rows, columns\] of 5 elements .* got \[2, 3\]"):
+        Places([(5, view[:2, :3])], "cpu")
+    with pytest.raises(ValueError, match="expected views of one dtype"):
+        Places([(24, view), (24, view.bfloat16())], "cpu")
+    t = torch.zeros(9)
+    with pytest.raises(ValueError, match="places: expected 9 elements, got 24"):
+        adamw_places_(t, t, t, t, torch.zeros(8), Places([(24, view)], "cpu"))

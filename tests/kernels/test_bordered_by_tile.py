@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
-from check import normal, strided, within_budget
+from check import normal, poisoned, strided, surroundings_untouched, within_budget
 
 from mint_engine.kernels import bordered_by_tile, bordered_by_tile_backward
 from mint_engine.kernels.bordered_linear.reference import lora_linear
@@ -105,6 +107,47 @@ def test_backward_is_each_adapters_gradient(face: str, dtype: torch.dtype, group
         return torch.cat([p @ w.to(to) + SCALE * (p @ b.to(to)) @ a.to(to) for p, (a, b) in parts])
 
     within_budget("dx", dx, plain(torch.float64), plain(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [16 * 7, 16 * 6 + 5])
+@pytest.mark.parametrize("step", [64, 16])
+def test_tiles_that_tma_loads_give_the_same(
+    face: str, dtype: torch.dtype, rows: int, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Persistent, with more tiles of y than programs, or with a loop for the border; forward and backward."""
+    if dtype is torch.float16 and face.startswith("cpu"):
+        pytest.skip("the C++ has no float16")
+    if face == "triton":
+        module = import_module("mint_engine.kernels.bordered_by_tile.triton")
+        monkeypatch.setattr(module, "matmul", None)  # not the one with pointers
+    k, n, seats = (
+        128,
+        192,
+        [(0, 1), (1, 1), (0, 0), (0, 2), (1, 2), (2, 1), (0, 0)],
+    )  # where a tile's border is, how wide
+    spans = torch.tensor([(k, k + step * at, step * w) for at, w in seats])
+    spans_back = torch.tensor([(n, n + step * at, step * w) for at, w in seats])
+    x, dy = normal(rows, k + 128, seed=1, dtype=dtype), normal(rows, n + 128, seed=2, dtype=dtype)
+    w, bias = normal(n + 192, k + 192, seed=3, dtype=dtype, scale=k**-0.5), normal(n, seed=4, dtype=dtype)
+    y, dx = poisoned(rows, n, dtype, pad=8), poisoned(rows, k, dtype, pad=8)
+    options = {"tile_rows": TILE, "step": step, "face": face}
+    bordered_by_tile(x, w[:n], spans.int(), k=k, bias=bias, out=y, **options)
+    bordered_by_tile_backward(dy, w[:, :k], spans_back.int(), n=n, out=dx, **options)
+    for got, left, right, table, inner, plus in (
+        (y, x, w[:n].T, spans, k, bias),
+        (dx, dy, w[:, :k], spans_back, n, torch.zeros(k, dtype=dtype)),
+    ):
+        assert surroundings_untouched(got)
+
+        def plain(to: torch.dtype, left=left, right=right, table=table, inner=inner, plus=plus) -> torch.Tensor:
+            out = left[:, :inner].to(to) @ right[:inner].to(to)
+            for i, (c, b, width) in enumerate(table.tolist()):
+                rows = slice(i * TILE, (i + 1) * TILE)
+                out[rows] += left[rows, c : c + width].to(to) @ right[b : b + width].to(to)
+            return out + plus.to(to)
+
+        within_budget("y or dx", got, plain(torch.float64), plain(dtype))
 
 
 def test_a_tile_of_two_adapters_reads_both_spans(face: str, dtype: torch.dtype) -> None:

@@ -15,7 +15,17 @@ from check import TRITON
 HERE = Path(__file__).parent
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes a program may have
 OLD = "3.6.0"
-FEW_ROWS = {"logits 16 rows: matmul"}  # too small a tile for the instructions of a whole warp group
+# Too few rows a tile for the instructions of a whole warp group: those of a warp (HMMA) do.
+FEW_ROWS = {
+    "logits 16 rows: matmul",
+    *(f"norm, swiglu with S of {r}: {op}_shrink" for r in (16, 48, 256) for op in ("norm", "swiglu")),
+}
+BY_TMA = (
+    "bordered_by_tile: persistent",
+    "bordered_by_tile of 16: two_loops",
+    "target_logprob: tile",
+    "target_logprob with gradient: tile",
+)
 Resources = dict[str, dict[str, int]]  # case and kernel -> resources
 
 
@@ -27,6 +37,8 @@ def gate(arch: str, kernels: Resources) -> list[str]:
             faults.append(f"{arch} {name}: spills {r['stack']} bytes a thread")
         if r["dots"] and not r["hmma" if name in FEW_ROWS else "matrix"]:
             faults.append(f"{arch} {name}: {r['dots']} products without the tensor-core instruction of {arch}")
+        if arch != "sm_80" and name in BY_TMA and not r["tma"]:
+            faults.append(f"{arch} {name}: loads no tile by TMA")
         if r["shared"] > SHARED[arch]:
             faults.append(f"{arch} {name}: {r['shared']} bytes of shared memory, {SHARED[arch]} are there")
     return faults
@@ -45,10 +57,11 @@ def test_nothing_recorded_spills_or_leaves_the_tensor_cores() -> None:
 
 
 def test_the_gate_sees_each_fault() -> None:
-    good = {"registers": 64, "stack": 0, "shared": 1024, "warps": 4, "dots": 1, "matrix": 4, "hmma": 4}
+    good = {"registers": 64, "stack": 0, "shared": 1024, "warps": 4, "dots": 1, "matrix": 4, "hmma": 4, "tma": 0}
     for fault in ({"stack": 8}, {"matrix": 0}, {"shared": 200 << 10}):
         assert len(gate("sm_80", {"k": {**good, **fault}})) == 1
-    assert gate("sm_80", {"k": good}) == []
+    assert gate("sm_80", {BY_TMA[0]: good}) == []
+    assert len(gate("sm_90", {BY_TMA[0]: good})) == 1
 
 
 def compile_anew(arch: str, tmp_path: Path, **environment: str) -> Resources:

@@ -1,0 +1,1 @@
+"""One command for the GPU: right, tuned, measured against floors and peers. See docs/gpu.md and ``__main__``."""

@@ -1,0 +1,58 @@
+"""What there is to measure, the most important first: that is the order in which a budget is spent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.gpu import bench as ceilings
+from benchmarks.gpu import checks, ops, steps, tuning
+from benchmarks.gpu.bench import Bench
+
+
+@dataclass(frozen=True)
+class Part:
+    """``seconds``: about how long it takes on a Hopper, a guess; ``run(bench, deadline)`` gives its results."""
+
+    name: str
+    seconds: float
+    run: Callable[[Bench, float], dict[str, Any]]
+
+
+def parts(*, dry: bool, arch: int) -> list[Part]:
+    """All of them. A dry run does the same on a toy model."""
+    middle = "tiny" if dry else "4b"
+    models = ["tiny"] if dry else ["0.6b", "4b", "8b"]
+    found = [
+        Part("peaks", 5, lambda b, _: ceilings.peaks(b)),
+        Part("correctness", 30, lambda b, _: checks.correctness(b, middle)),
+    ]
+
+    def step(model: str, contender: str) -> Part:
+        kinds: dict[str, Callable[[Bench], dict[str, Any]]] = {
+            "ours": lambda b: steps.whole(b, model),
+            "peft": lambda b: steps.peer(b, model, liger=False, compiled=False),
+            "liger": lambda b: steps.peer(b, model, liger=True, compiled=False),
+            "compiled": lambda b: steps.peer(b, model, liger=False, compiled=True),
+        }
+        return Part(f"step-{model}-{contender}", 60 if contender == "compiled" else 25,
+                    lambda b, _: kinds[contender](b))  # fmt: skip
+
+    found += [step(model, contender) for model in models for contender in ("ours", "peft")]
+    small = models[0]
+    found += [
+        Part("step-256", 15, lambda b, _: steps.small(b, small)),
+        Part("products", 10, lambda b, _: ops.products(b, middle)),
+        Part("loss", 15, lambda b, _: ops.loss(b, middle)),
+        Part("ops", 20, lambda b, _: ops.floors(b, middle)),
+        Part("adapters", 30, lambda b, _: steps.sharing(b, small)),
+        # Liger's kernels are patched into transformers for the rest of the process: after plain PEFT.
+        *(step(model, "compiled") for model in models[:1]),
+        *(step(model, "liger") for model in models),
+        Part("tuning", 120, lambda b, deadline: tuning.tune(b, middle, arch, min(deadline, time.monotonic() + 180))),
+        Part("suite", 150, lambda b, _: checks.suite(b)),
+        Part("decode", 1, lambda b, _: steps.decode(b)),
+    ]
+    return found

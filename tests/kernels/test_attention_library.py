@@ -1,0 +1,191 @@
+"""Attention of installed libraries: which one is chosen, and that each is called with the right meaning.
+
+There is no GPU here: the libraries are stood in for by modules with their signatures that compute the same in float64.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from check import normal
+from test_attention import bounds
+from torch import Tensor
+
+from mint_engine.kernels import attention, attention_backward
+from mint_engine.kernels.attention import library
+from mint_engine.kernels.attention.bounds import Bounds
+
+LENGTHS, N_Q, N_KV, D, SCALE = [5, 0, 30, 1], 4, 2, 16, 0.3
+
+
+def forward_like(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor]:
+    assert longest >= int(cu.diff().max())
+    flat = (t.flatten(1) for t in (q, k, v))
+    o, lse = attention(*flat, cu, q.shape[1], k.shape[1], scale, face="reference")
+    return o.view(q.shape), lse
+
+
+def backward_like(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu: Tensor, scale: float) -> Any:
+    flat = (t.flatten(1) for t in (do, q, k, v, o))
+    grads = attention_backward(*flat, lse, cu, q.shape[1], k.shape[1], scale, face="reference")
+    return [g.view(t.shape) for g, t in zip(grads, (q, k, v), strict=True)]
+
+
+class FlashAttention2(ModuleType):
+    """flash_attn 2.8's private functions, as far as they matter."""
+
+    @staticmethod
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+        block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert causal
+        assert dropout_p == 0.0
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        o, lse = forward_like(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale)
+        return o, lse, torch.empty(0), torch.empty(2)
+
+    @staticmethod
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+        rng_state=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert causal
+        assert deterministic
+        assert (window_size_left, window_size_right, softcap, dropout_p) == (-1, -1, 0.0, 0.0)
+        made = backward_like(dout, q, k, v, out, softmax_lse, cu_seqlens_q, softmax_scale)
+        for into, grad in zip((dq, dk, dv), made, strict=True):
+            into.copy_(grad)
+
+
+class FlashAttention3(ModuleType):
+    """The same of hopper/flash_attn_interface.py."""
+
+    @staticmethod
+    def _flash_attn_forward(
+        q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
+        cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, page_table=None,
+        softmax_scale=None, causal=False, num_splits=1,
+    ):  # fmt: skip
+        assert causal
+        o, lse = forward_like(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale)
+        return o, lse, torch.empty(0), torch.empty(0)
+
+    @staticmethod
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
+    ):  # fmt: skip
+        assert is_causal
+        assert deterministic
+        made = backward_like(dout, q, k, v, out, softmax_lse, cu_seqlens_q, softmax_scale)
+        for into, grad in zip((dq, dk, dv), made, strict=True):
+            into.copy_(grad)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts a module in the place of a library; what was chosen before is forgotten, before and after."""
+    library.chosen.cache_clear()
+
+    def install(name: str, module: ModuleType | None) -> None:
+        parent = name.split(".", maxsplit=1)[0]
+        if parent != name:
+            package = ModuleType(parent)
+            package.__path__ = []  # a package
+            monkeypatch.setitem(sys.modules, parent, package)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    yield install
+    library.chosen.cache_clear()
+
+
+def named(name: str) -> library.Library:
+    return next(x for x in library.LIBRARIES if x.name == name)
+
+
+@pytest.mark.parametrize(
+    ("name", "fake"), [("flash-attn 3", FlashAttention3("fa3")), ("flash-attn 2", FlashAttention2("fa2"))]
+)
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_library_is_called_with_what_the_op_means(name: str, fake: ModuleType, captured: bool) -> None:
+    """Views with strides in, gradients into the column blocks of one buffer out, empty sequences, grouped heads."""
+    m, q_width, kv_width = sum(LENGTHS), N_Q * D, N_KV * D
+    qkv, do = normal(m, q_width + 2 * kv_width, seed=1).double(), normal(m, q_width, seed=2).double()
+    q, k, v = qkv.split([q_width, kv_width, kv_width], 1)
+    cu: Tensor | Bounds = bounds(LENGTHS)
+    heads = (N_Q, N_KV, SCALE)
+    exact = attention(q, k, v, cu, *heads, face="reference")
+    exact_grads = attention_backward(do, q, k, v, *exact, cu, *heads, face="reference")
+    if captured:
+        data = Bounds(m, 9, torch.device("cpu"))
+        for new, buffer in data.write(cu.numpy()):
+            buffer.copy_(torch.from_numpy(new))
+        cu = data
+    out, lse = torch.full_like(exact[0], torch.nan), torch.full_like(exact[1], torch.nan)
+    library.attention((named(name), fake), q, k, v, cu, *heads, out, lse)
+    assert torch.equal(out, exact[0])
+    assert torch.equal(lse, exact[1])
+    grads = torch.full_like(qkv, torch.nan)
+    parts = grads.split([q_width, kv_width, kv_width], 1)
+    library.attention_backward((named(name), fake), do, q, k, v, out, lse, cu, *heads, *parts)
+    assert all(torch.equal(a, b) for a, b in zip(parts, exact_grads, strict=True))
+
+
+def test_torch_takes_these_arguments_and_gives_these_shapes() -> None:
+    """The real operators, on tensors without values."""
+    q, kv = torch.empty(36, N_Q, D, dtype=torch.bfloat16, device="meta"), torch.empty(
+        36, N_KV, D, dtype=torch.bfloat16, device="meta"
+    )  # fmt: skip
+    cu = torch.empty(5, dtype=torch.int32, device="meta")
+    torch_library = named("torch.nn.attention.varlen")
+    o, lse = torch_library.forward(None, q, kv, kv, cu, 30, SCALE)
+    assert (o.shape, lse.shape, lse.dtype) == (q.shape, (N_Q, 36), torch.float32)
+    grads = torch.empty_like(q), torch.empty_like(kv), torch.empty_like(kv)
+    torch_library.backward(None, q, q, kv, kv, o, lse, cu, 30, SCALE, grads)
+
+
+def test_the_best_that_is_there_is_chosen_and_said(installed: Any) -> None:
+    for name in ("flash_attn_interface", "flash_attn.flash_attn_interface"):
+        installed(name, None)  # an import fails
+    assert library.chosen(90)[0].name == "torch.nn.attention.varlen"
+    assert library.report(90).startswith("torch.nn.attention.varlen (flash-attn 3: ")
+    library.chosen.cache_clear()
+    installed("flash_attn.flash_attn_interface", FlashAttention2("fa2"))
+    assert library.chosen(90)[0].name == "flash-attn 2"
+    library.chosen.cache_clear()
+    installed("flash_attn_interface", FlashAttention3("fa3"))
+    assert library.chosen(90)[0].name == "flash-attn 3"
+    assert library.report(90) == "flash-attn 3"
+    assert library.chosen(80)[0].name == "flash-attn 2"  # the other is for Hopper
+    assert library.report(80) == "flash-attn 2 (flash-attn 3: for compute capability 9.0 to 9.0)"
+    assert library.chosen(75) is None
+    assert library.report(75).startswith("our own Triton kernels (flash-attn 3: for compute capability 9.0 to 9.0; ")
+
+
+def test_another_version_of_a_library_is_not_called(installed: Any) -> None:
+    old = ModuleType("fa2")
+    installed("flash_attn.flash_attn_interface", old)
+    assert library.lacks(named("flash-attn 2"), 90) == "a version without _flash_attn_varlen_forward"
+    old._flash_attn_varlen_forward = lambda q, k, v: None
+    reason = "a version whose _flash_attn_varlen_forward has no cu_seqlens_q"
+    assert library.lacks(named("flash-attn 2"), 90) == reason
+    assert library.report(90).startswith("torch.nn.attention.varlen (")
+    assert reason in library.report(90)
+
+
+def test_a_library_that_is_not_installed_says_so() -> None:
+    missing = library.Library("x", "no_such_module_here", {}, 80, 90, named("flash-attn 2").forward, lambda *_: None)
+    assert library.lacks(missing, 90) == "not installed"
+
+
+def test_tensors_on_the_cpu_are_for_our_own_kernels() -> None:
+    cu = bounds([3])
+    assert library.library_for(torch.zeros(3, 16, dtype=torch.bfloat16), 16, cu, cu) is None
