@@ -6,6 +6,7 @@
 #pragma once
 #include "check.h"
 #include "gemm.h"
+#include "outer_accumulate.h"
 #include "rms_norm.h"  // for_vectors
 
 namespace mint {
@@ -85,10 +86,7 @@ void grouped_outer(const T* a, int64_t a_stride, const T* b, int64_t b_stride, c
                            });
                        });
         } else {
-            gemm<S, T>(right, 1, b_stride, left, 1, a_stride, q, p, m,
-                       [=](int64_t i, int64_t j, int64_t n, const float* c) {
-                           for (int64_t v = 0; v < n; ++v) out[(j + v) * stride + i] += c[v];
-                       });
+            outer_tall<S, T>(left, a_stride, right, b_stride, out, stride, m, p, q, 1.0f);
         }
     });
 }

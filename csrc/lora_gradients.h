@@ -10,7 +10,7 @@
 
 namespace mint {
 
-constexpr int64_t kTokenBlock = 256;
+constexpr int64_t kTokenBlock = 512;
 
 // A row of `modules` for each of the `count` linears stacked on N: N_j, B_j's address and row stride, dB_j's address
 // and row stride. x and da may be null.

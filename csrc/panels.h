@@ -114,7 +114,17 @@ void pack_panel(const T* src, int64_t stride_c, int64_t stride_k, int64_t n, int
                     dst[kk * C + j0 + j] = padded_element<S, T>(cols + j * stride_c, 1, kk, k);
         }
     }
-    for (int64_t j = j0; j < C; ++j) {
+    if (stride_c == 1) {  // fewer columns than a panel has, contiguous
+        for (; j0 + S::W <= n; j0 += S::W) {
+            for (int64_t kk = 0; kk < whole; ++kk)
+                pack_across<S, T>(src + j0 + kk * Q::kStep * stride_k, stride_k, dst + kk * C + j0);
+            for (int64_t kk = whole; kk < depth; ++kk)
+                for (int j = 0; j < S::W; ++j)
+                    dst[kk * C + j0 + j] = padded_element<S, T>(src + j0 + j, stride_k, kk, k);
+        }
+    }
+    const int64_t vectors = ceil_div(n, S::W) * S::W;  // the columns that a product of n computes
+    for (int64_t j = j0; j < vectors; ++j) {
         if (j >= n) {
             for (int64_t kk = 0; kk < depth; ++kk) dst[kk * C + j] = 0;
             continue;

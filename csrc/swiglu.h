@@ -9,8 +9,7 @@ namespace mint {
 // sigmoid(x) = 1 / (1 + exp(-x)): exp overflows to inf for very negative x, and 1 / inf is the right 0.
 template <class S>
 MINT_INLINE typename S::F sigmoid(typename S::F x) {
-    const auto one = S::set1(1.0f);
-    return S::div(one, S::add(one, S::exp(S::sub(S::zero(), x))));
+    return S::reciprocal(S::add(S::set1(1.0f), S::exp(S::sub(S::zero(), x))));
 }
 
 // Rows [mine.begin, mine.end).

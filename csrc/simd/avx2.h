@@ -61,6 +61,7 @@ struct Avx2 {
     MINT_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     MINT_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     MINT_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+    MINT_INLINE F reciprocal(F a) { return div(set1(1.0f), a); }
     MINT_INLINE F sqrt(F a) { return _mm256_sqrt_ps(a); }
     MINT_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
     MINT_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }

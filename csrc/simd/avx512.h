@@ -2,6 +2,8 @@
 #pragma once
 #include <immintrin.h>
 
+#include <limits>
+
 #include "bf16.h"
 
 namespace mint {
@@ -54,6 +56,12 @@ struct Avx512 {
     MINT_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     MINT_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     MINT_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+    // An estimate of 14 bits and one Newton step, which would make 0 * inf of the reciprocal of inf.
+    MINT_INLINE F reciprocal(F a) {
+        const F y = _mm512_rcp14_ps(a);
+        const __mmask16 finite = _mm512_cmp_ps_mask(a, set1(std::numeric_limits<float>::infinity()), _CMP_NEQ_UQ);
+        return _mm512_maskz_fmadd_ps(finite, y, _mm512_fnmadd_ps(a, y, set1(1.0f)), y);
+    }
     MINT_INLINE F sqrt(F a) { return _mm512_sqrt_ps(a); }
     MINT_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
     MINT_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }

@@ -39,6 +39,7 @@ struct Scalar {
     MINT_INLINE F sub(F a, F b) { return a - b; }
     MINT_INLINE F mul(F a, F b) { return a * b; }
     MINT_INLINE F div(F a, F b) { return a / b; }
+    MINT_INLINE F reciprocal(F a) { return 1.0f / a; }  // of a > 0, to an ulp
     MINT_INLINE F sqrt(F a) { return std::sqrt(a); }
     MINT_INLINE F max(F a, F b) { return a > b ? a : b; }  // b where either is NaN
     MINT_INLINE F fma(F a, F b, F c) { return a * b + c; }
