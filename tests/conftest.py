@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,3 +51,20 @@ def smollm2_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("smollm2-home")
     smollm2_directory(home)
     return home
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the Triton kernels that "meta" tensors are given to: counted, and left out."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from mint_engine.kernels import triton_common
+
+    names: list[str] = []
+
+    def getitem(self: Any, grid: object) -> Callable[..., None]:
+        return lambda *args, **kwargs: names.append(self.fn.__name__)
+
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", getitem)
+    monkeypatch.setattr(triton_common, "DEVICES", {"meta"})
+    return names

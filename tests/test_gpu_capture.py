@@ -6,7 +6,6 @@ devices. Kernel launches are counted and left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,22 +40,6 @@ class NoHost(TorchDispatchMode):
         for t in tree_leaves((args, kwargs, out)):
             assert not isinstance(t, torch.Tensor) or t.device.type == "meta", f"{func} on the host"
         return out
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from mint_engine.kernels import triton_common
-
-    names: list[str] = []
-
-    def getitem(self: Any, grid: object) -> Callable[..., None]:
-        return lambda *args, **kwargs: names.append(self.fn.__name__)
-
-    monkeypatch.setattr(InterpretedFunction, "__getitem__", getitem)
-    monkeypatch.setattr(triton_common, "DEVICES", {"meta"})
-    return names
 
 
 @pytest.mark.parametrize("masked", [True, False])

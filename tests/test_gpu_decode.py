@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import load_decoder, relative, trained_adapter
-from test_gpu_capture import NoHost, launches  # noqa: F401
+from test_gpu_capture import NoHost
 
 from mint_engine.adapters import Adapter
 from mint_engine.gpu.capture import NoGraph
@@ -141,7 +141,9 @@ def test_interpreted_kernels_decode_as_the_cpu_does(decoder: Decoder, ranks: tup
 @without_gpu
 @pytest.mark.parametrize("ranks", [(), (4,), (16, 32)])
 def test_nothing_in_a_step_waits_for_the_device(
-    tiny_tied: Path, launches: list[str], ranks: tuple[int, ...]  # noqa: F811
+    tiny_tied: Path,
+    launches: list[str],
+    ranks: tuple[int, ...],
 ) -> None:
     config = load_config(tiny_tied)
     with force_face("triton"), torch.no_grad():

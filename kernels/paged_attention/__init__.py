@@ -47,14 +47,14 @@ def paged_attention(
         n_q, n_kv: heads; n_q is a multiple of n_kv.
         scale: what the scores are multiplied with, above 0.
         out: ``[M, n_q*d]`` to write into, any row stride, or None.
-        face: run this face ("cpu", "reference") or raise.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
         ``o [M, n_q*d]`` in the dtype of q.
 
     Raises:
-        ValueError: an argument does not fit (a length or a needed table entry out of range too), or ``face`` cannot
-            run.
+        ValueError: an argument does not fit (a length or a needed table entry out of range too; on a GPU, where
+            nothing waits for these, the row is NaN instead), or ``face`` cannot run.
     """
     op = "paged_attention"
     m, width = args.matrix(op, "q", q)

@@ -33,7 +33,7 @@ def sample_rows(
         top_k: ``[R]`` int64; below 1 is off.
         top_p: ``[R]`` float64; 1 and above is off.
         uniforms: ``[R]`` float64 in [0, 1).
-        face: run this face ("cpu", "reference") or raise.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
         ``(tokens [R] int64, log-probabilities [R])``: 0 and NaN for a row that holds NaN or +inf, or -inf alone.

@@ -1,6 +1,6 @@
 """Sampling in Triton: a program goes through one row of logits as often as its filters need; nothing is sorted.
 
-Logits become y = (z - max) / temperature <= 0 and e = exp(y), anew in every pass: a row stays in L2. Entries are ordered
+Logits become y = (z - max) / temperature <= 0 and e = exp(y), anew in every pass: a row stays in L2. Their order is
 by y, then by token. The bits of |y| are ordered as |y| is, so a filter's edge is found four bits at a time from the
 top: a pass sums the entries (or their e) under each of the next four bits' 16 values. Of the entries on the edge, whose
 e are all the same, the first few by token stay. The draw is the inverse of the cumulative sum in token order. Sums of
@@ -59,7 +59,7 @@ def _mass(z, vocab, high, divisor, TILE: tl.constexpr):
     total = tl.full((), 0.0, tl.float64)
     first = tl.full((TILE,), NEVER, tl.int32)
     for at in range(0, vocab, TILE):
-        y, e, key = _entries(z, at + step, vocab, high, divisor)
+        y, e, _key = _entries(z, at + step, vocab, high, divisor)
         total += tl.sum(e.to(tl.float64), 0)
         first = tl.minimum(first, tl.where((y == 0.0) & (at + step < vocab), at + step, NEVER))
     return total, tl.min(first, 0)
@@ -75,7 +75,7 @@ def _edge(z, vocab, high, divisor, target, BY_MASS: tl.constexpr, TILE: tl.const
         shift = 28 - 4 * level
         sums = tl.zeros((16,), tl.float64)
         for at in range(0, vocab, TILE):
-            y, e, key = _entries(z, at + step, vocab, high, divisor)
+            _y, e, key = _entries(z, at + step, vocab, high, divisor)
             value = e if BY_MASS else (at + step < vocab).to(tl.float32)
             value = tl.where(((key >> shift) >> 4) == prefix, value, 0.0)
             hit = ((key >> shift) & 15)[:, None] == digits[None, :]
@@ -90,7 +90,7 @@ def _edge(z, vocab, high, divisor, target, BY_MASS: tl.constexpr, TILE: tl.const
 
 @triton.jit
 def _kept(e, key, v, vocab, edge, ties, seen):
-    """e where the filters keep it, else 0: keys before the edge, and the first ``ties`` on it. And those seen so far."""
+    """e where the filters keep it, else 0: keys before the edge and the first ``ties`` on it. And those seen so far."""
     tied = ((key == edge) & (v < vocab)).to(tl.int32)
     rank = seen + tl.cumsum(tied, 0) - tied
     return tl.where((key < edge) | ((tied > 0) & (rank < ties)), e, 0.0), seen + tl.sum(tied, 0)
@@ -102,7 +102,7 @@ def _kept_mass(z, vocab, high, divisor, edge, ties, TILE: tl.constexpr):
     total = tl.full((), 0.0, tl.float64)
     seen = tl.full((), 0, tl.int32)
     for at in range(0, vocab, TILE):
-        y, e, key = _entries(z, at + step, vocab, high, divisor)
+        _y, e, key = _entries(z, at + step, vocab, high, divisor)
         e, seen = _kept(e, key, at + step, vocab, edge, ties, seen)
         total += tl.sum(e.to(tl.float64), 0)
     return total
@@ -117,7 +117,7 @@ def _draw(z, vocab, high, divisor, edge, ties, target, TILE: tl.constexpr):
     # Of the tile with the token, or until it is found of the last tile of any mass.
     start, start_seen, start_sum, found = seen, seen, running, seen
     for at in range(0, vocab, TILE):
-        y, e, key = _entries(z, at + step, vocab, high, divisor)
+        _y, e, key = _entries(z, at + step, vocab, high, divisor)
         e, now = _kept(e, key, at + step, vocab, edge, ties, seen)
         mass = tl.sum(e.to(tl.float64), 0)
         takes = (found == 0) & (mass > 0.0)
@@ -127,7 +127,7 @@ def _draw(z, vocab, high, divisor, edge, ties, target, TILE: tl.constexpr):
         seen = now
         found = tl.where(running > target, 1, found)
     v = start + step
-    y, e, key = _entries(z, v, vocab, high, divisor)
+    _y, e, key = _entries(z, v, vocab, high, divisor)
     e, now = _kept(e, key, v, vocab, edge, ties, start_seen)
     above = (start_sum + tl.cumsum(e.to(tl.float64), 0) > target) & (e > 0.0)
     token = tl.min(tl.where(above, v, NEVER), 0)
@@ -176,7 +176,7 @@ def _top(logits, stride, temperatures, tokens, logprobs, k, vocab, TILE: tl.cons
     row, step = tl.program_id(0).to(tl.int64), tl.arange(0, TILE)
     z = logits + row * stride
     divisor, high = _divisor(tl.load(temperatures + row)), _maximum(z, vocab, TILE)
-    total, likeliest = _mass(z, vocab, high, divisor, TILE)
+    total, _likeliest = _mass(z, vocab, high, divisor, TILE)
     valid = total == total
     log_sum = tl.log(total)
     last = tl.full((), -1, tl.int64)
@@ -184,7 +184,7 @@ def _top(logits, stride, temperatures, tokens, logprobs, k, vocab, TILE: tl.cons
         best = tl.full((TILE,), 0x7FFFFFFFFFFFFFFF, tl.int64)
         for at in range(0, vocab, TILE):
             v = at + step
-            y, e, key = _entries(z, v, vocab, high, divisor)
+            y, _e, key = _entries(z, v, vocab, high, divisor)
             place = (key.to(tl.int64) << 32) | v
             best = tl.minimum(best, tl.where((place > last) & (v < vocab), place, 0x7FFFFFFFFFFFFFFF))
         last = tl.min(best, 0)

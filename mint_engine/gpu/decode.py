@@ -28,6 +28,7 @@ from mint_engine.kv_cache import BLOCK_TOKENS, KVCache
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.layer import Cells
 
+LEAST_BLOCKS = 8  # a table of one split of the keys (kernels/paged_attention)
 PROGRAMS = 64  # kept, least recently used first out
 TILE_ROWS = 16  # in company a tile of rows has one adapter (kernels/bordered_by_tile)
 
@@ -103,7 +104,7 @@ class DecodePrograms:
         alone = len(step.seats) == 1
         shape = _Shape(
             tuple(_Seat.of(adapter, n, alone=alone) for adapter, n in step.seats),
-            power_of_2(step.table.shape[1]), borders.capacity,
+            power_of_2(max(step.table.shape[1], LEAST_BLOCKS)), borders.capacity,
         )  # fmt: skip
         return self._program(shape, [adapter for adapter, _ in step.seats]).run(step)
 

@@ -136,14 +136,16 @@ def forward(
     h = _norm(layer.qkv, delta, layer.attention_norm, eps, h, x, take("h", m, layer.qkv.k, kept=True), seating)
     qkv = linear.forward(layer.qkv, x, seating, take("qkv", m, layer.qkv.n, kept=True))
     s_qkv = _tail(layer.qkv, x, take, save)
-    norms = {"q_weight": layer.q_norm, "k_weight": layer.k_norm}
     if p.cells is None:
         qk, v = take("qk", m, (n_q + n_kv) * d), qkv[:, (n_q + n_kv) * d :]
-        qk_norm_rope(qkv, p.cos, p.sin, n_q, n_kv, **norms, eps=eps, out=qk)
+        qk_norm_rope(qkv, p.cos, p.sin, n_q, n_kv, q_weight=layer.q_norm, k_weight=layer.k_norm, eps=eps, out=qk)
         q, k = qk[:, : n_q * d], qk[:, n_q * d :]
     else:
         q, k, v = take("qk", m, n_q * d), p.cells.k[layer.index], p.cells.v[layer.index]
-        qk_norm_rope_cached(qkv, p.cos, p.sin, n_q, n_kv, k, v, p.cells.slots, **norms, eps=eps, out=q)
+        qk_norm_rope_cached(
+            qkv, p.cos, p.sin, n_q, n_kv, k, v, p.cells.slots, q_weight=layer.q_norm, k_weight=layer.k_norm, eps=eps,
+            out=q,
+        )  # fmt: skip
     o = take("o", m, layer.o.k + linear.tail(layer.o, seating), kept=True)
     attended = o[:, : layer.o.k]
     lse = p.attend(layer.index, q, k, v, attended)

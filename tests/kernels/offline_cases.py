@@ -181,13 +181,13 @@ def attention(d: int) -> None:
 
 def paged_attention(d: int) -> None:
     """64 rows of up to 4096 tokens in blocks of 32."""
-    pool, ints = bf16(8192, 32, N_KV * d), dict(dtype=torch.int32, device="meta")
+    pool, ints = bf16(8192, 32, N_KV * d), {"dtype": torch.int32, "device": "meta"}
     table, lengths = torch.empty(64, 128, **ints), torch.empty(64, **ints)
     kernels.paged_attention(bf16(64, N_Q * d), pool, pool, table, lengths, N_Q, N_KV, d**-0.5, face="triton")
 
 
 def sample() -> None:
-    logits, doubles = fp32(64, 151936), dict(dtype=torch.float64, device="meta")
+    logits, doubles = fp32(64, 151936), {"dtype": torch.float64, "device": "meta"}
     k = torch.empty(64, dtype=torch.int64, device="meta")
     kernels.sample_rows(logits, fp32(64), k, torch.empty(64, **doubles), torch.empty(64, **doubles), face="triton")
     kernels.top_logprobs(logits, fp32(64), 20, face="triton")
