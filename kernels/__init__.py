@@ -19,6 +19,7 @@ from mint_engine.kernels.outer_accumulate import outer_accumulate
 from mint_engine.kernels.paged_attention import paged_attention
 from mint_engine.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward, qk_norm_rope_cached
 from mint_engine.kernels.rms_norm import rms_norm, rms_norm_backward
+from mint_engine.kernels.sample_head import sample_head
 from mint_engine.kernels.sample_rows import sample_rows, top_logprobs
 from mint_engine.kernels.swiglu import swiglu, swiglu_backward
 from mint_engine.kernels.target_logprob import (
@@ -62,6 +63,7 @@ __all__ = [
     "qk_norm_rope_cached",
     "rms_norm",
     "rms_norm_backward",
+    "sample_head",
     "sample_rows",
     "shrink",
     "swiglu",

@@ -25,7 +25,7 @@ from mint_engine.kv_cache import KVCache, blocks_for
 from mint_engine.models.decoder import Decoder
 from mint_engine.requests import MAX_VALUES, Request, check_product
 from mint_engine.sampling import alternatives, sample
-from mint_engine.sampling_pass import Piece, decode, prefill
+from mint_engine.sampling_pass import Piece, decode, decode_and_draw, prefill
 from mint_engine.sampling_rows import Job, Row, adapter_order
 from mint_engine.schedule import MAX_ALL_ROWS, MAX_ROWS, Schedule
 from mint_engine.speculation import drafts
@@ -292,10 +292,12 @@ class Sampler:
             tokens = np.array([row.tokens[-1], *draft], dtype=np.int64)
             pieces.append(Piece(row.request.adapter, row.cache, tokens, row.cache.length))
             row.cache.length += 1  # the proposed ones count when they have been drawn
-        self._extend(rows, decode(self._decoder, self._cache, pieces), proposed)
+        self._extend(rows, pieces, proposed)
 
-    def _extend(self, rows: list[Row], logits: Tensor, proposed: Sequence[Sequence[int]] | None = None) -> None:
-        """Draw each row's next token from ``logits`` fp32 [R, V]; finished rows leave.
+    def _extend(
+        self, rows: list[Row], source: Tensor | list[Piece], proposed: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """Draw each row's next token from logits fp32 [R, V], or those of the pieces; finished rows leave.
 
         Behind a row's own logits are those of the tokens it ``proposed``, one after the other.
         """
@@ -304,12 +306,20 @@ class Sampler:
         for row, draft in zip(rows, proposed, strict=True):
             draws += [row.request.draw] * (1 + len(draft))
             uniforms += row.stream.peek(1 + len(draft))
-        tokens, logprobs = sample(logits, draws, uniforms)
-        drawn = zip(tokens.tolist(), logprobs.tolist(), logits, strict=True)
+        if isinstance(source, Tensor):
+            logits: Tensor | None = source
+            tokens, logprobs = sample(source, draws, uniforms)
+        else:
+            kept = any(row.request.topk for row in rows)
+            tokens, logprobs, logits = decode_and_draw(
+                self._decoder, self._cache, source, draws, uniforms, keep_logits=kept
+            )
+        each = [None] * len(draws) if logits is None else logits
+        drawn = zip(tokens.tolist(), logprobs.tolist(), each, strict=True)
         for row, draft in zip(rows, proposed, strict=True):
             self._take(row, draft, list(islice(drawn, 1 + len(draft))))
 
-    def _take(self, row: Row, draft: Sequence[int], drawn: Sequence[tuple[int, float, Tensor]]) -> None:
+    def _take(self, row: Row, draft: Sequence[int], drawn: Sequence[tuple[int, float, Tensor | None]]) -> None:
         """Give a row its next token, and the one after that while what it proposed is what was drawn."""
         accepted = 0
         for i, (token, logprob, logits) in enumerate(drawn):
@@ -322,7 +332,7 @@ class Sampler:
                 if broken:
                     raise NonFiniteError("logits: not finite; the adapter or the base model is broken")
                 row.stream.next()
-                if row.request.topk:
+                if row.request.topk and logits is not None:
                     row.topk += alternatives(logits[None], [row.request.draw], row.request.topk)
                 self._append(row, token, logprob)
             except Exception as error:

@@ -23,6 +23,11 @@ class Draw:
     top_k: int
     top_p: float
 
+    @property
+    def plain(self) -> bool:
+        """Whether the filters are off."""
+        return self.top_k < 1 and self.top_p >= 1
+
 
 class UniformStream:
     """Uniform numbers in [0, 1) of one sample: Philox keyed by (seed, sample index), fresh entropy without a seed."""

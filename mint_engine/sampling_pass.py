@@ -8,7 +8,7 @@ also when they are computed a second time. So chunks, neighbours and a preemptio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -23,6 +23,7 @@ from mint_engine.gpu.decode import Step, decode_programs, seats
 from mint_engine.kv_cache import CachedSequence, KVCache
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.layer import Attend
+from mint_engine.sampling import Draw, sample
 
 
 @dataclass
@@ -81,6 +82,23 @@ def _step(cache: KVCache, pieces: Sequence[Piece]) -> Step:
         table=table.numpy(), lengths=lengths.numpy(),
         seats=seats([p.adapter for p in pieces], [len(p.tokens) for p in pieces]),
     )  # fmt: skip
+
+
+def decode_and_draw(
+    decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], draws: Sequence[Draw], uniforms: Sequence[float],
+    *, keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """:func:`decode`, and a token for each row with its tempered log-probability; the logits too, if they are kept.
+
+    A GPU draws without them where it can.
+    """
+    if decoder.device.type == "cuda" and not keep_logits and all(draw.plain for draw in draws):
+        step = _step(cache, pieces)
+        temperatures = np.array([draw.temperature for draw in draws], dtype=np.float32)
+        drawing = replace(step, temperatures=temperatures, uniforms=np.array(uniforms, dtype=np.float64))
+        return *decode_programs(decoder, cache).draw(drawing), None
+    logits = decode(decoder, cache, pieces)
+    return *sample(logits, draws, uniforms), logits
 
 
 @dataclass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,10 +18,11 @@ from mint_engine.adapters import Adapter
 from mint_engine.gpu.capture import NoGraph
 from mint_engine.gpu.decode import DecodePrograms, Step
 from mint_engine.kernels import force_face
-from mint_engine.kv_cache import BLOCK_TOKENS, KVCache
+from mint_engine.kv_cache import KVCache
 from mint_engine.models.config import load_config
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.weights import WeightReader
+from mint_engine.sampling import Draw, sample
 from mint_engine.sampling_pass import Piece, _step, decode, prefill
 from mint_engine.types import LoraConfig
 
@@ -67,11 +70,17 @@ class Twins:
         with torch.no_grad():
             expected = decode(self.decoder, self.caches[0], self.next(0, rows, seed, count))
             step = _step(self.caches[1], self.next(1, rows, seed, count))
-            if face is None:
+            with nullcontext() if face is None else force_face(face):
                 found = programs.logits(step)
-            else:
-                with force_face(face):
-                    found = programs.logits(step)
+            draws = [Draw(1.0, -1, 1.0) if i % 3 else Draw(0.0, -1, 1.0) for i in range(len(expected))]
+            uniforms = np.random.default_rng(seed).random(len(expected))
+            temperatures = np.array([d.temperature for d in draws], np.float32)
+            drawing = replace(step, temperatures=temperatures, uniforms=uniforms)
+            with nullcontext() if face is None else force_face(face):  # the same step again, which changes nothing
+                tokens, logprobs = (t.clone() for t in programs.draw(drawing))
+        wanted = sample(expected, draws, uniforms.tolist())
+        assert torch.equal(tokens, wanted[0])
+        torch.testing.assert_close(logprobs, wanted[1], rtol=REORDERED, atol=REORDERED)
         assert found.shape == expected.shape
         assert relative(found, expected) < REORDERED
         for mine, own in ((self.caches[1].k, self.caches[0].k), (self.caches[1].v, self.caches[0].v)):
@@ -108,13 +117,13 @@ def test_a_program_serves_every_step_of_its_shape_and_is_recorded_at_the_second(
     programs = DecodePrograms(decoder, twins.caches[1], record)
     for seed, rows in enumerate([(0, 1, 2), (0, 1, 2, 3), (1, 2, 3)]):
         twins.same(programs, rows, seed, None)
-        assert len(recorded) == min(seed, 1)
-    assert len(programs) == 1
+        assert len(recorded) == 2 * min(seed, 1)
+    assert len(programs) == 2  # one for logits, one that draws
     (wide,) = adapters(decoder, decoder.borders.capacity + 16)  # moves the weights
     other = Twins(decoder, [(wide, 4)])
     other.same(DecodePrograms(decoder, other.caches[1]), (0,), 1, None)
     twins.same(programs, (0, 1, 2), 7, None)
-    assert len(programs) == 1
+    assert len(programs) == 2
 
 
 def test_two_seats_of_one_adapter_are_refused(decoder: Decoder) -> None:
@@ -158,11 +167,15 @@ def test_nothing_in_a_step_waits_for_the_device(
         )  # fmt: skip
         programs = DecodePrograms(decoder, cache, lambda launch: pytest.fail("recorded"))
         assert programs.logits(step).shape == (n, config.vocab_size)
-        (program,) = programs._programs.values()
         first = list(launches)
         launches.clear()
+        drawing = replace(step, temperatures=np.ones(n, np.float32), uniforms=np.zeros(n))
+        assert programs.draw(drawing)[0].shape == (n,)
+        second = list(launches)
+        launches.clear()
         with NoHost():
-            program._launch()
-    assert launches == first, "the launches of a shape are always the same"
+            for program in programs._programs.values():
+                program._launch()
+    assert launches == first + second, "the launches of a shape are always the same"
     assert {"_cached", "_split", "_merge"} <= set(first)
-    assert BLOCK_TOKENS * 2 > 41
+    assert {"_sums", "_pick"} <= set(second)

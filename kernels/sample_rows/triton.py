@@ -47,7 +47,7 @@ def _entries(z, v, vocab, high, divisor):
 
 
 @triton.jit
-def _divisor(temperature):
+def divisor_of(temperature):
     """A normal number, so that the quotient may be -inf, never NaN."""
     return tl.where(temperature == 0.0, 1.0, tl.maximum(temperature, 1e-30))
 
@@ -142,7 +142,7 @@ def _sample(
     row = tl.program_id(0).to(tl.int64)
     z = logits + row * stride
     temperature = tl.load(temperatures + row)
-    divisor, high = _divisor(temperature), _maximum(z, vocab, TILE)
+    divisor, high = divisor_of(temperature), _maximum(z, vocab, TILE)
     total, token = _mass(z, vocab, high, divisor, TILE)
     valid = total == total
     log_sum = tl.log(total)
@@ -175,7 +175,7 @@ def _top(logits, stride, temperatures, tokens, logprobs, k, vocab, TILE: tl.cons
     """One after the other: the next is the first beyond the last, by (key, token)."""
     row, step = tl.program_id(0).to(tl.int64), tl.arange(0, TILE)
     z = logits + row * stride
-    divisor, high = _divisor(tl.load(temperatures + row)), _maximum(z, vocab, TILE)
+    divisor, high = divisor_of(tl.load(temperatures + row)), _maximum(z, vocab, TILE)
     total, _likeliest = _mass(z, vocab, high, divisor, TILE)
     valid = total == total
     log_sum = tl.log(total)

@@ -37,7 +37,8 @@ TILE_ROWS = 16  # in company a tile of rows has one adapter (kernels/bordered_by
 class Step:
     """Rows of a decode step: int64 [M] tokens, positions, cells of the cache; int32 table [M, blocks], lengths [M].
 
-    ``seats``: whose rows they are, in order, and how many.
+    ``seats``: whose rows they are, in order, and how many. ``temperatures`` float32 [M] and ``uniforms`` float64 [M]
+    where tokens are drawn in the same program.
     """
 
     tokens: np.ndarray
@@ -46,6 +47,8 @@ class Step:
     table: np.ndarray
     lengths: np.ndarray
     seats: Sequence[tuple[Adapter | None, int]]
+    temperatures: np.ndarray | None = None
+    uniforms: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class _Shape:
     seats: tuple[_Seat, ...]
     blocks: int
     capacity: int
+    draws: bool
 
     @property
     def rows(self) -> int:
@@ -96,6 +100,17 @@ class DecodePrograms:
         Raises:
             ValueError: an adapter has two seats.
         """
+        return self._run(step, draws=False)[0]
+
+    def draw(self, step: Step) -> tuple[Tensor, Tensor]:
+        """(tokens int64 [M], log-probabilities fp32 [M]) of plain temperature sampling, on the device; else the same.
+
+        The logits are never stored (`kernels.sample_head`).
+        """
+        tokens, logprobs = self._run(step, draws=True)
+        return tokens, logprobs
+
+    def _run(self, step: Step, *, draws: bool) -> tuple[Tensor, ...]:
         own = [adapter.uid for adapter, _ in step.seats if adapter is not None]
         if len(set(own)) < len(own):
             raise ValueError("seats: expected one for each adapter, got two of one (DecodePrograms)")
@@ -104,7 +119,7 @@ class DecodePrograms:
         alone = len(step.seats) == 1
         shape = _Shape(
             tuple(_Seat.of(adapter, n, alone=alone) for adapter, n in step.seats),
-            power_of_2(max(step.table.shape[1], LEAST_BLOCKS)), borders.capacity,
+            power_of_2(max(step.table.shape[1], LEAST_BLOCKS)), borders.capacity, draws,
         )  # fmt: skip
         return self._program(shape, [adapter for adapter, _ in step.seats]).run(step)
 
@@ -137,14 +152,15 @@ class _Program:
 
         self._tokens, self._positions, self._slots = staged(rows), staged(rows), staged(rows)
         self._table, self._lengths = staged(rows, shape.blocks, dtype=torch.int32), staged(rows, dtype=torch.int32)
+        self._temperatures, self._uniforms = staged(rows, dtype=torch.float32), staged(rows, dtype=torch.float64)
         self._turns = Turns(device)
         self._seating = self._seat([None if a is None else a.outline() for a in adapters])
-        self._logits = torch.empty(0, device=device)
+        self._results: tuple[Tensor, ...] = ()
         self._capture: Capture | None = None
         self._runs, self._generation = 0, -1
         self._rope: object = None
 
-    def run(self, step: Step) -> Tensor:
+    def run(self, step: Step) -> tuple[Tensor, ...]:
         rows = self._places(step.seats)
         with self._turns.next() as slot:
             self._stage(step, rows, slot)
@@ -152,7 +168,7 @@ class _Program:
         if self._capture is None or self._generation != space.generation:
             # The first time, or buffers that other programs share have moved.
             NoGraph(self._launch)()
-            logits = self._logits
+            results = self._results
             self._runs += 1
             if self._runs > 1:
                 self._capture = self._record(self._launch)
@@ -160,10 +176,11 @@ class _Program:
                 self._generation = space.generation
         else:
             self._capture()
-            logits = self._logits
+            results = self._results
         if len(step.seats) == 1:
-            return logits[: len(rows)]
-        return logits[upload(torch.from_numpy(rows), logits.device)]
+            return tuple(result[: len(rows)] for result in results)
+        at = upload(torch.from_numpy(rows), self._decoder.device)
+        return tuple(result[at] for result in results)
 
     def _places(self, seats: Sequence[tuple[Adapter | None, int]]) -> np.ndarray:
         """The program's row of each row of a step, int64."""
@@ -179,6 +196,15 @@ class _Program:
         table[rows, : step.table.shape[1]], lengths[rows] = step.table, step.lengths
         for buffer in buffers:
             buffer.upload(slot)
+        if self._shape.draws:
+            for staged, values, filling in (
+                (self._temperatures, step.temperatures, 1.0), (self._uniforms, step.uniforms, 0.0),
+            ):  # fmt: skip
+                assert values is not None
+                host = staged.host(slot)
+                host[...] = filling
+                host[rows] = values
+                staged.upload(slot)
 
     def _seat(self, adapters: Sequence[Adapter | None]) -> Seating:
         """Rows of one adapter lie together, adapters side by side in the border, in the same order (`Borders.seat`)."""
@@ -209,7 +235,11 @@ class _Program:
             length=self._shape.blocks * BLOCK_TOKENS, cells=Cells(self._slots.device, self._cache.k, self._cache.v),
         )  # fmt: skip
         head = self._seating.bordered
-        self._logits = decoder.logits(decoder.head_input(h, head, decoder.space), head)
+        x = decoder.head_input(h, head, decoder.space)
+        if self._shape.draws:
+            self._results = decoder.draw(x, self._temperatures.device, self._uniforms.device, head)
+        else:
+            self._results = (decoder.logits(x, head),)
 
 
 def decode_programs(decoder: Decoder, cache: KVCache) -> DecodePrograms:

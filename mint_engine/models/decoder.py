@@ -249,6 +249,11 @@ class Decoder:
         """fp32 logits [M, V] of a few rows of :meth:`head_input`."""
         return kernels.logits(x, self.head.forward_weight(seating.ranks_of(self.head.group)))
 
+    def draw(self, x: Tensor, temperature: Tensor, uniforms: Tensor, seating: Seating) -> tuple[Tensor, Tensor]:
+        """A token for each row of :meth:`head_input` and its log-probability: see ``kernels.sample_head``."""
+        weight = self.head.forward_weight(seating.ranks_of(self.head.group))
+        return kernels.sample_head(x, weight, temperature, uniforms)
+
     def step_model(self) -> kernels.StepModel:
         """The weights as ``kernels.decode_step`` takes them: made again when the borders have grown."""
         if self._step_model is None or self._step_model[0] != self.borders.capacity:

@@ -193,6 +193,11 @@ def sample() -> None:
     kernels.top_logprobs(logits, fp32(64), 20, face="triton")
 
 
+def sample_from_head() -> None:
+    x, w = bf16(64, HIDDEN + 16), bf16(151936, HIDDEN + 16)
+    kernels.sample_head(x, w, fp32(64), torch.empty(64, dtype=torch.float64, device="meta"), face="triton")
+
+
 CASES: dict[str, Callable[[], None]] = {
     "rms_norm 1024": lambda: norm(1024),
     "rms_norm 4096": lambda: norm(4096),
@@ -221,6 +226,7 @@ CASES: dict[str, Callable[[], None]] = {
     "paged_attention 64": lambda: paged_attention(64),
     "paged_attention 128": lambda: paged_attention(128),
     "paged_attention 256": lambda: paged_attention(256),
+    "sample_head": sample_from_head,
     "sample_rows": sample,
     "target_logprob": head,
     "target_logprob with gradient": head_at_once,
