@@ -25,7 +25,7 @@ from mint_engine.kv_cache import KVCache, blocks_for
 from mint_engine.models.decoder import Decoder
 from mint_engine.requests import MAX_VALUES, Request, check_product
 from mint_engine.sampling import alternatives, sample
-from mint_engine.sampling_pass import Piece, decode, decode_and_draw, prefill
+from mint_engine.sampling_pass import Piece, decode, draw_at_once, prefill
 from mint_engine.sampling_rows import Job, Row, adapter_order
 from mint_engine.schedule import MAX_ALL_ROWS, MAX_ROWS, Schedule
 from mint_engine.speculation import drafts
@@ -306,16 +306,14 @@ class Sampler:
         for row, draft in zip(rows, proposed, strict=True):
             draws += [row.request.draw] * (1 + len(draft))
             uniforms += row.stream.peek(1 + len(draft))
-        if isinstance(source, Tensor):
-            logits: Tensor | None = source
-            tokens, logprobs = sample(source, draws, uniforms)
-        else:
-            kept = any(row.request.topk for row in rows)
-            tokens, logprobs, logits = decode_and_draw(
-                self._decoder, self._cache, source, draws, uniforms, keep_logits=kept
-            )
-        each = [None] * len(draws) if logits is None else logits
-        drawn = zip(tokens.tolist(), logprobs.tolist(), each, strict=True)
+        found, each = None, None  # tokens with log-probabilities; logits
+        if isinstance(source, list) and not any(row.request.topk for row in rows):
+            found = draw_at_once(self._decoder, self._cache, source, draws, uniforms)
+        if found is None:
+            each = source if isinstance(source, Tensor) else decode(self._decoder, self._cache, source)
+            found = sample(each, draws, uniforms)
+        tokens, logprobs = (t.tolist() for t in found)
+        drawn = zip(tokens, logprobs, [None] * len(draws) if each is None else each, strict=True)
         for row, draft in zip(rows, proposed, strict=True):
             self._take(row, draft, list(islice(drawn, 1 + len(draft))))
 

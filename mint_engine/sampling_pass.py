@@ -23,7 +23,7 @@ from mint_engine.gpu.decode import Step, decode_programs, seats
 from mint_engine.kv_cache import CachedSequence, KVCache
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.layer import Attend
-from mint_engine.sampling import Draw, sample
+from mint_engine.sampling import Draw
 
 
 @dataclass
@@ -84,21 +84,18 @@ def _step(cache: KVCache, pieces: Sequence[Piece]) -> Step:
     )  # fmt: skip
 
 
-def decode_and_draw(
-    decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], draws: Sequence[Draw], uniforms: Sequence[float],
-    *, keep_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """:func:`decode`, and a token for each row with its tempered log-probability; the logits too, if they are kept.
+def draw_at_once(
+    decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], draws: Sequence[Draw], uniforms: Sequence[float]
+) -> tuple[Tensor, Tensor] | None:
+    """A token for each row of :func:`decode` with its log-probability, drawn without storing logits.
 
-    A GPU draws without them where it can.
+    None, and nothing done, where that cannot be: on a CPU, or if a row has filters.
     """
-    if decoder.device.type == "cuda" and not keep_logits and all(draw.plain for draw in draws):
-        step = _step(cache, pieces)
-        temperatures = np.array([draw.temperature for draw in draws], dtype=np.float32)
-        drawing = replace(step, temperatures=temperatures, uniforms=np.array(uniforms, dtype=np.float64))
-        return *decode_programs(decoder, cache).draw(drawing), None
-    logits = decode(decoder, cache, pieces)
-    return *sample(logits, draws, uniforms), logits
+    if decoder.device.type != "cuda" or not all(draw.plain for draw in draws):
+        return None
+    temperatures = np.array([draw.temperature for draw in draws], dtype=np.float32)
+    step = replace(_step(cache, pieces), temperatures=temperatures, uniforms=np.array(uniforms, dtype=np.float64))
+    return decode_programs(decoder, cache).draw(step)
 
 
 @dataclass

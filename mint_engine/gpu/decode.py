@@ -197,12 +197,10 @@ class _Program:
         for buffer in buffers:
             buffer.upload(slot)
         if self._shape.draws:
-            for staged, values, filling in (
-                (self._temperatures, step.temperatures, 1.0), (self._uniforms, step.uniforms, 0.0),
-            ):  # fmt: skip
+            for staged, values in ((self._temperatures, step.temperatures), (self._uniforms, step.uniforms)):
                 assert values is not None
                 host = staged.host(slot)
-                host[...] = filling
+                host[...] = 0.0
                 host[rows] = values
                 staged.upload(slot)
 

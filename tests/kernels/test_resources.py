@@ -21,6 +21,8 @@ FEW_ROWS = {
     "bordered_by_tile of few rows: two_loops",
     "logits 16 rows: matmul",
     *(f"paged_attention {d}: split" for d in (64, 128, 256)),
+    "sample_head: sums",
+    "sample_head: pick",
     *(f"norm, swiglu with S of {r}: {op}_shrink" for r in (16, 48, 256) for op in ("norm", "swiglu")),
 }
 BY_TMA = (
