@@ -41,7 +41,7 @@ def gate(arch: str, kernels: Resources) -> list[str]:
     for name, r in kernels.items():
         if r["stack"]:
             faults.append(f"{arch} {name}: spills {r['stack']} bytes a thread")
-        if r["dots"] and not r["hmma" if name in FEW_ROWS else "matrix"]:
+        if r["dots"] and not (r["matrix"] or (name in FEW_ROWS and r["hmma"])):
             faults.append(f"{arch} {name}: {r['dots']} products without the tensor-core instruction of {arch}")
         if arch != "sm_80" and name in BY_TMA and not r["tma"]:
             faults.append(f"{arch} {name}: loads no tile by TMA")
