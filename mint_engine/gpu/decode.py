@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -121,7 +122,9 @@ class DecodePrograms:
             tuple(_Seat.of(adapter, n, alone=alone) for adapter, n in step.seats),
             power_of_2(max(step.table.shape[1], LEAST_BLOCKS)), borders.capacity, draws,
         )  # fmt: skip
-        return self._program(shape, [adapter for adapter, _ in step.seats]).run(step)
+        on_device = torch.cuda.device(self._decoder.device) if self._decoder.device.type == "cuda" else nullcontext()
+        with on_device:
+            return self._program(shape, [adapter for adapter, _ in step.seats]).run(step)
 
     def _program(self, shape: _Shape, adapters: Sequence[Adapter | None]) -> _Program:
         if shape not in self._programs:
