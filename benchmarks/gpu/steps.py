@@ -18,7 +18,7 @@ from mint_engine.gpu.run import Programs
 from mint_engine.kernels import force_face
 from mint_engine.losses import get_loss
 from mint_engine.models.decoder import Decoder
-from mint_engine.optimizer import optim_step
+from mint_engine.optimizer import optim_step, step_within
 from mint_engine.types import AdamParams, LoraConfig
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -59,7 +59,10 @@ def step_of(
                 with force_face("triton" if interpret else "reference"):
                     out = programs.run_together(calls, masked_logprobs=False)
             for adapter, state in zip(adapters, states, strict=True):
-                optim_step(adapter, state, adam)
+                if programs is None:
+                    optim_step(adapter, state, adam, base)
+                else:
+                    step_within(programs, adapter, state, adam)
         return [o.metrics["loss:sum"] for o in out if not isinstance(o, Exception)]
 
     return step
