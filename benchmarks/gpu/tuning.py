@@ -53,6 +53,9 @@ def _best(bench: Bench, case: Case, kernel: str, width: int, arch: int) -> dict[
     best, fastest, failed = now, bench.interleaved({"now": lambda: case.run(case.inputs, bench.face)}, 3)["now"], 0
     before = fastest
     for row in rows:
+        if tunable.lacking(row, arch) is not None:
+            failed += 1
+            continue
         with gpu_plan.trial(kernel, width, row):
             try:
                 right = check(bench, case)["right"]
