@@ -34,7 +34,7 @@ class Tunable:
     ) -> None:  # fmt: skip
         """``choices``: parameter -> values a row may have. ``shared(row, case)``: about its bytes of memory.
 
-        ``oldest``: the first architecture it runs on. ``lacking(row, arch)``: what a row needs and this machine has not.
+        ``oldest``: the first architecture it runs on. ``lacking(row, arch)``: what a row needs and is not there.
         """
         self.name, self.choices, self.cases, self.shared = name, dict(choices), tuple(cases), shared
         self.oldest, self.lacking = oldest, lacking

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.cases import Case, cases
+from benchmarks.gpu.case import Case
+from benchmarks.gpu.cases import cases
 from benchmarks.gpu.checks import check
 from mint_engine.kernels import gpu_plan
 

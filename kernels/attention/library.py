@@ -1,8 +1,8 @@
 """Attention kernels of installed libraries, for packed sequences on a GPU: which one runs, and how it is called.
 
-A row of `kernels/plans` may name one, for the forward and for the backward: ``python -m benchmarks.gpu`` times them all
-and keeps what is right and fastest. Without (0), and where the named one is not installed, the first of `LIBRARIES` that
-is runs; where there is none, and for what they cannot take (heads over 256, float32, sequences with more keys than
+A row of `kernels/plans` may name one, for the forward and for the backward: ``python -m benchmarks.gpu`` times them
+and keeps what is right and fastest. Without (0), and where the named one is not installed, the first of `LIBRARIES`
+that is runs; where there is none, and for what they cannot take (heads over 256, float32, sequences with more keys than
 queries), our own Triton kernels. Chosen once for each kind of GPU; `mint-engine doctor` says what and why. All of them
 attend from the last query backwards, as this op does, give ``lse [n_q, M]`` and take grouped heads as they are, so a
 forward of one serves the backward of another.
@@ -38,7 +38,7 @@ Backward = Callable[..., None]
 class Library:
     """``module`` is what must be importable; ``needs`` the functions it must have, with these parameters.
 
-    ``backward``: None where it has none that takes o and lse. ``on_host``: its bounds must be known when it is launched.
+    ``backward``: None where it has none that takes o and lse. ``on_host``: its bounds must be known when launched.
     """
 
     name: str

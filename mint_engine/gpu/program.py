@@ -164,7 +164,7 @@ class Program:
         backward(dh, scored, saved, p, grads)
 
     def _score(self, x: Tensor, rows: Tensor | None, seating: Seating) -> None:
-        """Log-probabilities and losses of ``rows`` (None: of all) into the results; ``x``: what the head takes of them."""
+        """Log-probabilities and losses of ``rows`` (None: of all) into the results; ``x``: the head's input."""
         at = slice(None) if rows is None else rows
         targets = self._targets.device[at]
         logprobs, _ = self._decoder.target_logprob(x, targets, seating.bordered)
