@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from mint_engine.calls import Call
 from mint_engine.errors import NonFiniteError
 from mint_engine.gpu.capture import NoGraph
 from mint_engine.gpu.run import Programs
+from mint_engine.kernels import force_face
 from mint_engine.models.decoder import Decoder
 from mint_engine.optimizer import optim_step, step_within
 from mint_engine.types import AdamParams, LoraConfig
@@ -141,3 +143,24 @@ def test_steppers_keep_no_adapter_alive(decoder: Decoder) -> None:
     del one, state
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: kernels are not interpreted on CPU tensors")
+def test_the_kernel_interpreted_is_the_step_of_the_cpu(decoder: Decoder) -> None:
+    """Two tenants side by side: a step writes its own columns and rows of the border only."""
+    programs, (one, state), (other, other_state) = Programs(decoder), trained(decoder), trained(decoder)
+    neighbour = trained(decoder, rank=8)[0]
+    decoder.borders.seat([(one, 0, 1), (neighbour, 1, 2)])
+    for s in (state, other_state):
+        gradients(s, 1)
+    with torch.no_grad():
+        with force_face("triton"):
+            step_within(programs, one, state, ADAM)
+        optim_step(other, other_state, ADAM)
+    torch.testing.assert_close(one.params, other.params, rtol=1e-6, atol=1e-7)
+    mine = bits(decoder.borders)
+    for w in decoder.borders.weights:
+        w.install(one, 0)
+        w.install(neighbour, one.rank)
+    assert all(torch.equal(a, b) for a, b in zip(mine, bits(decoder.borders), strict=True))
