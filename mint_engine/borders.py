@@ -192,9 +192,10 @@ class Borders:
         return Seating(segments, ranks, grouped and len(adapters) > 1)
 
     def offset_of(self, adapter: Adapter) -> int | None:
-        """The first seat that is the adapter's, whatever version of it sits there; None if none is."""
-        found = [at for at, (uid, _, rank) in self._seated.items() if (uid, rank) == (adapter.uid, adapter.rank)]
-        return min(found, default=None)
+        """The adapter's seat with its newest version, of several the last it took; None if it has none."""
+        seats = enumerate(self._seated.items())
+        found = [(version, i, at) for i, (at, (uid, version, _)) in seats if uid == adapter.uid]
+        return max(found)[2] if found else None
 
     def pieces(self, adapter: Adapter, offset: int | None) -> list[tuple[int, Tensor | None]]:
         """Of the adapter's flat buffer, piece by piece: how many elements, and where they sit (no ``offset``: nowhere).

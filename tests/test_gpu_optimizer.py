@@ -86,6 +86,24 @@ def test_an_adapter_without_a_seat_leaves_the_border_alone(decoder: Decoder) -> 
     assert all(torch.equal(a, b) for a, b in zip(before, bits(decoder.borders), strict=True))
 
 
+def test_of_two_seats_the_newest_is_written(decoder: Decoder) -> None:
+    programs, (one, state), other = Programs(decoder), trained(decoder), trained(decoder)[0]
+    decoder.borders.seat([(one, 0, 1), (other, 1, 2)])
+    decoder.borders.seat([(other, 0, 1), (one, 1, 2)])
+    decoder.borders.seat([(one, 0, 1)])  # twice there, with the same weights
+    assert decoder.borders.offset_of(one) == 0
+    one.version += 1
+    decoder.borders.seat([(other, 0, 1), (one, 1, 2)])
+    assert decoder.borders.offset_of(one) == other.rank
+    gradients(state, 1)
+    with torch.no_grad():
+        step_within(programs, one, state, ADAM)
+    for w in decoder.borders.weights:
+        expected = one.factors[w.group.name].a
+        assert torch.equal(w.a(other.rank, one.rank), expected)
+        assert not torch.equal(w.a(0, one.rank), expected)
+
+
 def test_a_refused_step_changes_nothing(decoder: Decoder) -> None:
     programs, (one, state) = Programs(decoder), trained(decoder)
     decoder.borders.seat([(one, 0, 1)])

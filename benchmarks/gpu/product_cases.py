@@ -9,12 +9,14 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.case import Case, Results
 from benchmarks.gpu.models import RANK, SHAPES
 from mint_engine import kernels
-
-TILE_ROWS = 128
+from mint_engine.gpu.layout import TILE_ROWS
 
 
 def product_cases(bench: Bench, model: str) -> list[Case]:
-    """The MLP's first product for one adapter and for four by tile, forward and backward."""
+    """The MLP's first product for one adapter and for four by tile, forward and backward.
+
+    By tile as a step does it, the border in steps of 16 columns; and forward with ranks padded to whole tiles of 64.
+    """
     hidden, ffn, *_ = SHAPES[model]
     m, n, size, r, adapters = bench.rows, 2 * ffn, bench.dtype.itemsize, RANK, 4
     tile = min(TILE_ROWS, m // 2)
@@ -24,15 +26,21 @@ def product_cases(bench: Bench, model: str) -> list[Case]:
         return {"x": normal(m, hidden + ranks, seed=1), "w": normal(n, hidden + ranks, seed=2, scale=hidden**-0.5),
                 "dy": normal(m, n + ranks, seed=3), "w2": normal(n + ranks, hidden, seed=4, scale=n**-0.5)}  # fmt: skip
 
-    def spans(inner: int) -> Tensor:
+    def spans(inner: int, rank: int = r) -> Tensor:
         tiles = -(-m // tile)
-        at = inner + r * (torch.arange(tiles) * adapters // tiles)
-        return torch.stack([at, at, torch.full_like(at, r)], 1).to(torch.int32).to(bench.device)
+        at = inner + rank * (torch.arange(tiles) * adapters // tiles)
+        return torch.stack([at, at, torch.full_like(at, rank)], 1).to(torch.int32).to(bench.device)
 
-    one, many = bordered(2 * r), bordered(adapters * r)
+    one, many, whole = bordered(2 * r), bordered(adapters * r), bordered(adapters * 64)
     flop, moved = 2.0 * m * n * hidden, float((m * (n + hidden) + n * hidden) * size)
     forward, backward = {k: one[k] for k in ("x", "w")}, {k: one[k] for k in ("dy", "w2")}
     tiles, tiles2 = {**many, "spans": spans(hidden)}, {**many, "spans": spans(n)}
+    # The base's columns must be whole tiles too, which the toy model's are not.
+    padded = {**whole, "spans": spans(hidden, 64)} if hidden % 64 == 0 else None
+
+    def by_whole_tiles(t: dict[str, Tensor], face: str | None) -> Results:
+        return (kernels.bordered_by_tile(t["x"], t["w"], t["spans"], k=hidden, tile_rows=tile, step=64, face=face),)
+
     return [
         Case("bordered product", forward, lambda t, face: (kernels.bordered_linear(t["x"], t["w"], face=face),),
              moved=moved, flop=flop),
@@ -44,6 +52,7 @@ def product_cases(bench: Bench, model: str) -> list[Case]:
         Case("product by tile backward", tiles2,
              lambda t, face: (kernels.bordered_by_tile_backward(t["dy"], t["w2"], t["spans"], n=n, tile_rows=tile,
                                                                 face=face),), moved=moved, flop=flop),
+        *([Case("product by whole tiles", padded, by_whole_tiles, moved=moved, flop=flop)] if padded else []),
     ]  # fmt: skip
 
 

@@ -68,7 +68,8 @@ def _flex(compiled: bool) -> Callable[..., Any]:
     """Uncompiled, which is right and keeps all scores, where there is no GPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    found: Callable[..., Any] = flex_attention
+    return torch.compile(found, dynamic=False) if compiled else found
 
 
 def flex_forward(m: Any, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> Any:

@@ -97,7 +97,7 @@ class Steppers:
         """The stepper for where the adapter, its state and its seat are now."""
         offset = self._borders.offset_of(adapter)
         buffers = [t.data_ptr() for t in (adapter.params, state.grads, state.exp_avg, state.exp_avg_sq)]
-        key = (adapter.uid, offset, *buffers)
+        key = (adapter.uid, offset, self._borders.capacity, *buffers)
         if key not in self._steppers:
             while len(self._steppers) >= STEPPERS:
                 self._steppers.popitem(last=False)
