@@ -93,9 +93,10 @@ def test_any_mix_of_clients_is_each_alone(
         assert_same(outcome, expected)
         ours, theirs = together[i].state, alone.state
         if ours is not None and theirs is not None:
-            assert (
-                relative(ours.grads, theirs.grads) < REORDERED or float((ours.grads - theirs.grads).abs().max()) < 1e-6
-            )
+            # The gradient of a target's logit is p - 1: the likelier it is, the fewer digits survive a rounding.
+            likeliest = max(float(one["logprobs"].to_numpy().max()) for one in expected.loss_fn_outputs)
+            bound = REORDERED / max(-np.expm1(likeliest), REORDERED)
+            assert relative(ours.grads, theirs.grads) < bound or float((ours.grads - theirs.grads).abs().max()) < 1e-6
             assert ours.has_grads
 
 

@@ -22,7 +22,7 @@ def write(tmp_path: Path, *rows: object) -> Path:
 
 
 def test_the_plans_that_ship_are_valid() -> None:
-    paths = list(plan.PLANS.glob("*.json"))
+    paths = [path for path in plan.PLANS.glob("*.json") if not path.stem.startswith("sm_")]  # those are gpu_plan's
     assert paths
     assert all(plan.read(path) for path in paths)
 
