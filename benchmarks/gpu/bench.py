@@ -52,7 +52,7 @@ class Bench:
     def walls(self, contenders: Mapping[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, float]:
         """Median ms of things that read their result on the host, such as whole steps: A B A B ..."""
         times: dict[str, list[float]] = {name: [] for name in contenders}
-        rounds, warmup = (1, 2) if self.dry else (rounds or self.rounds, 3)
+        rounds, warmup = (1, 0) if self.dry else (rounds or self.rounds, 3)
         for i in range(warmup + rounds):
             for name, run in contenders.items():
                 self.synchronize()

@@ -85,7 +85,7 @@ def measured(
     for name, make in contenders.items():
         before = bench.reserved()
         steps[name] = make()
-        for _ in range(3):
+        for _ in range(1 if bench.dry else 3):
             steps[name]()  # compiled and recorded
         kept[name] = bench.reserved() - before
     ms = bench.walls(steps, max(3, bench.rounds // 3))
