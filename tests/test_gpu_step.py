@@ -183,6 +183,25 @@ def test_a_loss_that_is_not_finite_leaves_nothing_behind(decoder: Decoder, memor
     assert relative(sound.state.grads, alone.state.grads) < REORDERED
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_activations_that_are_not_finite_stay_with_their_call(decoder: Decoder, masked: bool) -> None:
+    broken = call(decoder, make_data("cross_entropy", (20,), 199))
+    broken.adapter.params.mul_(1e18)
+    broken.adapter.version += 1
+    sound = call(decoder, make_data("cross_entropy", (20,), 199, 5), rank=8)
+    alone = again(sound)
+    with torch.no_grad():
+        found = Programs(decoder).run_together([broken, sound], memory=EXACT, masked_logprobs=masked)
+        Programs(decoder).run_together([alone], memory=EXACT)
+    assert isinstance(found[0], NonFiniteError)
+    assert isinstance(found[1], ForwardBackwardOutput)
+    assert broken.state is not None
+    assert sound.state is not None
+    assert alone.state is not None
+    assert not broken.state.has_grads
+    assert relative(sound.state.grads, alone.state.grads) < REORDERED
+
+
 def test_more_room_in_the_borders_makes_programs_anew(decoder: Decoder) -> None:
     programs = Programs(decoder)
     narrow = call(decoder, make_data("cross_entropy", (9,), 199))
