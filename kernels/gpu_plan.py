@@ -30,13 +30,14 @@ class Tunable:
     def __init__(
         self, name: str, choices: Mapping[str, Sequence[int]], *, cases: Sequence[int] = (0,),
         shared: Callable[[Row, int], int] = lambda row, case: 0, oldest: int = 80,
+        lacking: Callable[[Row, int], str | None] = lambda row, arch: None,
     ) -> None:  # fmt: skip
         """``choices``: parameter -> values a row may have. ``shared(row, case)``: about its bytes of memory.
 
-        ``oldest``: the first architecture it runs on.
+        ``oldest``: the first architecture it runs on. ``lacking(row, arch)``: what a row needs and is not there.
         """
         self.name, self.choices, self.cases, self.shared = name, dict(choices), tuple(cases), shared
-        self.oldest = oldest
+        self.oldest, self.lacking = oldest, lacking
         _tunables[name] = self
 
     def case(self, width: int) -> int:

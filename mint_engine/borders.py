@@ -7,7 +7,7 @@ are not there yet, or have been trained since, are written. Row ``[W | B]`` serv
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,6 +165,7 @@ class Borders:
         self.weights = weights
         self.capacity = ranks
         self._seated: dict[int, tuple[int, int, int]] = {}  # rank offset -> (adapter uid, version, rank)
+        self.before_move: Callable[[], None] = lambda: None  # called before the buffers are replaced by wider ones
 
     def seat(self, rows: Iterable[tuple[Adapter | None, int, int]], *, grouped: bool = False) -> Seating:
         """Seat the adapters of a pass given as (adapter or None for the base model, first row, last row + 1).
@@ -179,6 +180,7 @@ class Borders:
         if ranks > self.capacity:
             # Company comes and goes: room for up to twice as many at once, not a copy of all weights per newcomer.
             room = ranks if len(adapters) == 1 else 1 << (ranks - 1).bit_length()
+            self.before_move()
             for w in self.weights:
                 w.widen(room)
             self.capacity, self._seated = room, {}
@@ -188,6 +190,29 @@ class Borders:
             self._install(adapter, offsets[uid])
         segments = tuple(Segment(start, stop, a, offsets[a.uid]) for a, start, stop in spans)
         return Seating(segments, ranks, grouped and len(adapters) > 1)
+
+    def offset_of(self, adapter: Adapter) -> int | None:
+        """The adapter's seat with its newest version, of several the last it took; None if it has none."""
+        seats = enumerate(self._seated.items())
+        found = [(version, i, at) for i, (at, (uid, version, _)) in seats if uid == adapter.uid]
+        return max(found)[2] if found else None
+
+    def pieces(self, adapter: Adapter, offset: int | None) -> list[tuple[int, Tensor | None]]:
+        """Of the adapter's flat buffer, piece by piece: how many elements, and where they sit (no ``offset``: nowhere).
+
+        The seat's other columns and rows, of modules that the adapter does not train, hold the zeros they got there.
+        """
+        if offset is None:
+            return [(adapter.params.numel(), None)]
+        weights, found = {w.group.name: w for w in self.weights}, list[tuple[int, Tensor | None]]()
+        for group in adapter.groups:
+            w = weights[group.name]
+            found += [(view.numel(), view) for view in (w.a(offset, adapter.rank), *w.b(offset, adapter.rank))]
+        return found
+
+    def written(self, adapter: Adapter, offset: int) -> None:
+        """The adapter's present version has been written into its seat, piece by piece."""
+        self._seated[offset] = (adapter.uid, adapter.version, adapter.rank)
 
     def _install(self, adapter: Adapter, offset: int) -> None:
         seat = (adapter.uid, adapter.version, adapter.rank)

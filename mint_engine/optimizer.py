@@ -3,56 +3,85 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mint_engine.adapters import Adapter, TrainState
 from mint_engine.errors import NonFiniteError
-from mint_engine.kernels import adamw_
+from mint_engine.gpu.run import Programs, programs
+from mint_engine.gpu.stepper import CHUNK, statistics
+from mint_engine.kernels import adamw_, hyperparameters
+from mint_engine.models.decoder import Decoder
 from mint_engine.types import AdamParams, OptimStepResponse
 
 
-def optim_step(adapter: Adapter, state: TrainState, params: AdamParams) -> OptimStepResponse:
+def optim_step(
+    adapter: Adapter, state: TrainState, params: AdamParams, decoder: Decoder | None = None
+) -> OptimStepResponse:
     """Apply the accumulated gradients and zero them. Without gradients it is a step with zero gradients.
 
     ``grad_clip_norm`` > 0 clips by the global L2 norm first, as ``torch.nn.utils.clip_grad_norm_`` does.
+    ``decoder``: the base model; on a GPU its border is written too, if the adapter sits there.
 
     Raises:
         NonFiniteError: the gradient norm is not finite (the gradients are dropped), or the step would overflow fp32
             (they are kept). The adapter and the optimiser are as they were.
     """
+    if decoder is not None and decoder.device.type == "cuda":
+        with torch.no_grad(), torch.cuda.device(decoder.device):
+            return step_within(programs(decoder), adapter, state, params)
     norm, low, high = _statistics(state.grads, adapter.params)
+    numbers = _checked(norm, low, high, state, params)
+    adamw_(adapter.params, state.grads, state.exp_avg, state.exp_avg_sq, **numbers)
+    state.zero_grads()
+    return _done(adapter, state, norm)
+
+
+def step_within(found: Programs, adapter: Adapter, state: TrainState, params: AdamParams) -> OptimStepResponse:
+    """What :func:`optim_step` does, by recorded launches (`gpu/stepper.py`)."""
+    borders = found.borders
+    offset, stepper = borders.offset_of(adapter), found.steppers.of(adapter, state)
+    norm, low, high = stepper.statistics(adapter, state)
+    numbers = _checked(norm, low, high, state, params)
+    stepper.step(adapter, state, hyperparameters(**numbers))
+    state.has_grads = False
+    response = _done(adapter, state, norm)
+    if offset is not None:
+        borders.written(adapter, offset)
+    return response
+
+
+def _checked(norm: float, low: float, high: float, state: TrainState, params: AdamParams) -> dict[str, Any]:
+    """The step's numbers as `kernels.adamw_` names them, if it may be done."""
     if not math.isfinite(norm):
         state.zero_grads()
         raise NonFiniteError(f"gradient: its norm is {norm}; the step was refused and the gradients were dropped")
     _check_overflow(low, high, params)
     clip = params.grad_clip_norm
-    scale = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
-    adamw_(
-        adapter.params, state.grads, state.exp_avg, state.exp_avg_sq,
-        lr=params.learning_rate, beta1=params.beta1, beta2=params.beta2, eps=params.eps,
-        weight_decay=params.weight_decay, step=state.step + 1, grad_scale=scale,
-    )  # fmt: skip
+    return {
+        "lr": params.learning_rate, "beta1": params.beta1, "beta2": params.beta2, "eps": params.eps,
+        "weight_decay": params.weight_decay, "step": state.step + 1,
+        "grad_scale": min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0,
+    }  # fmt: skip
+
+
+def _done(adapter: Adapter, state: TrainState, norm: float) -> OptimStepResponse:
     state.step += 1
-    state.zero_grads()
     adapter.version += 1
     return OptimStepResponse(metrics={"grad_norm": norm, "step": float(state.step)})
 
 
 def _statistics(grads: Tensor, params: Tensor) -> tuple[float, float, float]:
-    """The global norm of the gradients, the smallest and the largest parameter. A GPU is waited for once."""
+    """The global norm of the gradients, the smallest and the largest parameter."""
+    if not grads.is_cpu:
+        a, b, c = statistics(grads, params).tolist()
+        return a, b, c
     # fp32 within chunks, float64 across them: as exact as float64 all through here, and many times faster.
-    if grads.is_cpu:
-        chunks = torch.stack([torch.linalg.vector_norm(chunk) for chunk in grads.split(1 << 16)])
-    else:
-        whole = grads.numel() >> 16 << 16
-        parts = [torch.linalg.vector_norm(grads[:whole].view(-1, 1 << 16), dim=1), grads[whole:].norm()[None]]
-        chunks = torch.cat(parts)
-    norm = torch.linalg.vector_norm(chunks, dtype=torch.float64)
+    chunks = torch.stack([torch.linalg.vector_norm(chunk) for chunk in grads.split(CHUNK)])
     low, high = torch.aminmax(params)  # no copy of their absolute values
-    a, b, c = torch.stack([norm, low.double(), high.double()]).tolist()
-    return a, b, c
+    return float(torch.linalg.vector_norm(chunks, dtype=torch.float64)), float(low), float(high)
 
 
 def _check_overflow(low: float, high: float, p: AdamParams) -> None:

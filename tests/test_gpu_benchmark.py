@@ -13,8 +13,11 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import parts as all_parts
+from benchmarks.gpu import steps
+from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.parts import Part
 from benchmarks.gpu.store import RESULTS, Store
+from benchmarks.gpu.verdicts import verdicts
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
@@ -116,4 +119,50 @@ def test_a_dry_run_goes_through_every_part(tmp_path: Path, capsys: pytest.Captur
     assert set(measured) == {p.name for p in all_parts.parts(dry=True, arch=90)}
     assert all(op["right"] for op in measured["correctness"].values())
     assert measured["suite"]["right"], measured["suite"]["last_lines"]
-    assert any("best" in row for row in measured["tuning"].values() if isinstance(row, dict))
+    tuned = {name.split()[0] for name, row in measured["tuning"].items() if isinstance(row, dict) and "best" in row}
+    wanted = {"target_logprob.tile", "target_logprob.rebuild", "embedding.gather", "adamw.places"}
+    assert wanted | {"bordered_linear.wide"} <= tuned  # by tile, as float32 is multiplied
+    assert found["targets"]
+    assert all(row["met"] is None for row in found["targets"].values()), "nothing was measured"
+
+
+def test_targets_are_met_missed_or_not_measured() -> None:
+    def step(ms: float | None, gib: float) -> dict[str, Any]:
+        return {"ms": ms, "tokens_per_s": None if ms is None else 8e6 / ms, "peak_gib": gib}
+
+    parts = {
+        "step-4b-peft": {"tokens": 8000, "ours": step(280.0, 30.0), "peft": step(900.0, 40.0)},
+        "step-4b-liger": {"tokens": 8000, "ours": step(280.0, 30.0), "liger": {"absent": "not installed"}},
+        "step-8b-peft": {"not_measured": "the budget was spent"},
+        "step-256": {"ours": step(None, 1.0)},
+        "ops": {
+            "SwiGLU": {"bound": "memory", "of_floor": 0.79},
+            "attention": {"bound": "arithmetic or memory", "of_floor": 0.1},
+        },
+        "loss": {"ms": 3.0, "over_floor": 1.35, "peers_ms": {"Liger": 2.0}},
+        "products": {"qkv": {"ratio": 1.05, "backward_ratio": 1.07}},
+        "adapters": {"failed": "RuntimeError: boom"},
+    }
+    found = verdicts(parts)
+    assert {what: row["met"] for what, row in found.items()} == {
+        "4b: tokens/s, at first": True, "4b: tokens/s, then": False, "4b: speed over peft": True,
+        "4b: memory of peft's": False, "4b: speed over liger": None, "4b: memory of liger's": None,
+        "256 tokens: ms": None, "SwiGLU: of copy bandwidth": False, "loss: over the floor of two products": True,
+        "loss: time of Liger's": False, "qkv: bordered over bare": True, "qkv: bordered over bare, backward": False,
+    }  # fmt: skip
+    assert found["4b: speed over peft"] == {"value": 900.0 / 280.0, "target": "at least 3", "met": True}
+
+
+def test_steps_that_do_not_fit_together_are_measured_with_half_the_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def measured(bench: Bench, model: str, tokens: int, contenders: dict[str, Any]) -> dict[str, Any]:
+        asked.append((tokens, sorted(contenders), [make.args[2] for make in contenders.values()]))
+        if tokens > 32:
+            raise torch.OutOfMemoryError("too much")
+        return {name: {} for name in contenders}
+
+    monkeypatch.setattr(steps, "measured", measured)
+    bench = Bench(torch.device("cpu"), torch.float32, True, rows=32, rounds=1)
+    steps.versus(bench, "tiny")
+    assert asked == [(n, ["ours", "peft"], [n, n]) for n in (64, 32)]

@@ -16,10 +16,11 @@ from helpers import checked, make_data
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mint_engine.adapters import Adapter
+from mint_engine.adapters import Adapter, TrainState
 from mint_engine.calls import Call, Work
 from mint_engine.gpu.layout import Part, Shape, seat_shape
 from mint_engine.gpu.program import Program
+from mint_engine.gpu.stepper import Stepper
 from mint_engine.kernels import force_face
 from mint_engine.models.config import load_config
 from mint_engine.models.decoder import Decoder
@@ -72,3 +73,17 @@ def test_nothing_in_a_program_waits_for_the_device(
             program._launch()
     assert launches == first, "the launches of a shape are always the same"
     assert {"forward", "backward_q", "backward_kv"} <= set(first)
+
+
+def test_nothing_in_a_step_waits_for_the_device_but_its_statistics(tiny_tied: Path, launches: list[str]) -> None:
+    config = load_config(tiny_tied)
+    with force_face("triton"), torch.no_grad():
+        decoder = Decoder(config, WeightReader(tiny_tied), torch.bfloat16, device="meta")
+        adapter = Adapter(decoder.groups, LoraConfig(rank=4), decoder.device)
+        state = TrainState(adapter)
+        decoder.borders.seat([(adapter, 0, 1)])
+        stepper = Stepper(adapter, decoder.borders, 0, lambda launch: pytest.fail("recorded"))
+        with NoHost():
+            stepper._gather(adapter.params, state.grads)
+            stepper._step(adapter.params, state.grads, state.exp_avg, state.exp_avg_sq)
+    assert launches == ["_places"]  # masters, moments and border in one kernel

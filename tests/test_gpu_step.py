@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import checked, load_decoder, make_data, relative, trained_adapter
 
-from mint_engine import trainer
+from mint_engine import kernels, trainer
 from mint_engine.adapters import TrainState
 from mint_engine.calls import Call
 from mint_engine.errors import NonFiniteError
@@ -134,8 +134,34 @@ def test_gradients_add_to_those_that_wait(decoder: Decoder) -> None:
     assert relative(twice.state.grads, 2 * once.state.grads) < 1e-6
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_no_logits_are_computed_twice(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
+    """Rows with a gradient meet the unembedding once, in `target_logprob_with_gradient`; the others once, or never."""
+    rows: dict[str, int] = {}
+
+    def counted(name: str) -> None:
+        original = getattr(kernels, name)
+
+        def run(x: torch.Tensor, *args: object, **kwargs: object) -> object:
+            rows[name] = rows.get(name, 0) + len(x)
+            return original(x, *args, **kwargs)
+
+        monkeypatch.setattr(kernels, name, run)
+
+    for name in ("target_logprob", "target_logprob_with_gradient", "target_logprob_backward"):
+        counted(name)
+    (datum,) = make_data("cross_entropy", (300,), 199)
+    weights = np.where(np.arange(300) < 70, 1.0, 0.0).astype(np.float32)
+    data = [Datum(model_input=datum.model_input, loss_fn_inputs={**datum.loss_fn_inputs, "weights": weights})]
+    with torch.no_grad():
+        Programs(decoder).run_together([call(decoder, data)], masked_logprobs=masked, memory=EXACT)
+    expected = {"target_logprob_with_gradient": 72, **({"target_logprob": bucket(300) - 72} if masked else {})}
+    assert rows == expected
+
+
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("memory", [EXACT, Plan(16, checkpoint=False)])
-def test_a_loss_that_is_not_finite_leaves_nothing_behind(decoder: Decoder, memory: Plan) -> None:
+def test_a_loss_that_is_not_finite_leaves_nothing_behind(decoder: Decoder, memory: Plan, masked: bool) -> None:
     data = make_data("importance_sampling", (9, 12), 199)
     data[1].loss_fn_inputs["logprobs"] = np.where(np.arange(12) == 5, -1e30, -5.0).astype(np.float32)
     data[1].loss_fn_inputs["advantages"] = np.ones(12, np.float32)
@@ -144,7 +170,7 @@ def test_a_loss_that_is_not_finite_leaves_nothing_behind(decoder: Decoder, memor
     sound = call(decoder, make_data("cross_entropy", (20,), 199, 5), rank=8)
     alone = again(sound)
     with torch.no_grad():
-        found = Programs(decoder).run_together([broken, sound], memory=memory)
+        found = Programs(decoder).run_together([broken, sound], memory=memory, masked_logprobs=masked)
         Programs(decoder).run_together([alone], memory=memory)
     assert isinstance(found[0], NonFiniteError)
     assert "datum 1, position 5" in str(found[0])
@@ -154,6 +180,25 @@ def test_a_loss_that_is_not_finite_leaves_nothing_behind(decoder: Decoder, memor
     assert alone.state is not None
     assert not broken.state.has_grads
     assert not bool(broken.state.grads.any())
+    assert relative(sound.state.grads, alone.state.grads) < REORDERED
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_activations_that_are_not_finite_stay_with_their_call(decoder: Decoder, masked: bool) -> None:
+    broken = call(decoder, make_data("cross_entropy", (20,), 199))
+    broken.adapter.params.mul_(1e18)
+    broken.adapter.version += 1
+    sound = call(decoder, make_data("cross_entropy", (20,), 199, 5), rank=8)
+    alone = again(sound)
+    with torch.no_grad():
+        found = Programs(decoder).run_together([broken, sound], memory=EXACT, masked_logprobs=masked)
+        Programs(decoder).run_together([alone], memory=EXACT)
+    assert isinstance(found[0], NonFiniteError)
+    assert isinstance(found[1], ForwardBackwardOutput)
+    assert broken.state is not None
+    assert sound.state is not None
+    assert alone.state is not None
+    assert not broken.state.has_grads
     assert relative(sound.state.grads, alone.state.grads) < REORDERED
 
 

@@ -49,28 +49,37 @@ class Bench:
                     times[name].append(took)
         return {name: statistics.median(values) for name, values in times.items()}
 
-    def wall(self, run: Callable[[], Any], rounds: int | None = None, warmup: int = 3) -> float:
-        """Median ms of something that reads its result on the host, such as a whole step."""
-        times = []
-        if self.dry:
-            rounds, warmup = 1, 2
-        for i in range(warmup + (rounds or self.rounds)):
-            self.synchronize()
-            start = time.perf_counter()
-            run()
-            self.synchronize()
-            if i >= warmup:
-                times.append((time.perf_counter() - start) * 1e3)
-        return statistics.median(times)
+    def walls(self, contenders: Mapping[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, float]:
+        """Median ms of things that read their result on the host, such as whole steps: A B A B ..."""
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        rounds, warmup = (1, 0) if self.dry else (rounds or self.rounds, 3)
+        for i in range(warmup + rounds):
+            for name, run in contenders.items():
+                self.synchronize()
+                start = time.perf_counter()
+                run()
+                self.synchronize()
+                if i >= warmup:
+                    times[name].append((time.perf_counter() - start) * 1e3)
+        return {name: statistics.median(values) for name, values in times.items()}
 
-    def peak_memory(self, run: Callable[[], Any]) -> int:
-        """Bytes allocated at the peak while ``run`` ran; 0 on a CPU, where it does not run."""
+    def reserved(self) -> int:
+        """Bytes that torch has of the device, without what it only keeps for later; 0 on a CPU."""
+        self.free()
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
+    def peak_above(self, before: int, run: Callable[[], Any]) -> int:
+        """Bytes taken at the peak while ``run`` ran, above ``before``; 0 on a CPU, where it does not run.
+
+        Reserved bytes, not allocated ones: what a recorded graph keeps for its replays counts.
+        """
         if self.device.type != "cuda":
             return 0
+        self.free()
         torch.cuda.reset_peak_memory_stats(self.device)
         run()
         self.synchronize()
-        return int(torch.cuda.max_memory_allocated(self.device))
+        return int(torch.cuda.max_memory_reserved(self.device)) - before
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.case import Case, Results
 from benchmarks.gpu.models import RANK, SHAPES
+from benchmarks.gpu.product_cases import head_cases, optimizer_case, product_cases
 from mint_engine import kernels
-
-Results = tuple[Tensor, ...]
-Call = Callable[[dict[str, Tensor], str | None], Results]
-
-
-@dataclass(frozen=True)
-class Case:
-    """``run(inputs, face)`` gives the op's results. ``moved`` bytes and ``flop`` are the least any version needs."""
-
-    name: str
-    inputs: dict[str, Tensor]
-    run: Call
-    moved: float = 0.0
-    flop: float = 0.0
+from mint_engine.kernels.attention import Bounds
 
 
 def cases(bench: Bench, model: str) -> list[Case]:
@@ -35,7 +20,14 @@ def cases(bench: Bench, model: str) -> list[Case]:
     q, kv = n_q * d, n_kv * d
     normal = bench.normal
     cu = torch.arange(0, m + 1, max(1, m // 4), dtype=torch.int32)
-    heads = (cu, n_q, n_kv, d**-0.5)
+    data = Bounds(m, len(cu), bench.device)  # as in a captured step: the kernels may not depend on them
+    for new, buffer in data.write(cu.numpy()):
+        buffer.copy_(torch.from_numpy(new))
+    heads = (n_q, n_kv, d**-0.5)
+
+    def bounds(face: str | None) -> Tensor | Bounds:
+        return cu if face == "reference" else data
+
     pairs = sum(float(b - a) ** 2 for a, b in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)) / 2
     attention_flop = 4.0 * n_q * d * pairs
     angles = torch.arange(m, device=bench.device)[:, None] / torch.arange(1, d // 2 + 1, device=bench.device)
@@ -56,12 +48,13 @@ def cases(bench: Bench, model: str) -> list[Case]:
         return y, h, s
 
     def attention(t: dict[str, Tensor], face: str | None) -> Results:
-        return kernels.attention(t["q"], t["k"], t["v"], *heads, face=face)
+        return kernels.attention(t["q"], t["k"], t["v"], bounds(face), *heads, face=face)
 
     forward = attention(attend, "reference") if bench.dry else attention(attend, None)
 
     def attention_backward(t: dict[str, Tensor], face: str | None) -> Results:
-        return kernels.attention_backward(t["do"], t["q"], t["k"], t["v"], t["o"], t["lse"], *heads, face=face)
+        taken = (t[name] for name in ("do", "q", "k", "v", "o", "lse"))
+        return kernels.attention_backward(*taken, bounds(face), *heads, face=face)
 
     def rope_backward(t: dict[str, Tensor], face: str | None) -> Results:
         out = torch.zeros_like(t["qkv"])
@@ -109,13 +102,5 @@ def cases(bench: Bench, model: str) -> list[Case]:
         Case("attention", attend, attention, moved=(2.0 * q + 2 * kv) * m * size, flop=attention_flop),
         Case("attention backward", {**attend, "o": forward[0], "lse": forward[1]}, attention_backward,
              moved=(4.0 * q + 4 * kv) * m * size, flop=2.5 * attention_flop),
+        optimizer_case(bench, model), *product_cases(bench, model), *head_cases(bench, model),
     ]  # fmt: skip
-
-
-def widened(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same values in float64."""
-    return {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
-
-
-def describe(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.cases import Case, cases, widened
+from benchmarks.gpu.case import Case, widened
+from benchmarks.gpu.cases import cases
 from benchmarks.gpu.store import ROOT
 
 FACTOR = 3.0  # DESIGN.md section 5

@@ -30,26 +30,22 @@ def parts(*, dry: bool, arch: int) -> list[Part]:
         Part("correctness", 30, lambda b, _: checks.correctness(b, middle)),
     ]
 
-    def step(model: str, contender: str) -> Part:
-        kinds: dict[str, Callable[[Bench], dict[str, Any]]] = {
-            "ours": lambda b: steps.whole(b, model),
-            "peft": lambda b: steps.peer(b, model, liger=False, compiled=False),
-            "liger": lambda b: steps.peer(b, model, liger=True, compiled=False),
-            "compiled": lambda b: steps.peer(b, model, liger=False, compiled=True),
-        }
-        return Part(f"step-{model}-{contender}", 60 if contender == "compiled" else 25,
-                    lambda b, _: kinds[contender](b))  # fmt: skip
+    def step(model: str, peer: str) -> Part:
+        """Ours and one peer in turns: Liger's kernels are patched into transformers for the rest of the process."""
+        kind = {"liger": peer == "liger", "compiled": peer == "compiled"}
+        seconds = 80 if peer == "compiled" else 45
+        return Part(f"step-{model}-{peer}", seconds, lambda b, _: steps.versus(b, model, **kind))
 
-    found += [step(model, contender) for model in models for contender in ("ours", "peft")]
+    found += [step(model, "peft") for model in models]
     small = models[0]
     found += [
         Part("step-256", 15, lambda b, _: steps.small(b, small)),
         Part("products", 10, lambda b, _: ops.products(b, middle)),
         Part("loss", 15, lambda b, _: ops.loss(b, middle)),
-        Part("ops", 20, lambda b, _: ops.floors(b, middle)),
-        Part("adapters", 30, lambda b, _: steps.sharing(b, small)),
-        # Liger's kernels are patched into transformers for the rest of the process: after plain PEFT.
+        Part("ops", 60, lambda b, _: ops.floors(b, middle)),
+        Part("adapters", 40, lambda b, _: steps.sharing(b, small)),
         *(step(model, "compiled") for model in models[:1]),
+        # After plain PEFT's.
         *(step(model, "liger") for model in models),
         Part("tuning", 120, lambda b, deadline: tuning.tune(b, middle, arch, min(deadline, time.monotonic() + 180))),
         Part("suite", 150, lambda b, _: checks.suite(b)),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,12 +19,10 @@ from mint_engine.gpu.run import Programs
 from mint_engine.kernels import force_face
 from mint_engine.losses import get_loss
 from mint_engine.models.decoder import Decoder
-from mint_engine.optimizer import optim_step
+from mint_engine.optimizer import optim_step, step_within
 from mint_engine.types import AdamParams, LoraConfig
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-# tokens/s: at first, then (issue 5; 45 / 55 / 60 % of a Hopper's 989 TFLOP/s)
-TARGETS = {"0.6b": (100_000, 158_000), "4b": (26_000, 31_000), "8b": (15_000, 19_000)}
 
 
 def flop_per_token(name: str) -> float:
@@ -59,7 +58,10 @@ def step_of(
                 with force_face("triton" if interpret else "reference"):
                     out = programs.run_together(calls, masked_logprobs=False)
             for adapter, state in zip(adapters, states, strict=True):
-                optim_step(adapter, state, adam)
+                if programs is None:
+                    optim_step(adapter, state, adam, base)
+                else:
+                    step_within(programs, adapter, state, adam)
         return [o.metrics["loss:sum"] for o in out if not isinstance(o, Exception)]
 
     return step
@@ -67,53 +69,88 @@ def step_of(
 
 def ours(
     bench: Bench, model: str, tokens: int, length: int, sharers: int = 1, *, interpret: bool = False
-) -> dict[str, Any]:
+) -> Callable[[], Any]:
+    """Our step of ``tokens`` tokens, shared by ``sharers`` adapters."""
     base = decoder(bench, model)
     data = batch(base.config, tokens, length)
     each = max(1, len(data) // sharers)
-    step = step_of(bench, base, [data[i * each : (i + 1) * each] for i in range(sharers)], interpret)
-    count = sum(d.tokens.size for d in data[: each * sharers])
-    ms = bench.wall(step, max(3, bench.rounds // 3))
-    return _result(bench, model, count, ms, bench.peak_memory(step))
+    return step_of(bench, base, [data[i * each : (i + 1) * each] for i in range(sharers)], interpret)
 
 
-def _result(bench: Bench, model: str, tokens: int, ms: float, peak: int) -> dict[str, Any]:
+def measured(
+    bench: Bench, model: str, tokens: int, contenders: Mapping[str, Callable[[], Callable[[], Any]]]
+) -> dict[str, Any]:
+    """Contenders (each makes its step) in turns, and the memory of each: what it kept and took at its peak."""
+    steps, kept = {}, {}
+    for name, make in contenders.items():
+        before = bench.reserved()
+        steps[name] = make()
+        for _ in range(1 if bench.dry else 3):
+            steps[name]()  # compiled and recorded
+        kept[name] = bench.reserved() - before
+    ms = bench.walls(steps, max(3, bench.rounds // 3))
     flop = flop_per_token(model) * tokens
-    return {
-        "tokens": tokens, "ms": ms, "tokens_per_s": tokens / ms * 1e3, "peak_gib": peak / 2**30,
-        "floor_ms": bench.floor(flop=flop), "tflops": flop / ms / 1e9,
-    }  # fmt: skip
+    found: dict[str, Any] = {"tokens": tokens, "floor_ms": bench.floor(flop=flop)}
+    for name, step in steps.items():
+        peak = kept[name] + bench.peak_above(bench.reserved(), step)
+        found[name] = {
+            "ms": ms[name], "tokens_per_s": tokens / ms[name] * 1e3, "peak_gib": peak / 2**30,
+            "tflops": flop / ms[name] / 1e9,
+        }  # fmt: skip
+    return found
 
 
-def whole(bench: Bench, model: str) -> dict[str, Any]:
+def versus(bench: Bench, model: str, *, liger: bool = False, compiled: bool = False) -> dict[str, Any]:
+    """Our step beside PEFT's, in turns. Where both do not fit together, with half as many sequences for both."""
+    name = "liger" if liger else "compiled" if compiled else "peft"
     tokens, length = (4 * LENGTH, LENGTH) if not bench.dry else (64, 32)
-    first, then = TARGETS.get(model, (0, 0))
-    target = f"{first:,} tokens/s at first, then {then:,}; 3 x PEFT's, 1.5 x Liger's, at most 0.6 of their memory"
-    return {**ours(bench, model, tokens, length, interpret=True), "target": target}
+    missing = lacking(bench, liger=liger)
+    while True:
+        contenders = {"ours": partial(ours, bench, model, tokens, length, interpret=True)}
+        if missing is None:
+            contenders[name] = partial(peer, bench, model, tokens, length, liger=liger, compiled=compiled)
+        try:
+            found = measured(bench, model, tokens, contenders)
+        except torch.OutOfMemoryError:
+            if tokens <= length:
+                raise
+        else:
+            break
+        tokens //= 2
+        bench.free()
+    if missing is not None:
+        found[name] = {"absent": missing}
+    elif liger:
+        found[name]["note"] = "Liger's fused loss reads the raw head: the adapter of lm_head gets no gradient"
+    return found
 
 
 def small(bench: Bench, model: str) -> dict[str, Any]:
     tokens = 256 if not bench.dry else 32
-    return {**ours(bench, model, tokens, tokens), "target": "at most 3 ms"}
+    return measured(bench, model, tokens, {"ours": partial(ours, bench, model, tokens, tokens)})
 
 
 def sharing(bench: Bench, model: str) -> dict[str, Any]:
-    """Eight adapters in a batch against one with the same tokens; in one part, so on one warm machine."""
+    """Eight adapters in a batch against one with the same tokens, in turns."""
     tokens, length = (8192, 1024) if not bench.dry else (64, 32)
     count = 8 if not bench.dry else 2
-    many, one = ours(bench, model, tokens, length, count), ours(bench, model, tokens, length)
-    return {f"{count} adapters": many, "1 adapter": one, "speed": one["ms"] / many["ms"], "target": "at least 0.9"}
+    make = partial(ours, bench, model, tokens, length)
+    found = measured(bench, model, tokens, {"many": partial(make, count), "one": make})
+    return {"adapters": count, **found, "speed": found["one"]["ms"] / found["many"]["ms"]}
 
 
-def peer(bench: Bench, model: str, *, liger: bool, compiled: bool) -> dict[str, Any]:
-    """PEFT + transformers (SDPA) on the same tokens: a padded batch, ``model(labels=...)``, torch's fused AdamW."""
+def lacking(bench: Bench, *, liger: bool) -> str | None:
+    """Why a peer cannot run."""
     missing = [
         name for name in ("peft", "transformers", *(["liger_kernel"] if liger else [])) if find_spec(name) is None
     ]
     if missing:
-        return {"absent": f"{', '.join(missing)}: not installed"}
-    if liger and bench.device.type != "cuda":
-        return {"absent": "Liger kernels need a GPU"}
+        return f"{', '.join(missing)}: not installed"
+    return "Liger kernels need a GPU" if liger and bench.device.type != "cuda" else None
+
+
+def peer(bench: Bench, model: str, tokens: int, length: int, *, liger: bool, compiled: bool) -> Callable[[], Any]:
+    """PEFT + transformers (SDPA) on the same tokens: a padded batch, ``model(labels=...)``, torch's fused AdamW."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -121,7 +158,6 @@ def peer(bench: Bench, model: str, *, liger: bool, compiled: bool) -> dict[str, 
         from liger_kernel.transformers import apply_liger_kernel_to_qwen3
 
         apply_liger_kernel_to_qwen3()
-    tokens, length = (4 * LENGTH, LENGTH) if not bench.dry else (64, 32)
     with torch.device(bench.device):
         base = AutoModelForCausalLM.from_config(hf_config(model), dtype=bench.dtype, attn_implementation="sdpa")
     lora = peft.LoraConfig(r=RANK, lora_alpha=32, target_modules=MODULES, task_type="CAUSAL_LM")
@@ -141,11 +177,7 @@ def peer(bench: Bench, model: str, *, liger: bool, compiled: bool) -> dict[str, 
         optimizer.zero_grad()
         return float(value.detach())
 
-    ms = bench.wall(step, max(3, bench.rounds // 3))
-    result = _result(bench, model, ids.numel(), ms, bench.peak_memory(step))
-    if liger:
-        result["note"] = "Liger's fused loss reads the raw head: the adapter of lm_head gets no gradient"
-    return result
+    return step
 
 
 def decode(bench: Bench) -> dict[str, Any]:

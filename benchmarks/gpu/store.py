@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.verdicts import verdicts
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DRY = "dry run: not a measurement"
@@ -70,7 +72,8 @@ class Store:
 
     def merge(self, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """One document of all parts, written as ``gpu.json``; a part that was not reached says so."""
-        document = {"benchmark": "gpu", **self.identity, "parts": {k: self._marked(v) for k, v in parts.items()}}
+        marked = {name: self._marked(results) for name, results in parts.items()}
+        document = {"benchmark": "gpu", **self.identity, "targets": verdicts(marked), "parts": marked}
         if self.identity["dry_run"]:
             document = {"note": DRY, **document}
         self._put("gpu.json", document)

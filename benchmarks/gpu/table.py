@@ -12,6 +12,10 @@ def lines(document: Mapping[str, Any]) -> Iterator[str]:
     if document["dry_run"]:
         yield f"*** {DRY} ***"
     yield f"{document['device']}, torch {document['torch']}, triton {document['triton']}, commit {document['commit']}"
+    yield "\ntargets"
+    for what, row in document["targets"].items():
+        said = {None: "not measured", True: "met", False: "MISSED"}[row["met"]]
+        yield f"  {what}: {_shown(row['value'])}, {row['target']}: {said}"
     for part, results in document["parts"].items():
         yield f"\n{part}"
         yield from _rows(results, 1)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.cases import Case, cases
+from benchmarks.gpu.case import Case
+from benchmarks.gpu.cases import cases
 from benchmarks.gpu.checks import check
 from mint_engine.kernels import gpu_plan
 
@@ -53,6 +54,9 @@ def _best(bench: Bench, case: Case, kernel: str, width: int, arch: int) -> dict[
     best, fastest, failed = now, bench.interleaved({"now": lambda: case.run(case.inputs, bench.face)}, 3)["now"], 0
     before = fastest
     for row in rows:
+        if tunable.lacking(row, arch) is not None:
+            failed += 1
+            continue
         with gpu_plan.trial(kernel, width, row):
             try:
                 right = check(bench, case)["right"]

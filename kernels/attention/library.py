@@ -1,9 +1,11 @@
 """Attention kernels of installed libraries, for packed sequences on a GPU: which one runs, and how it is called.
 
-Looked for in the order of `LIBRARIES`, once for each kind of GPU; `mint-engine doctor` says what was found and what was
-not. Where there is none, and for what they cannot take (heads over 256, float32, sequences with more keys than
-queries), our own Triton kernels run. All of them attend from the last query backwards, as this op does, give
-``lse [n_q, M]`` and take grouped heads as they are.
+A row of `kernels/plans` may name one, for the forward and for the backward: ``python -m benchmarks.gpu`` times them
+and keeps what is right and fastest. Without (0), and where the named one is not installed, the first of `LIBRARIES`
+that is runs; where there is none, and for what they cannot take (heads over 256, float32, sequences with more keys than
+queries), our own Triton kernels. Chosen once for each kind of GPU; `mint-engine doctor` says what and why. All of them
+attend from the last query backwards, as this op does, give ``lse [n_q, M]`` and take grouped heads as they are, so a
+forward of one serves the backward of another.
 
 Ours is deterministic. So are flash-attn's as called here; torch's backward adds up dq in no fixed order.
 """
@@ -22,7 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mint_engine.kernels.attention import sdpa
 from mint_engine.kernels.attention.bounds import Bounds
+from mint_engine.kernels.gpu_plan import Row, Tunable
 
 # q, k, v [M, heads, d], bounds on the device, longest sequence, scale -> o [M, n_q, d], lse [n_q, M]
 Forward = Callable[[Any, Tensor, Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor]]
@@ -32,7 +36,10 @@ Backward = Callable[..., None]
 
 @dataclass(frozen=True)
 class Library:
-    """``module`` is what must be importable; ``needs`` the functions it must have, with these parameters."""
+    """``module`` is what must be importable; ``needs`` the functions it must have, with these parameters.
+
+    ``backward``: None where it has none that takes o and lse. ``on_host``: its bounds must be known when launched.
+    """
 
     name: str
     module: str
@@ -40,7 +47,8 @@ class Library:
     oldest: int  # compute capability
     newest: int
     forward: Forward
-    backward: Backward
+    backward: Backward | None
+    on_host: bool = False
 
 
 def _fa3_forward(m: Any, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> Any:
@@ -121,6 +129,36 @@ LIBRARIES = (
     ),
 )  # fmt: skip
 
+# What only a row can name: behind our own kernels, until somebody has measured otherwise.
+MEASURED = (
+    *LIBRARIES,
+    Library(
+        "cuDNN (SDPA)", "torch.backends.cudnn", {}, 80, 120, sdpa.sdpa_forward, sdpa.sdpa_backward, on_host=True
+    ),
+    Library(
+        "FlexAttention", "torch.nn.attention.flex_attention",
+        {"flex_attention": ("block_mask", "enable_gqa", "return_aux"), "create_block_mask": ("Q_LEN", "device")},
+        80, 120, sdpa.flex_forward, None,
+    ),
+)  # fmt: skip
+OURS = len(MEASURED) + 1
+
+
+def _lacking(row: Row, arch: int) -> str | None:
+    use = row["use"]
+    found = None if use in (0, OURS) else lacks(MEASURED[use - 1], arch)
+    return found if isinstance(found, str) else None
+
+
+def _tunable(name: str, *, backward: bool) -> Tunable:
+    """``use``: 0 for the first of `LIBRARIES` that is installed, 1 and on for one of `MEASURED`, `OURS`."""
+    named = [i for i, library in enumerate(MEASURED, 1) if library.backward is not None or not backward]
+    return Tunable(name, {"use": (0, *named, OURS)}, cases=(64, 128, 256), lacking=_lacking)
+
+
+FORWARD = _tunable("attention.library", backward=False)
+BACKWARD = _tunable("attention.library_backward", backward=True)
+
 
 def lacks(library: Library, arch: int) -> ModuleType | str:
     """The library's module, or why it cannot be used on a GPU of compute capability ``arch``."""
@@ -142,9 +180,11 @@ def lacks(library: Library, arch: int) -> ModuleType | str:
 
 
 @cache
-def chosen(arch: int) -> tuple[Library, ModuleType] | None:
-    """The first usable library, or None."""
-    for library in LIBRARIES:
+def chosen(arch: int, use: int = 0) -> tuple[Library, ModuleType] | None:
+    """What a row's ``use`` comes to here; None: our own kernels."""
+    if use == OURS:
+        return None
+    for library in (*((MEASURED[use - 1],) if use else ()), *LIBRARIES):
         module = lacks(library, arch)
         if not isinstance(module, str):
             return library, module
@@ -153,26 +193,44 @@ def chosen(arch: int) -> tuple[Library, ModuleType] | None:
 
 def report(arch: int) -> str:
     """A line for people: what attention runs on, and why not on what stands before it."""
-    rejected = []
-    for library in LIBRARIES:
+    named = [tunable.row(arch, 128)["use"] if arch >= 80 else 0 for tunable in (FORWARD, BACKWARD)]
+    said = [_report(arch, use) for use in named]
+    return said[0] if named[0] == named[1] else f"forward {said[0]}; backward {said[1]}"
+
+
+def _report(arch: int, use: int) -> str:
+    rejected, found = [], chosen(arch, use)
+    if use == OURS:
+        return "our own Triton kernels (by kernels/plans)"
+    for library in (*((MEASURED[use - 1],) if use else ()), *LIBRARIES):
         module = lacks(library, arch)
         if not isinstance(module, str):
             break
         rejected.append(f"{library.name}: {module}")
-    found = chosen(arch)
     why = f" ({'; '.join(rejected)})" if rejected else ""
     return f"{'our own Triton kernels' if found is None else found[0].name}{why}"
 
 
 def library_for(
-    q: Tensor, d: int, cu_seqlens: Tensor | Bounds, cu_keys: Tensor | Bounds
+    q: Tensor, d: int, cu_seqlens: Tensor | Bounds, cu_keys: Tensor | Bounds, *, backward: bool = False
 ) -> tuple[Library, ModuleType] | None:
     """What attends for this call, or None for our own kernels."""
     fits = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and d % 8 == 0 and d <= 256
     if not fits or cu_keys is not cu_seqlens or not len(q):
         return None
     major, minor = torch.cuda.get_device_capability(q.device)
-    return chosen(10 * major + minor)
+    arch = 10 * major + minor
+    if arch < 80:
+        return None
+    return usable(arch, (BACKWARD if backward else FORWARD).row(arch, d)["use"], cu_seqlens)
+
+
+def usable(arch: int, use: int, cu_seqlens: Tensor | Bounds) -> tuple[Library, ModuleType] | None:
+    """What a row's ``use`` comes to for these bounds: one that needs them on the host is not for captured passes."""
+    found = chosen(arch, use)
+    if found is not None and found[0].on_host and isinstance(cu_seqlens, Bounds):
+        return chosen(arch)
+    return found
 
 
 @lru_cache(maxsize=64)
@@ -181,8 +239,11 @@ def _on_device(bounds: bytes, device: torch.device) -> tuple[Tensor, int]:
     return torch.tensor(cu, device=device), int(np.diff(cu).max(initial=0))
 
 
-def _bounds(cu_seqlens: Tensor | Bounds, device: torch.device) -> tuple[Tensor, int]:
-    """The bounds on the device and a length no sequence exceeds."""
+def _bounds(library: Library, cu_seqlens: Tensor | Bounds, device: torch.device) -> tuple[Tensor, int]:
+    """The bounds, on the device or where the library wants them, and a length no sequence exceeds."""
+    if library.on_host:
+        assert isinstance(cu_seqlens, Tensor)
+        return cu_seqlens, int(cu_seqlens.diff().max())
     if isinstance(cu_seqlens, Bounds):
         return cu_seqlens.device, cu_seqlens.rows
     return _on_device(cu_seqlens.numpy().tobytes(), device)
@@ -197,7 +258,7 @@ def attention(
     scale: float, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     library, module = use
-    cu, longest = _bounds(cu_seqlens, q.device)
+    cu, longest = _bounds(library, cu_seqlens, q.device)
     heads = _heads(q, n_q), _heads(k, n_kv), _heads(v, n_kv)
     o, total = library.forward(module, *heads, cu, longest, scale)
     out.copy_(o.flatten(1))
@@ -209,7 +270,8 @@ def attention_backward(
     cu_seqlens: Tensor | Bounds, n_q: int, n_kv: int, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     library, module = use
-    cu, longest = _bounds(cu_seqlens, q.device)
+    cu, longest = _bounds(library, cu_seqlens, q.device)
     grads = _heads(dq, n_q), _heads(dk, n_kv), _heads(dv, n_kv)
     heads = _heads(do, n_q), _heads(q, n_q), _heads(k, n_kv), _heads(v, n_kv), _heads(o, n_q)
+    assert library.backward is not None  # no row names it for the backward
     library.backward(module, *heads, lse, cu, longest, scale, grads)

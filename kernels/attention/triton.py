@@ -136,7 +136,7 @@ def attention_backward(
     dv: Tensor,
 ) -> None:
     m, d = q.shape[0], q.shape[1] // n_q
-    if (use := library.library_for(q, d, cu_seqlens, cu_seqlens)) is not None:
+    if (use := library.library_for(q, d, cu_seqlens, cu_seqlens, backward=True)) is not None:
         library.attention_backward(use, do, q, k, v, o, lse, cu_seqlens, n_q, n_kv, scale, dq, dk, dv)
         return
     meta = _meta(BACKWARD_Q, d, q.dtype)

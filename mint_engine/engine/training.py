@@ -123,7 +123,7 @@ class Training(EngineCore):
 
         def run() -> OptimStepResponse:
             model: Model = self._residents.model(model_id)
-            return optim_step(model.adapter, model.state, adam_params)
+            return optim_step(model.adapter, model.state, adam_params, model.base.decoder)
 
         return self._residents.lane(model_id).submit(self._recorder.brief("optim_step", run), brief=True)
 

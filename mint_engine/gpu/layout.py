@@ -89,14 +89,15 @@ def trained(adapter: Adapter) -> tuple[bool, bool, bool]:
 
 @dataclass(frozen=True)
 class Rows:
-    """The host's arrays of one pass. ``scored`` int64: the rows with a gradient, padded with a row that has none; or,
-    where there is room for all rows, all of them in order."""
+    """The host's arrays of one pass. ``scored`` int64: the rows with a gradient, padded with others; or, where there is
+    room for all rows, all of them in order. ``rest``: the rows that are not there."""
 
     tokens: np.ndarray
     positions: np.ndarray
     targets: np.ndarray
     inputs: dict[str, np.ndarray]
     scored: np.ndarray
+    rest: np.ndarray
 
 
 def lay_out(parts: Sequence[Part], shape: Shape, out: Rows) -> np.ndarray:
@@ -122,17 +123,14 @@ def lay_out(parts: Sequence[Part], shape: Shape, out: Rows) -> np.ndarray:
             bounds.append(row)
         if row < start + seat.rows:
             bounds.append(start + seat.rows)
-        scored = out.scored[first : first + seat.scored]
+        scored, rest = out.scored[first : first + seat.scored], out.rest[start - first :][: seat.rows - seat.scored]
         if seat.scored == seat.rows:
             scored[:] = start + np.arange(seat.rows)
         else:
+            without = np.setdiff1d(np.arange(seat.rows), part.scored, assume_unique=True)
+            padding = seat.scored - len(part.scored)
             scored[: len(part.scored)] = start + part.scored
-            scored[len(part.scored) :] = start + _one_without(part.scored)
+            scored[len(part.scored) :] = start + without[:padding]
+            rest[:] = start + without[padding:]
         start, first = start + seat.rows, first + seat.scored
     return np.array(bounds, dtype=np.int32)
-
-
-def _one_without(scored: np.ndarray) -> int:
-    """The first row that is not among ``scored``, which ascend."""
-    gaps = np.flatnonzero(scored != np.arange(len(scored)))
-    return int(gaps[0]) if len(gaps) else len(scored)

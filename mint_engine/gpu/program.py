@@ -53,7 +53,7 @@ class Program:
 
         self._tokens, self._positions, self._targets = staged(rows), staged(rows), staged(rows, width)
         self._inputs = {name: staged(rows, width, dtype=torch.float32) for name in inputs}
-        self._scored = staged(shape.scored)
+        self._scored, self._rest = staged(shape.scored), staged(rows - shape.scored)
         self._bounds = Bounds(rows, shape.sequences, device)
         self._staged_bounds: list[Staged] = []
         self._turns = Turns(device)
@@ -61,7 +61,7 @@ class Program:
         self.gradients = [adapter.shaped() for adapter in adapters]
         results = rows if shape.masked else shape.scored
         self._logprobs, self._values = (torch.zeros(results, width, device=device) for _ in range(2))
-        self._seating, self._head = self._seatings()
+        self._seating, self._head, self._others = self._seatings()
         self._capture: Capture | None = None
         self._runs = 0
         self._generation = -1
@@ -85,10 +85,11 @@ class Program:
         return Pending(parts, self._shape, download(self._logprobs), download(self._values))
 
     def _stage(self, parts: Sequence[Part], slot: int) -> None:
-        buffers = [self._tokens, self._positions, self._targets, self._scored, *self._inputs.values()]
+        buffers = [self._tokens, self._positions, self._targets, self._scored, self._rest, *self._inputs.values()]
         host = Rows(
             self._tokens.host(slot), self._positions.host(slot), self._targets.host(slot),
             {name: s.host(slot) for name, s in self._inputs.items()}, self._scored.host(slot),
+            self._rest.host(slot),
         )  # fmt: skip
         bounds = lay_out(parts, self._shape, host)
         for buffer in buffers:
@@ -100,13 +101,14 @@ class Program:
             staged.host(slot)[...] = new
             staged.upload(slot, target)
 
-    def _seatings(self) -> tuple[Seating, Seating]:
-        """Of all rows, and of the rows with a gradient; the first knows that ``_scored`` gives the second."""
-        rows, scored, offset = [], [], 0
+    def _seatings(self) -> tuple[Seating, Seating, Seating]:
+        """Of all rows, of those in ``_scored`` and in ``_rest``; the first knows that ``_scored`` gives the second."""
+        rows, scored, rest, offset = [], [], [], 0
         start = first = 0
         for seat, adapter in zip(self._shape.seats, self.gradients, strict=True):
             rows.append(Segment(start, start + seat.rows, adapter, offset))
             scored.append(Segment(first, first + seat.scored, adapter, offset))
+            rest.append(Segment(start - first, start - first + seat.rows - seat.scored, adapter, offset))
             start, first, offset = start + seat.rows, first + seat.scored, offset + seat.rank
         # A tile of rows has its own columns of the border, where the kernel's contract allows it.
         widths = [seat.rank for seat in self._shape.seats]
@@ -114,7 +116,8 @@ class Program:
         by_tile = len(rows) > 1 and all(width % 16 == 0 for width in widths)
         tile_rows = TILE_ROWS if by_tile else 0
         selected = Seating(tuple(scored), offset, tile_rows=tile_rows)
-        return Seating(tuple(rows), offset, tile_rows=tile_rows, known=(self._scored.device, selected)), selected
+        every = Seating(tuple(rows), offset, tile_rows=tile_rows, known=(self._scored.device, selected))
+        return every, selected, Seating(tuple(rest), offset)
 
     @torch.no_grad()
     def _launch(self) -> None:
@@ -134,35 +137,51 @@ class Program:
         head = (self._seating if shape.masked else self._head).bordered
         x = decoder.head_input(h, head, decoder.space)
         grads = {a.uid: a.views(a.params) for a in self.gradients}
-        if some is not None:
-            targets = self._targets.device[scored]
-            gradient = partial(self._evaluate, self._head, self._gathered(scored), targets)
-            dh = decoder.head_both(h, x, targets, gradient, head, grads, self._logprobs)
-        else:
-            targets = self._targets.device
-            logprobs, lse = decoder.target_logprob(x, targets, head)
-            self._logprobs.copy_(logprobs)
-            inputs = {name: staged.device for name, staged in self._inputs.items()}
-            gradients = self._evaluate(self._seating, inputs, targets, slice(0, shape.rows), logprobs)
-            if saved is None:
-                return
+        if saved is None:
+            self._score(x, None, self._seating)
+            return
+        logprobs, values = self._logprobs, self._values
+        if shape.masked:
+            # The rows without a gradient are only scored: nobody's logits are computed twice.
+            if shape.rows > shape.scored:
+                rest = self._rest.device
+                self._score(decoder.rows(x, rest, "rest"), rest, self._others)
             h, x = decoder.rows(h, scored, "h"), decoder.rows(x, scored, "x")
-            dh = decoder.head_backward(
-                h, x, targets[scored], gradients[scored], lse[scored], self._head.bordered, grads
-            )
-        assert saved is not None  # only a pass with a backward leaves rows out
+            logprobs, values = (results.new_empty(shape.scored, shape.width) for results in (logprobs, values))
+        broken = torch.zeros_like(x[:, :1], dtype=torch.bool)
+        if len(shape.seats) > 1:
+            # The head's border is one product over all calls' rows, where 0 * inf would reach another's columns.
+            broken = ~torch.isfinite(x).all(1, keepdim=True)
+            x.masked_fill_(broken, 0.0)
+        targets = self._targets.device[scored]
+        gradient = partial(self._evaluate, self._head, self._gathered(scored), targets, values)
+        dh = decoder.head_both(h, x, targets, gradient, self._head.bordered, grads, logprobs)
+        values.masked_fill_(broken, torch.nan)
+        if shape.masked:
+            self._logprobs.index_copy_(0, scored, logprobs)
+            self._values.index_copy_(0, scored, values)
         p.cu_seqlens = self._bounds
         backward(dh, scored, saved, p, grads)
 
-    def _gathered(self, scored: Tensor) -> dict[str, Tensor]:
-        return {name: staged.device[scored] for name, staged in self._inputs.items()}
+    def _score(self, x: Tensor, rows: Tensor | None, seating: Seating) -> None:
+        """Log-probabilities and losses of ``rows`` (None: of all) into the results; ``x``: the head's input."""
+        at = slice(None) if rows is None else rows
+        targets = self._targets.device[at]
+        logprobs, _ = self._decoder.target_logprob(x, targets, seating.bordered)
+        values = torch.empty_like(logprobs)
+        self._evaluate(seating, self._gathered(at), targets, values, slice(0, len(x)), logprobs)
+        self._logprobs[at], self._values[at] = logprobs, values
+
+    def _gathered(self, rows: Tensor | slice) -> dict[str, Tensor]:
+        return {name: staged.device[rows] for name, staged in self._inputs.items()}
 
     def _evaluate(
-        self, seating: Seating, inputs: Mapping[str, Tensor], targets: Tensor, rows: slice, logprobs: Tensor
-    ) -> Tensor:
-        """The losses' values of some rows into the results, and d loss / d logprob of them.
+        self, seating: Seating, inputs: Mapping[str, Tensor], targets: Tensor, into: Tensor, rows: slice,
+        logprobs: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """The losses' values of ``rows`` among those of ``seating`` ``into`` a buffer, and d loss / d logprob of them.
 
-        ``inputs`` and ``targets`` are of all rows that are scored, ``logprobs`` of ``rows``.
+        ``inputs``, ``targets`` and ``into`` are of all rows of ``seating``, ``logprobs`` of ``rows``.
         """
         gradients = torch.empty_like(logprobs)
         for segment, seat, loss in zip(seating.segments, self._shape.seats, self._losses, strict=True):
@@ -173,6 +192,9 @@ class Program:
             own = {name: inputs[name][start:stop] for name in seat.inputs}
             values, gradient = loss.fn(logprobs[here], own, dict(seat.config))
             padded = targets[start:stop] < 0
-            self._values[start:stop] = values.masked_fill(padded, 0.0)
-            gradients[here] = gradient.masked_fill(padded, 0.0)
+            values, gradient = values.masked_fill(padded, 0.0), gradient.masked_fill(padded, 0.0)
+            # What is not finite makes the call's loss so, for the host to find, and goes no further.
+            values = values.masked_fill(~torch.isfinite(gradient), torch.nan)
+            into[start:stop] = values
+            gradients[here] = gradient.masked_fill(~torch.isfinite(values), 0.0)
         return gradients

@@ -18,6 +18,7 @@ from mint_engine.gpu.capture import Capture, CudaGraph, NoGraph
 from mint_engine.gpu.layout import Part, Shape, seat_shape
 from mint_engine.gpu.memory import Plan, plan
 from mint_engine.gpu.program import Pending, Program
+from mint_engine.gpu.stepper import Steppers
 from mint_engine.models.decoder import Decoder
 from mint_engine.types import ForwardBackwardOutput
 
@@ -36,6 +37,8 @@ class Programs:
         self._decoder, self._programs = decoder, OrderedDict[Shape, Program]()
         self._record = record or (self._graph if decoder.device.type == "cuda" else NoGraph)
         self._pool: object = None
+        self.borders = decoder.borders
+        self.steppers = Steppers(decoder.borders, self._record)
 
     def __len__(self) -> int:
         return len(self._programs)

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from check import normal
+from check import normal, within_budget
 from test_attention import bounds
 from torch import Tensor
 
-from mint_engine.kernels import attention, attention_backward
-from mint_engine.kernels.attention import library
+from mint_engine.kernels import attention, attention_backward, gpu_plan
+from mint_engine.kernels.attention import library, sdpa
 from mint_engine.kernels.attention.bounds import Bounds
 
 LENGTHS, N_Q, N_KV, D, SCALE = [5, 0, 30, 1], 4, 2, 16, 0.3
@@ -189,3 +189,79 @@ def test_a_library_that_is_not_installed_says_so() -> None:
 def test_tensors_on_the_cpu_are_for_our_own_kernels() -> None:
     cu = bounds([3])
     assert library.library_for(torch.zeros(3, 16, dtype=torch.bfloat16), 16, cu, cu) is None
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", ["cuDNN (SDPA)", "FlexAttention"])
+def test_what_comes_with_torch_is_the_reference(name: str, dtype: torch.dtype) -> None:
+    """The real ones, in float64's company: SDPA by its backend for CPUs, FlexAttention not compiled."""
+    use = next(x for x in library.MEASURED if x.name == name)
+    module = library.lacks(use, 90)
+    assert not isinstance(module, str)
+    m, width, kv_width, cu = sum(LENGTHS), N_Q * D, N_KV * D, bounds(LENGTHS)
+    qkv = normal(m, width + 2 * kv_width, seed=1).to(dtype)
+    q, k, v = qkv.split([width, kv_width, kv_width], 1)
+    do, heads = normal(m, width, seed=2).to(dtype), (N_Q, N_KV, SCALE)
+    exact = attention(q.double(), k.double(), v.double(), cu, *heads, face="reference")
+    plain = attention(q, k, v, cu, *heads, face="reference")
+    out, lse = torch.full_like(q, torch.nan), torch.full_like(plain[1], torch.nan)
+    library.attention((use, module), q, k, v, cu, *heads, out, lse)
+    within_budget("o", out, exact[0], plain[0])
+    if dtype is torch.bfloat16:  # torch's kernel for CPUs takes exponentials of bf16 to some 14 bits
+        assert float((lse - exact[1]).abs().max()) < 2.0**-13
+    else:
+        within_budget("lse", lse, exact[1], plain[1])
+    if use.backward is None:
+        return
+    grads = torch.full_like(qkv, torch.nan)
+    parts = grads.split([width, kv_width, kv_width], 1)
+    library.attention_backward((use, module), do, q, k, v, out, lse, cu, *heads, *parts)
+    wide = (t.double() for t in (do, q, k, v))
+    exact_grads = attention_backward(*wide, *exact, cu, *heads, face="reference")
+    plain_grads = attention_backward(do, q, k, v, *plain, cu, *heads, face="reference")
+    for what, *values in zip(("dq", "dk", "dv"), parts, exact_grads, plain_grads, strict=True):
+        within_budget(what, *values)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_captured_pass_gives_flex_attention_other_bounds() -> None:
+    m, cu = sum(LENGTHS), bounds(LENGTHS)
+    q, kv = normal(m, N_Q * D, seed=1), normal(m, N_KV * D, seed=2)
+    data = Bounds(m, 9, torch.device("cpu"))
+    for new, buffer in data.write(cu.numpy()):
+        buffer.copy_(torch.from_numpy(new))
+    flex, heads = next(x for x in library.MEASURED if x.name == "FlexAttention"), (N_Q, N_KV, SCALE)
+    exact = attention(q, kv, kv, cu, *heads, face="reference")
+    out, lse = torch.empty_like(q), torch.empty_like(exact[1])
+    library.attention((flex, library.lacks(flex, 90)), q, kv, kv, data, *heads, out, lse)
+    torch.testing.assert_close(out, exact[0])
+    torch.testing.assert_close(lse, exact[1])
+
+
+def test_cudnn_takes_these_arguments_and_gives_these_shapes() -> None:
+    """The real operators, on tensors without values."""
+    q, kv = (torch.empty(36, n, D, dtype=torch.bfloat16, device="meta") for n in (N_Q, N_KV))
+    o, lse = sdpa.sdpa_forward(None, q, kv, kv, bounds(LENGTHS), 30, SCALE)
+    assert (o.shape, lse.shape, lse.dtype) == (q.shape, (N_Q, 36), torch.float32)
+    grads = torch.empty_like(q), torch.empty_like(kv), torch.empty_like(kv)
+    sdpa.sdpa_backward(None, q, q, kv, kv, o, lse, bounds(LENGTHS), 30, SCALE, grads)
+
+
+def test_a_row_names_a_library(installed: Any) -> None:
+    names = [x.name for x in library.MEASURED]
+    data, plain = Bounds(36, 9, torch.device("cpu")), bounds(LENGTHS)
+    for name in ("flash_attn_interface", "flash_attn.flash_attn_interface"):
+        installed(name, None)
+    first = library.chosen(90)[0].name
+    cudnn, flex, fa3 = (names.index(x) + 1 for x in ("cuDNN (SDPA)", "FlexAttention", "flash-attn 3"))
+    assert library.usable(90, 0, plain)[0].name == library.usable(90, fa3, plain)[0].name == first  # not installed
+    assert library.usable(90, library.OURS, plain) is None
+    assert library.usable(90, cudnn, plain)[0].name == "cuDNN (SDPA)"
+    assert library.usable(90, cudnn, data)[0].name == first  # one launch a sequence cannot be captured
+    assert library.usable(90, flex, data)[0].name == "FlexAttention"
+    assert flex in library.FORWARD.choices["use"]
+    assert flex not in library.BACKWARD.choices["use"]
+    assert library.FORWARD.lacking({"use": fa3}, 90).startswith(("not installed", "cannot be loaded"))
+    assert library.FORWARD.lacking({"use": cudnn}, 90) is None
+    with gpu_plan.trial("attention.library", 128, {"use": library.OURS}):
+        assert library.report(90).startswith("forward our own Triton kernels (by kernels/plans); backward ")
