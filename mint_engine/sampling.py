@@ -53,8 +53,9 @@ class UniformStream:
 
 def sample(logits: Tensor, draws: Sequence[Draw], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
     """One token per row of ``logits`` fp32 [R, V], and its tempered log-probability: see ``kernels.sample_rows``."""
+    most = logits.shape[1]  # as good as off; a larger one need not fit into an int64
     arguments = (
-        _temperatures(draws), torch.tensor([d.top_k for d in draws]),
+        _temperatures(draws), torch.tensor([min(d.top_k, most) for d in draws]),
         torch.tensor([d.top_p for d in draws], dtype=torch.float64), torch.tensor(uniforms, dtype=torch.float64),
     )  # fmt: skip
     return kernels.sample_rows(logits, *(upload(a, logits.device) for a in arguments))
