@@ -79,10 +79,16 @@ def test_the_embedding_of_a_tied_model_is_the_head_s_own_storage(tiny_tied: Path
 
 @pytest.mark.slow
 def test_logits_of_smollm2_equal_those_of_transformers(smollm2_home: Path) -> None:
-    """Real text. (On 200 random tokens either side is up to 2e-4 from float64: nothing to agree on to 1e-4.)"""
+    """Real text, by the error rule: as near to float64 as transformers' own float32, which is 1e-4 off on some CPUs."""
     directory = smollm2_directory(smollm2_home)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "What is 12 * 34? Explain."}], tokenize=False)
     sequences = [tokenizer.encode(text) for text in (chat, PROSE)]
-    for a, b in zip(logits_of(load_decoder(directory), sequences), theirs(directory, sequences), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    exact = theirs(directory, sequences, torch.float64)
+    for ours, peer, truth in zip(
+        logits_of(load_decoder(directory), sequences), theirs(directory, sequences), exact, strict=True
+    ):
+        error, budget = (ours - truth).abs().max(), 2 * (peer - truth).abs().max()
+        print(f"ours {error:.2e}, twice transformers' {budget:.2e}")
+        assert error <= budget
+        assert budget < 1e-3  # or the peer is no measure
