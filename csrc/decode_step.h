@@ -67,6 +67,7 @@ struct StepAdapters {
 struct StepTeam {
     Meeting meeting;
     std::atomic<int64_t> claimed{0};
+    std::vector<int64_t> tasks;  // rows that attend together
 };
 
 template <class S, class T>
@@ -223,7 +224,7 @@ struct DecodeStep {
         }
         team->meeting.wait();
         attention.q = rotated, attention.k_pool = k_cells, attention.v_pool = v_cells;
-        paged_attention_share(attention, team->claimed, heads, heads_stride);
+        paged_attention_share(attention, team->tasks, team->claimed, heads, heads_stride);
         meet();
         product(l.o, 2, 1, heads, heads_stride, rows, hidden, q_width, false,
                 begin_of(l.gate_up, ffn, hidden, X::prefetch_calls(q_width)),
@@ -309,6 +310,7 @@ void decode_step(const int64_t* tokens, const T* embedding, int64_t embedding_st
     step.rows = rows, step.hidden = hidden, step.ffn = ffn, step.n_q = n_q, step.n_kv = n_kv, step.d = d;
     step.eps = eps, step.cos = cos, step.sin = sin, step.cos_stride = cos_stride, step.sin_stride = sin_stride;
     attention.validate(n_blocks, max_blocks);
+    team.tasks = attention.tasks(omp_get_max_threads());
     const size_t bytes = step.place(nullptr);
     step.place(static_cast<char*>(scratch(Slot::kLayer, bytes)));
     attention.q_stride = step.qk_width;

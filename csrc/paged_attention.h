@@ -2,13 +2,15 @@
 // tiles of keys, counted from the sequence's beginning, and for every sum the same additions in the same order. So a
 // row depends neither on its company nor on whether its token was part of a prompt that training saw.
 //
-// What differs is the layout. A task is the heads of one kv head's group in one row; it goes through the keys in
-// order. A tile of K is transposed, so that a vector of scores is W keys of one head; V is zipped and is the right
-// operand.
-//     S [heads][keys]  = Q [heads][d]  K^T [d][keys]
-//     O [heads][d]    += P [heads][keys]  V [keys][d]
+// What differs is the layout. A task is the heads of one kv head's group in a few neighbouring rows; it goes through
+// the keys in order. A tile of K is transposed, so that a vector of scores is W keys of one head; V is zipped and is
+// the right operand. Rows whose sequences begin with the same blocks (samples of a prompt, prompts with a common
+// prefix) use a tile together.
+//     S [rows, heads][keys]  = Q [rows, heads][d]  K^T [d][keys]
+//     O [rows, heads][d]    += P [rows, heads][keys]  V [keys][d]
 #pragma once
 #include <cmath>
+#include <vector>
 
 #include "attention.h"  // kAttentionKeys, kAttentionPairs
 #include "attention_tile.h"
@@ -18,12 +20,15 @@
 
 namespace mint {
 
+constexpr int64_t kPagedRows = 16;  // of a task at most: their sums stay in L2
+
 template <class S, class T>
 struct PagedAttention {
     static constexpr bool kPairs = kAttentionPairs<S, T>;
     using X = Tile<S, kPairs>;
     using F = typename S::F;
     static constexpr int64_t kKeys = kAttentionKeys, kLd = kAttentionKeys / X::per_word;
+    static constexpr bool kInPlace = kPairs || sizeof(T) == 4;  // a row of the pool is a row of words
 
     const T *q, *k_pool, *v_pool;
     int64_t q_stride, k_block_stride, k_stride, v_block_stride, v_stride;
@@ -38,19 +43,19 @@ struct PagedAttention {
     float *scores, *output, *top, *sum, *shrink;
 
     size_t place(char* base) {
-        const int64_t w = X::row_words(d), g = n_q / n_kv;
+        const int64_t w = X::row_words(d), most = kPagedRows * (n_q / n_kv);
         Bump b{base, 0};
-        query = take<Word>(b, g * w);
+        query = take<Word>(b, most * w);
         key_rows = take<Word>(b, kKeys * w);
         keys = take<Word>(b, kKeys * w);
         value_rows = take<Word>(b, (kKeys + 1) * w);
         zip = take<Word>(b, kLd * X::pad(d));
-        weights = take<Word>(b, g * kLd);
-        scores = take<float>(b, g * kKeys);
-        output = take<float>(b, g * X::pad(d));
-        top = take<float>(b, X::pad(g));
-        sum = take<float>(b, X::pad(g));
-        shrink = take<float>(b, X::pad(g));
+        weights = take<Word>(b, most * kLd);
+        scores = take<float>(b, most * kKeys);
+        output = take<float>(b, most * X::pad(d));
+        top = take<float>(b, most + S::W);
+        sum = take<float>(b, most);
+        shrink = take<float>(b, most + S::W);
         return b.used;
     }
 
@@ -74,26 +79,68 @@ struct PagedAttention {
         return pool + table[row * table_stride + at / size] * block_stride + at % size * stride;
     }
 
-    // A tile's keys, transposed, and its values, zipped; returns these.
-    const Word* load_tile(int64_t row, int64_t kv_head, int64_t j0, int64_t n) {
+    // Whether rows a and b have the tile of keys from j0 on in common, all of it.
+    bool share(int64_t a, int64_t b, int64_t j0) const {
+        const int64_t end = j0 + kKeys;
+        if (lengths[a] < end || lengths[b] < end) return false;
+        const int64_t from = j0 / block, blocks = ceil_div(end, block) - from;
+        return std::memcmp(table + a * table_stride + from, table + b * table_stride + from, size_t(blocks) * 4) == 0;
+    }
+
+    // The rows of each task: task t has those from [t] to [t + 1].
+    std::vector<int64_t> tasks(int64_t threads) const {
+        const int64_t most = max64(1, min64(kPagedRows, rows * n_kv / (2 * threads)));
+        std::vector<int64_t> begins;
+        for (int64_t m = 0; m < rows; ++m)
+            if (m == 0 || m - begins.back() == most || !share(m - 1, m, 0)) begins.push_back(m);
+        begins.push_back(rows);
+        return begins;
+    }
+
+    // Keys [j0, j0 + n) of a row, transposed.
+    void load_keys(int64_t row, int64_t kv_head, int64_t j0, int64_t n) {
         const int64_t w = X::row_words(d);
-        for (int64_t j = 0; j < n; ++j) {
-            const T* value = cell(v_pool, v_block_stride, v_stride, row, j0 + j) + kv_head * d;
-            for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(value + i);
-            X::copy_row(cell(k_pool, k_block_stride, k_stride, row, j0 + j) + kv_head * d, d, key_rows + j * w);
+        const bool whole = kInPlace && w == X::words(d) && w * X::per_word == d;
+        for (int64_t j = 0; j < n; j += S::W) {
+            if (whole && (j0 + j) % block + S::W <= block) {  // in one block; what lies behind the n keys is masked
+                const T* from = cell(k_pool, k_block_stride, k_stride, row, j0 + j) + kv_head * d;
+                for (int64_t c = 0; c < w; c += S::W)
+                    S::transpose(from + c * X::per_word, k_stride * int64_t(sizeof(T)), keys + c * kKeys + j, kKeys);
+                continue;
+            }
+            const int64_t here = min64(S::W, n - j);
+            for (int64_t i = 0; i < here; ++i)
+                X::copy_row(cell(k_pool, k_block_stride, k_stride, row, j0 + j + i) + kv_head * d, d, key_rows + i * w);
+            std::memset(key_rows + here * w, 0, size_t(S::W - here) * w * sizeof(Word));
+            X::transpose(key_rows, w, S::W, w, keys + j, kKeys);
         }
-        std::memset(key_rows + n * w, 0, size_t(X::pad(n) - n) * w * sizeof(Word));
-        X::transpose(key_rows, w, X::pad(n), w, keys, kKeys);
-        for (int64_t j = 0; j < n; ++j)
-            X::copy_row(cell(v_pool, v_block_stride, v_stride, row, j0 + j) + kv_head * d, d, value_rows + j * w);
+    }
+
+    // Values [j0, j0 + n) of a row, zipped.
+    const Word* load_values(int64_t row, int64_t kv_head, int64_t j0, int64_t n) {
+        const int64_t w = X::row_words(d);
+        const auto value = [&](int64_t j) { return cell(v_pool, v_block_stride, v_stride, row, j0 + j) + kv_head * d; };
+        if constexpr (kPairs) {
+            if (d % S::W == 0) {
+                T* zeros = reinterpret_cast<T*>(value_rows);
+                if (n % 2 != 0) std::memset(zeros, 0, size_t(d) * sizeof(T));
+                for (int64_t j = 0; j < n; j += 2) {
+                    const T *even = value(j), *odd = j + 1 < n ? value(j + 1) : zeros;
+                    for (int64_t c = 0; c < d; c += S::W) S::interleave(even + c, odd + c, zip + j / 2 * d + c);
+                }
+                return zip;
+            }
+        }
+        for (int64_t j = 0; j < n; ++j) X::copy_row(value(j), d, value_rows + j * w);
         if (n % X::per_word != 0) std::memset(value_rows + n * w, 0, size_t(w) * sizeof(Word));
         return X::zipped(value_rows, X::words(n) * X::per_word, d, zip);
     }
 
-    // Head h's weights exp(s - max) of n keys, rounded as the second product takes them, and their sum.
-    float weigh(int64_t h, int64_t n) {
+    // Weights exp(s - max) of n keys, rounded as the second product takes them, and their sum. h: a row's head, of all
+    // that share the tile; its maximum is `most`.
+    float weigh(int64_t h, int64_t n, float most) {
         float* s = scores + h * kKeys;
-        const F vscale = S::set1(scale), shift = S::set1(-top[h]);
+        const F vscale = S::set1(scale), shift = S::set1(-most);
         T* rounded = reinterpret_cast<T*>(weights + h * kLd);
         for (int64_t j = 0; j < n; j += S::W) {
             const F e = S::exp(S::fma(S::load(s + j), vscale, shift));
@@ -113,66 +160,83 @@ struct PagedAttention {
         return total;
     }
 
-    void softmax(int64_t n, bool first) {
-        const int64_t g = n_q / n_kv, ldo = X::pad(d);
-        for (int64_t h = 0; h < g; ++h) {
+    // Of the heads [begin, begin + count) of the task, whose scores of n keys are there.
+    void softmax(int64_t begin, int64_t count, int64_t n, bool first) {
+        const int64_t ldo = X::pad(d);
+        float *highest = top + begin, *total = sum + begin, *less = shrink + begin;
+        for (int64_t h = 0; h < count; ++h) {
             float* s = scores + h * kKeys;
             for (int64_t j = n; j < X::pad(n); ++j) s[j] = -INFINITY;
             F most = S::load(s);
             for (int64_t j = S::W; j < n; j += S::W) most = S::max(most, S::load(s + j));
             const float now = S::hmax(most) * scale;
-            shrink[h] = top[h];
-            top[h] = !first && top[h] > now ? top[h] : now;
+            less[h] = highest[h];
+            highest[h] = !first && highest[h] > now ? highest[h] : now;
         }
         if (!first)
-            for (int64_t h = 0; h < g; h += S::W)
-                S::store(shrink + h, S::exp(S::sub(S::load(shrink + h), S::load(top + h))));
-        for (int64_t h = 0; h < g; ++h) {
-            const float total = weigh(h, n);
+            for (int64_t h = 0; h < count; h += S::W)
+                S::store(less + h, S::exp(S::sub(S::load(less + h), S::load(highest + h))));
+        for (int64_t h = 0; h < count; ++h) {
+            const float added = weigh(h, n, highest[h]);
             if (first) {
-                sum[h] = total;
+                total[h] = added;
                 continue;
             }
-            const float earlier = sum[h] * shrink[h];  // rounded on its own
-            sum[h] = earlier + total;
+            const float earlier = total[h] * less[h];  // rounded on its own
+            total[h] = earlier + added;
             for (int64_t i = 0; i < ldo; i += S::W) {
-                float* o = output + h * ldo + i;
-                S::store(o, S::mul(S::load(o), S::set1(shrink[h])));
+                float* o = output + (begin + h) * ldo + i;
+                S::store(o, S::mul(S::load(o), S::set1(less[h])));
             }
         }
     }
 
-    void run(int64_t row, int64_t kv_head, T* out) {
-        const int64_t w = X::row_words(d), g = n_q / n_kv, ldo = X::pad(d), length = lengths[row];
-        if (length == 0) {
-            std::memset(out, 0, size_t(g * d) * sizeof(T));
-            return;
+    // Rows [begin, end) of a task.
+    void run(int64_t begin, int64_t end, int64_t kv_head, T* out, int64_t out_stride) {
+        const int64_t w = X::row_words(d), g = n_q / n_kv, ldo = X::pad(d), heads = (end - begin) * g;
+        int64_t longest = 0;
+        for (int64_t m = begin; m < end; ++m) {
+            longest = max64(longest, lengths[m]);
+            for (int64_t h = 0; h < g; ++h)
+                X::copy_row(q + m * q_stride + (kv_head * g + h) * d, d, query + ((m - begin) * g + h) * w);
         }
-        for (int64_t h = 0; h < g; ++h) X::copy_row(q + row * q_stride + (kv_head * g + h) * d, d, query + h * w);
-        for (int64_t h = 0; h < X::pad(g); ++h) top[h] = shrink[h] = 0.0f;
-        for (int64_t j0 = 0; j0 < length; j0 += kKeys) {
-            const int64_t n = min64(kKeys, length - j0);
-            const Word* values = load_tile(row, kv_head, j0, n);
-            X::gemm(query, w, keys, kKeys, scores, kKeys, g, X::pad(n), X::words(d), false);
-            softmax(n, j0 == 0);
-            X::gemm(weights, kLd, values, ldo, output, ldo, g, ldo, X::words(n), j0 > 0);
+        for (int64_t h = 0; h < heads + S::W; ++h) top[h] = shrink[h] = 0.0f;
+        for (int64_t j0 = 0; j0 < longest; j0 += kKeys) {
+            for (int64_t m = begin, next; m < end; m = next) {
+                for (next = m + 1; next < end && share(m, next, j0);) ++next;
+                const int64_t n = min64(kKeys, lengths[m] - j0), first = (m - begin) * g, count = (next - m) * g;
+                if (n <= 0) continue;
+                load_keys(m, kv_head, j0, n);
+                const Word* values = load_values(m, kv_head, j0, n);
+                X::gemm(query + first * w, w, keys, kKeys, scores, kKeys, count, X::pad(n), X::words(d), false);
+                softmax(first, count, n, j0 == 0);
+                X::gemm(weights, kLd, values, ldo, output + first * ldo, ldo, count, ldo, X::words(n), j0 > 0);
+            }
         }
-        for (int64_t h = 0; h < g; ++h) {
+        for (int64_t h = 0; h < heads; ++h) {
+            const int64_t m = begin + h / g;
+            T* to = out + m * out_stride + (kv_head * g + h % g) * d;
+            if (lengths[m] == 0) {
+                std::memset(to, 0, size_t(d) * sizeof(T));
+                continue;
+            }
             const F inverse = S::div(S::set1(1.0f), S::set1(sum[h]));
             float* o = output + h * ldo;
             for (int64_t i = 0; i < ldo; i += S::W) S::store(o + i, S::mul(S::load(o + i), inverse));
-            X::write_row(o, d, out + h * d);
+            X::write_row(o, d, to);
         }
     }
 };
 
-// A thread's share of all rows. `claimed` starts at 0 and is the team's; out is complete when all have come back.
+// A thread's share of all rows, in these tasks. `claimed` starts at 0 and is the team's; out is complete when all have
+// come back.
 template <class S, class T>
-void paged_attention_share(PagedAttention<S, T> mine, std::atomic<int64_t>& claimed, T* out, int64_t out_stride) {
+void paged_attention_share(PagedAttention<S, T> mine, const std::vector<int64_t>& tasks, std::atomic<int64_t>& claimed,
+                           T* out, int64_t out_stride) {
     mine.place(static_cast<char*>(scratch(Slot::kTile, mine.place(nullptr))));
-    const int64_t group = mine.n_q / mine.n_kv * mine.d;
-    for_claimed(mine.rows * mine.n_kv, claimed, [&](int64_t t, int64_t) {
-        mine.run(t / mine.n_kv, t % mine.n_kv, out + t / mine.n_kv * out_stride + t % mine.n_kv * group);
+    const int64_t heads = mine.n_kv;
+    for_claimed((int64_t(tasks.size()) - 1) * heads, claimed, [&](int64_t t, int64_t) {
+        mine.run(tasks[size_t(t / heads)], tasks[size_t(t / heads) + 1], t % heads, out, out_stride);
     });
 }
 
@@ -191,11 +255,12 @@ void paged_attention(const T* q, int64_t q_stride, const T* k_pool, int64_t k_bl
     shared.table = table, shared.table_stride = table_stride, shared.lengths = lengths;
     shared.rows = rows, shared.block = block, shared.n_q = n_q, shared.n_kv = n_kv, shared.d = d, shared.scale = scale;
     shared.validate(n_blocks, max_blocks);
+    const auto tasks = shared.tasks(omp_get_max_threads());
     int64_t tokens = 0;
     for (int64_t m = 0; m < rows; ++m) tokens += lengths[m];
     std::atomic<int64_t> claimed{0};
 #pragma omp parallel if (rows * n_kv > 1 && tokens * n_q * d > kSerialWork)
-    paged_attention_share(shared, claimed, out, out_stride);
+    paged_attention_share(shared, tasks, claimed, out, out_stride);
 }
 
 }  // namespace mint

@@ -113,6 +113,22 @@ def test_a_row_gives_the_same_bits_alone_and_in_a_batch(face: str, dtype: torch.
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("d", [32, 34])
+def test_rows_with_a_common_beginning_have_the_bits_they_have_alone(dtype: torch.dtype, d: int) -> None:
+    """C++ loads a tile once for all rows that share its blocks; they part inside a tile and at its edge."""
+    lengths = torch.tensor([230] * 5 + [192, 191, 40, 230] + [300] * 20, dtype=torch.int32)
+    k_pool, v_pool, table, _, _ = cache(lengths.tolist(), 16, 2 * d, dtype)
+    table[1:7, :12] = table[0, :12]  # two tiles of 96; row 6 has one and a part
+    table[10:20, :6] = table[9, :6]
+    table[20:, :18] = table[9, :18]
+    q = normal(len(lengths), 6 * d, seed=3, dtype=dtype)
+    batch = paged_attention(q, k_pool, v_pool, table, lengths, 6, 2, 0.2, face="cpu")
+    for m in range(len(lengths)):
+        row = slice(m, m + 1)
+        alone = paged_attention(q[row], k_pool, v_pool, table[row], lengths[row], 6, 2, 0.2, face="cpu")
+        assert torch.equal(batch[row], alone), m
+
+
 @pytest.mark.parametrize(("n", "n_q", "n_kv", "d"), [(90, 6, 2, 32), (300, 9, 3, 64), (97, 4, 1, 34), (193, 2, 2, 128)])
 def test_decoding_token_by_token_is_the_packed_forward(
     face: str, dtype: torch.dtype, n: int, n_q: int, n_kv: int, d: int
