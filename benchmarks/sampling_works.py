@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ import transformers
 import mint
 from mint import types
 from mint_engine.models.config import ModelConfig
+
+_SEEDS = itertools.count()  # every contender of every row has prompts of its own
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Work:
         return self.prompts * self.samples * self.tokens
 
     def inputs(self, vocab_size: int) -> Iterator[np.ndarray]:
-        """int64 [prompts, prefix + own], new ones every time: a prefix cache helps within a call, never across."""
-        rng = np.random.default_rng(0)
+        """int64 [prompts, prefix + own], never seen before: a prefix cache helps within a call, never across."""
+        rng = np.random.default_rng(next(_SEEDS))
         while True:
             prefix = np.tile(rng.integers(0, vocab_size, self.prefix), (self.prompts, 1))
             own = rng.integers(0, vocab_size, (self.prompts, self.own))

@@ -92,10 +92,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def write(name: str, document: dict[str, Any]) -> dict[str, Any]:
+    """Keep the document, with the machine, under results/."""
+    document = {"benchmark": name, **document, "machine": machine()}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
+    return document
+
+
 def report(name: str, document: dict[str, Any], save: bool) -> None:
     """Print the document as the last line, and keep it under results/ if asked."""
-    document = {"benchmark": name, **document, "machine": machine()}
-    if save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
-    print(json.dumps(document))
+    print(json.dumps(write(name, document) if save else {"benchmark": name, **document, "machine": machine()}))

@@ -19,6 +19,7 @@ import json
 import os
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ DRIVERS = Path(__file__).parent
 
 class PeerError(RuntimeError):
     """A driver has ended."""
+
+
+PATIENCE = 300.0  # seconds for an answer; then the driver is ended
 
 
 class Peer:
@@ -56,10 +60,15 @@ class Peer:
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):  # libraries print, too
-                answer: dict[str, Any] = json.loads(line)
-                return answer
+        overdue = threading.Timer(PATIENCE, self._process.kill)
+        overdue.start()
+        try:
+            for line in self._process.stdout:
+                if line.startswith("{"):  # libraries print, too
+                    answer: dict[str, Any] = json.loads(line)
+                    return answer
+        finally:
+            overdue.cancel()
         self.log.seek(0)
         raise PeerError(f"the driver ended with {self._process.wait()}: {self.log.read()[-500:]}")
 
