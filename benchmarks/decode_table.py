@@ -31,9 +31,12 @@ def table(document: dict[str, Any]) -> str:
         if "skipped" in row:
             lines.append(f"| {row['model']} | {row['work']} | | {row['skipped']} | | | |")
             continue
-        speed = row["tokens_per_s"]
+        speed, work = row["tokens_per_s"], row["work"]
+        if "first_token_p99_s" in row:
+            first = f"{row['first_token_p50_s']:.1f} and {row['first_token_p99_s']:.1f} s"
+            work += f"; first token after {first} (median, p99); {row['failed']} failed"
         lines.append(
-            f"| {row['model']} | {row['work']} | {speed[row['ours']]:.0f} | {row['against']} | "
+            f"| {row['model']} | {work} | {speed[row['ours']]:.0f} | {row['against']} | "
             f"{speed[row['against']]:.0f} | {row['ratio']:.2f} | {row['target']:.2f} |"
         )
     return "\n".join(lines)

@@ -56,6 +56,13 @@ struct StepAdapters {
     const float* scales;
     int64_t count;
 
+    // Ranks of border, from its beginning, that some adapter uses for the group.
+    int64_t reach(int64_t group) const {
+        int64_t most = 0;
+        for (int64_t s = 0; s < count; ++s)
+            if (segments[s * 5 + 4] & group) most = max64(most, segments[s * 5 + 2] + segments[s * 5 + 3]);
+        return most;
+    }
     int64_t most_ranks() const {
         int64_t most = 0;
         for (int64_t s = 0; s < count; ++s) most = max64(most, segments[s * 5 + 3]);
@@ -159,15 +166,21 @@ struct DecodeStep {
             static_cast<RowGroup<T>*>(scratch(Slot::kGroups, size_t(2 * adapters.count + 1) * sizeof(RowGroup<T>)));
         const int64_t n_groups = groups_of(w, group, m, count, groups);
         const int64_t panels = ceil_div(n, C), threads = omp_get_num_threads();
+        // Where B follows W in memory a row is fetched with all of it that is used.
+        const bool follows = w.scales == nullptr && w.b == static_cast<const T*>(w.w) + k && w.b_stride == w.stride;
+        const int64_t wide = k + (follows ? m * adapters.reach(group) : 0);
+        const auto fetch = [&](int64_t j) {
+            return w.rows().ahead(j, min64(C, (j < n ? n : 2 * n) - j), wide, X::prefetch_calls(k));
+        };
         if (omp_get_thread_num() < panels && count > 0) {
             const X left(in, stride, k, groups, n_groups, w.scales != nullptr, 2);
             float *c = left.sums(), *c2 = left.sums(1);
             for (int64_t p = omp_get_thread_num(), following; p < panels; p = following) {
                 following = threads + team->claimed++;  // the first of each thread is its own
                 const int64_t j = p * C, cols = min64(C, n - j), j1 = following * C;
-                Prefetch ahead = j1 < n ? w.rows().ahead(j1, min64(C, n - j1), k, X::prefetch_calls(k)) : after;
+                Prefetch ahead = j1 < n ? fetch(j1) : after;
                 if (pairs) {
-                    Prefetch second = w.rows().ahead(n + j, cols, k, X::prefetch_calls(k));
+                    Prefetch second = fetch(n + j);
                     left.multiply(w.rows(), j, cols, c, &second);
                     left.multiply(w.rows(), n + j, cols, c2, &ahead);
                 } else {

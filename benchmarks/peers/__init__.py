@@ -7,8 +7,9 @@
     PEERS/llama/bin/pip install llama-cpp-python                      # compiles: half an hour on one core
 
 On a virtual machine whose CPU has AMX, llama.cpp's own choice of instructions ended in "invalid opcode" at the first
-token; built with CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=ON
--DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON" it leaves AMX alone.
+token; CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_BMI2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=ON
+-DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF"
+leaves AMX alone.
 
 A driver is started for its row and ended after it; its threads sleep while others work.
 """
