@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,17 +12,20 @@ from torch import Tensor
 from mint_engine.errors import UserError
 
 CPU = torch.device("cpu")
+log = logging.getLogger(__name__)
 
 
 def resolve(device: str | torch.device | None = None) -> torch.device:
-    """The device by the name of ``device``: "cpu", "cuda" or "cuda:1". None: MINT_DEVICE, else a GPU if there is one.
+    """The device by the name of ``device``: "cpu", "cuda" or "cuda:1". None: MINT_DEVICE, else the CPU.
 
     Raises:
         UserError: it is no such name, or the machine does not have it.
     """
     asked = device if device is not None else os.environ.get("MINT_DEVICE") or None
     if asked is None:
-        return torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+        if torch.cuda.is_available():
+            _say_that_there_is_a_gpu()
+        return CPU
     try:
         found = torch.device(asked)
     except RuntimeError:
@@ -35,6 +40,15 @@ def resolve(device: str | torch.device | None = None) -> torch.device:
         has = "no GPU that torch can use" if count == 0 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
         raise UserError(f"device: expected one this machine has, got {str(asked)!r}; it has {has}")
     return torch.device("cuda", index)
+
+
+@cache
+def _say_that_there_is_a_gpu() -> None:
+    """Once. It becomes the default when a run of ``python -m benchmarks.gpu`` has found everything right on one."""
+    log.warning(
+        "computing on the CPU although there is a GPU: MINT_DEVICE=cuda uses it. It is not the default because no "
+        "version of this engine has been run on one yet (docs/gpu.md)"
+    )
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

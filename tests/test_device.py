@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mint_engine import device
 from mint_engine.device import resolve, upload
 from mint_engine.engine import Engine
 from mint_engine.errors import UserError
@@ -15,10 +16,18 @@ from mint_engine.server.settings import Settings
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
-@without_gpu
-def test_the_cpu_is_the_device_where_there_is_no_gpu() -> None:
-    assert resolve() == torch.device("cpu")
-    assert resolve("cpu") == torch.device("cpu")
+@pytest.mark.parametrize("there", [False, True])
+def test_the_cpu_is_the_device_unless_another_is_asked_for(
+    there: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A GPU that is there and not used is spoken of, once."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    device._say_that_there_is_a_gpu.cache_clear()
+    assert resolve() == resolve() == resolve("cpu") == torch.device("cpu")
+    assert [r.message.count("MINT_DEVICE=cuda") for r in caplog.records] == [1] * there
+    if there:
+        assert resolve("cuda") == torch.device("cuda", 0)
 
 
 @without_gpu
