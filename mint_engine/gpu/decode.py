@@ -22,7 +22,7 @@ from mint_engine.adapters import Adapter
 from mint_engine.borders import Seating, Segment
 from mint_engine.device import upload
 from mint_engine.gpu.buckets import power_of_2
-from mint_engine.gpu.capture import Capture, CudaGraph, NoGraph
+from mint_engine.gpu.capture import Capture, CudaGraphs, NoGraph
 from mint_engine.gpu.layout import trained
 from mint_engine.gpu.staging import Staged, Turns
 from mint_engine.kv_cache import BLOCK_TOKENS, KVCache
@@ -89,8 +89,7 @@ class DecodePrograms:
         self, decoder: Decoder, cache: KVCache, record: Callable[[Callable[[], None]], Capture] | None = None
     ) -> None:
         self._decoder, self._cache, self._programs = decoder, cache, OrderedDict[_Shape, _Program]()
-        self._record = record or (self._graph if decoder.device.type == "cuda" else NoGraph)
-        self._pool: object = None
+        self._record = record or (CudaGraphs(decoder.device).record if decoder.device.type == "cuda" else NoGraph)
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -135,11 +134,6 @@ class DecodePrograms:
             self._programs[shape] = _Program(self._decoder, self._cache, shape, adapters, self._record)
         self._programs.move_to_end(shape)
         return self._programs[shape]
-
-    def _graph(self, launch: Callable[[], None]) -> Capture:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return CudaGraph(launch, self._pool)
 
 
 class _Program:
