@@ -119,9 +119,9 @@ class Program:
         widths = [seat.rank for seat in self._shape.seats]
         widths += [width for w in self._decoder.borders.weights for width in (w.n, w.k) if w is not self._decoder.head]
         by_tile = len(rows) > 1 and all(width % 16 == 0 for width in widths)
-        tile_rows = TILE_ROWS if by_tile else 0
-        selected = Seating(tuple(scored), offset, tile_rows=tile_rows)
-        every = Seating(tuple(rows), offset, tile_rows=tile_rows, known=(self._scored.device, selected))
+        kind = {"tile_rows": TILE_ROWS if by_tile else 0, "side_by_side": len(rows) > 1 and not by_tile}
+        selected = Seating(tuple(scored), offset, **kind)
+        every = Seating(tuple(rows), offset, **kind, known=(self._scored.device, selected))
         return every, selected, Seating(tuple(rest), offset)
 
     @torch.no_grad()
