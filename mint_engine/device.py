@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -49,6 +51,23 @@ def _say_that_there_is_a_gpu() -> None:
         "computing on the CPU although there is a GPU: MINT_DEVICE=cuda uses it. It is not the default because no "
         "version of this engine has been run on one yet (docs/gpu.md)"
     )
+
+
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """Inside, launches go to this device, and on a GPU products of bfloat16 are summed in fp32 all through: torch lets
+    its libraries add up the parts of a split K in bfloat16 otherwise, for a whole process."""
+    if device.type != "cuda":
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction
+    settings.allow_bf16_reduced_precision_reduction = False
+    try:
+        with torch.cuda.device(device):
+            yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from mint_engine import device
-from mint_engine.device import resolve, upload
+from mint_engine.device import computing_on, resolve, upload
 from mint_engine.engine import Engine
 from mint_engine.errors import UserError
 from mint_engine.server.settings import Settings
@@ -55,3 +56,21 @@ def test_the_server_takes_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tensor_that_is_on_the_cpu_stays_itself() -> None:
     tensor = torch.arange(3)
     assert upload(tensor, torch.device("cpu")) is tensor
+
+
+def test_products_on_a_gpu_are_summed_in_fp32_all_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The setting is the process's own again afterwards, also after an error."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    settings = torch.backends.cuda.matmul
+    default = settings.allow_bf16_reduced_precision_reduction
+    for before in (False, default):
+        settings.allow_bf16_reduced_precision_reduction = before
+
+        def fails() -> None:
+            with computing_on(torch.device("cuda", 0)):
+                assert not settings.allow_bf16_reduced_precision_reduction
+                raise RuntimeError("boom")
+
+        with pytest.raises(RuntimeError, match="boom"):
+            fails()
+        assert settings.allow_bf16_reduced_precision_reduction == before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from itertools import groupby
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 
 from mint_engine.batch import micro_batches
 from mint_engine.calls import Call, Work
+from mint_engine.device import computing_on
 from mint_engine.errors import NonFiniteError
 from mint_engine.gpu.buckets import power_of_2
 from mint_engine.gpu.capture import Capture, CudaGraphs, NoGraph
@@ -49,9 +49,8 @@ class Programs:
         space = self._decoder.space
         works = [Work(call, space, i) for i, call in enumerate(calls)]
         pending: list[Pending] = []
-        on_device = torch.cuda.device(self._decoder.device) if self._decoder.device.type == "cuda" else nullcontext()
         try:
-            with on_device:
+            with computing_on(self._decoder.device):
                 for backward in (True, False):
                     some = [work for work in works if (work.scratch is not None) is backward]
                     # A forward is asked for the log-probability of every position.
