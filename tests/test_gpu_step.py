@@ -106,10 +106,12 @@ def test_calls_of_several_adapters_share_a_pass(decoder: Decoder) -> None:
     assert len(programs) == 2  # those with a backward, and the forward
 
 
-@pytest.mark.parametrize(("masked_logprobs", "rank"), [(True, 16), (False, 16), (True, 64)])
-def test_adapters_of_ranks_of_16_take_their_own_tiles(decoder: Decoder, masked_logprobs: bool, rank: int) -> None:
+@pytest.mark.parametrize(("masked_logprobs", "ranks"), [(True, (16, 32)), (False, (16, 32)), (True, (64, 64))])
+def test_adapters_of_ranks_of_16_take_their_own_tiles(
+    decoder: Decoder, masked_logprobs: bool, ranks: tuple[int, int]
+) -> None:
     """Of 64 even whole tiles of K, where the base's columns are such."""
-    calls = [call(decoder, make_data("cross_entropy", (130, 20 + i), 199, i), rank=rank * i) for i in (1, 2)]
+    calls = [call(decoder, make_data("cross_entropy", (130, 20 + i), 199, i), rank=r) for i, r in enumerate(ranks)]
     same(decoder, calls, Programs(decoder), masked_logprobs=masked_logprobs)
 
 
