@@ -8,7 +8,7 @@ recorded, so a shape that never comes again costs no recording.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -119,9 +119,9 @@ class Program:
         widths = [seat.rank for seat in self._shape.seats]
         widths += [width for w in self._decoder.borders.weights for width in (w.n, w.k) if w is not self._decoder.head]
         by_tile = len(rows) > 1 and all(width % 16 == 0 for width in widths)
-        kind = {"tile_rows": TILE_ROWS if by_tile else 0, "side_by_side": len(rows) > 1 and not by_tile}
-        selected = Seating(tuple(scored), offset, **kind)
-        every = Seating(tuple(rows), offset, **kind, known=(self._scored.device, selected))
+        tile_rows, side_by_side = TILE_ROWS if by_tile else 0, len(rows) > 1 and not by_tile
+        selected = Seating(tuple(scored), offset, tile_rows=tile_rows, side_by_side=side_by_side)
+        every = replace(selected, segments=tuple(rows), tables={}, known=(self._scored.device, selected))
         return every, selected, Seating(tuple(rest), offset)
 
     @torch.no_grad()
