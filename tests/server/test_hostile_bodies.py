@@ -107,7 +107,7 @@ def test_a_bomb_takes_no_more_memory_than_a_body_may(attacked: Victim, api: Api,
 
 @pytest.mark.slow
 def test_bombs_of_the_default_limit_take_turns(tmp_path: Path) -> None:
-    """256 MiB each, in 8 KB and less: of sixteen that come at once two are unpacked at a time, and others are served."""
+    """256 MiB each, in 8 KB and less: of sixteen at once two are unpacked at a time, and others are served."""
     size = 256 << 20
     spaces = zstd(b" " * (size - 2) + b"{}")
     numbers = zstd(b'{"a":[' + b"1234567," * ((size - 100) // 8) + b"1]}")
