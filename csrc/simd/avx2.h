@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "bf16.h"
+#include "sanitizer.h"
 
 namespace mint {
 
@@ -27,6 +28,7 @@ struct Avx2 {
     }
     MINT_INLINE F load_n(const float* p, int n) {
         if (n >= W) return load(p);
+        reads(p, n);
         return _mm256_maskload_ps(p, mask(n));
     }
     MINT_INLINE F load_n(const bf16* p, int n) {
@@ -48,6 +50,7 @@ struct Avx2 {
     }
     MINT_INLINE void store_n(float* p, F x, int n) {
         if (n >= W) return store(p, x);
+        writes(p, n);
         _mm256_maskstore_ps(p, mask(n), x);
     }
     MINT_INLINE void store_n(bf16* p, F x, int n) {

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "bf16.h"
+#include "sanitizer.h"
 
 namespace mint {
 
@@ -35,20 +36,24 @@ struct Avx512 {
     MINT_INLINE F load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
     MINT_INLINE F load_n(const float* p, int n) {
         if (n >= W) return load(p);
+        reads(p, n);
         return _mm512_maskz_loadu_ps(mask(n), p);
     }
     MINT_INLINE F load_n(const bf16* p, int n) {
         if (n >= W) return load(p);
+        reads(p, n);
         return widen(_mm256_maskz_loadu_epi16(mask(n), p));
     }
     MINT_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
     MINT_INLINE void store(bf16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
     MINT_INLINE void store_n(float* p, F x, int n) {
         if (n >= W) return store(p, x);
+        writes(p, n);
         _mm512_mask_storeu_ps(p, mask(n), x);
     }
     MINT_INLINE void store_n(bf16* p, F x, int n) {
         if (n >= W) return store(p, x);
+        writes(p, n);
         _mm256_mask_storeu_epi16(p, mask(n), narrow(x));
     }
 
