@@ -136,7 +136,7 @@ def faces() -> dict[str, list[str]]:
 
 
 def isa() -> str:
-    """The instruction set the C++ kernels use: "amx", "avx512_bf16", "avx512", "avx2", "scalar", or "none" (not built)."""
+    """The instruction set of the C++ kernels: amx, avx512_bf16, avx512, avx2, scalar, or none (not built)."""
     return "none" if native is None else str(native.isa())
 
 
