@@ -40,19 +40,20 @@ struct PagedAttention {
 
     // Scratch of one thread.
     Word *query, *key_rows, *keys, *value_rows, *zip, *weights;
-    float *scores, *output, *top, *sum, *shrink;
+    float *scores, *output, *apart, *top, *sum, *shrink;
 
     size_t place(char* base) {
-        const int64_t w = X::row_words(d), most = kPagedRows * (n_q / n_kv);
+        const int64_t w = X::row_words(d), most = X::round_up(kPagedRows * (n_q / n_kv), X::kRowUnit) + X::kRowUnit;
         Bump b{base, 0};
         query = take<Word>(b, most * w);
         key_rows = take<Word>(b, kKeys * w);
         keys = take<Word>(b, kKeys * w);
-        value_rows = take<Word>(b, (kKeys + 1) * w);
+        value_rows = take<Word>(b, kKeys * w);
         zip = take<Word>(b, kLd * X::pad(d));
         weights = take<Word>(b, most * kLd);
         scores = take<float>(b, most * kKeys);
         output = take<float>(b, most * X::pad(d));
+        apart = take<float>(b, most * X::pad(d));
         top = take<float>(b, most + S::W);
         sum = take<float>(b, most);
         shrink = take<float>(b, most + S::W);
@@ -120,20 +121,33 @@ struct PagedAttention {
     const Word* load_values(int64_t row, int64_t kv_head, int64_t j0, int64_t n) {
         const int64_t w = X::row_words(d);
         const auto value = [&](int64_t j) { return cell(v_pool, v_block_stride, v_stride, row, j0 + j) + kv_head * d; };
+        const int64_t last = X::depth(n) * X::per_word;
         if constexpr (kPairs) {
             if (d % S::W == 0) {
                 T* zeros = reinterpret_cast<T*>(value_rows);
-                if (n % 2 != 0) std::memset(zeros, 0, size_t(d) * sizeof(T));
-                for (int64_t j = 0; j < n; j += 2) {
-                    const T *even = value(j), *odd = j + 1 < n ? value(j + 1) : zeros;
+                if (n < last) std::memset(zeros, 0, size_t(d) * sizeof(T));
+                for (int64_t j = 0; j < last; j += 2) {
+                    const T *even = j < n ? value(j) : zeros, *odd = j + 1 < n ? value(j + 1) : zeros;
                     for (int64_t c = 0; c < d; c += S::W) S::interleave(even + c, odd + c, zip + j / 2 * d + c);
                 }
                 return zip;
             }
         }
         for (int64_t j = 0; j < n; ++j) X::copy_row(value(j), d, value_rows + j * w);
-        if (n % X::per_word != 0) std::memset(value_rows + n * w, 0, size_t(w) * sizeof(Word));
-        return X::zipped(value_rows, X::words(n) * X::per_word, d, zip);
+        X::clear_rows(value_rows, n, last, w);
+        return X::zipped(value_rows, last, d, zip);
+    }
+
+    // output (+)= weights values, for the heads [begin, begin + count) of the task. Tiles compute whole ones: where
+    // rows of others follow, the sums are made apart.
+    void accumulate(const Word* values, int64_t begin, int64_t count, int64_t n, bool first, bool others_follow) {
+        const int64_t ldo = X::pad(d);
+        float* sums = output + begin * ldo;
+        const bool move = others_follow && count % X::kRowUnit != 0;
+        float* to = move ? apart : sums;
+        if (move && !first) std::memcpy(to, sums, size_t(count * ldo) * sizeof(float));
+        X::gemm(weights, kLd, values, ldo, to, ldo, count, ldo, X::depth(n), !first);
+        if (move) std::memcpy(sums, to, size_t(count * ldo) * sizeof(float));
     }
 
     // Weights exp(s - max) of n keys, rounded as the second product takes them, and their sum. h: a row's head, of all
@@ -143,7 +157,7 @@ struct PagedAttention {
         const F vscale = S::set1(scale), shift = S::set1(-most);
         T* rounded = reinterpret_cast<T*>(weights + h * kLd);
         for (int64_t j = 0; j < n; j += S::W) {
-            const F e = S::exp(S::fma(S::load(s + j), vscale, shift));
+            const F e = S::exp_fast(S::fma(S::load(s + j), vscale, shift));
             S::store(s + j, e);
             if constexpr (kPairs) {
                 S::store(rounded + j, e);
@@ -153,10 +167,9 @@ struct PagedAttention {
         }
         float total = 0.0f;
         for (int64_t j = 0; j + 2 <= n; j += 2) total += s[j] + s[j + 1];
-        if (n % 2 != 0) {
-            total += s[n - 1];
-            if constexpr (kPairs) rounded[n] = T{};
-        }
+        if (n % 2 != 0) total += s[n - 1];
+        if constexpr (kPairs)
+            for (int64_t j = n; j < X::round_up(n, X::kUnit); ++j) rounded[j] = T{};
         return total;
     }
 
@@ -175,7 +188,7 @@ struct PagedAttention {
         }
         if (!first)
             for (int64_t h = 0; h < count; h += S::W)
-                S::store(less + h, S::exp(S::sub(S::load(less + h), S::load(highest + h))));
+                S::store(less + h, S::exp_fast(S::sub(S::load(less + h), S::load(highest + h))));
         for (int64_t h = 0; h < count; ++h) {
             const float added = weigh(h, n, highest[h]);
             if (first) {
@@ -208,9 +221,9 @@ struct PagedAttention {
                 if (n <= 0) continue;
                 load_keys(m, kv_head, j0, n);
                 const Word* values = load_values(m, kv_head, j0, n);
-                X::gemm(query + first * w, w, keys, kKeys, scores, kKeys, count, X::pad(n), X::words(d), false);
+                X::gemm(query + first * w, w, keys, kKeys, scores, kKeys, count, X::pad(n), X::depth(d), false);
                 softmax(first, count, n, j0 == 0);
-                X::gemm(weights, kLd, values, ldo, output + first * ldo, ldo, count, ldo, X::words(n), j0 > 0);
+                accumulate(values, first, count, n, j0 == 0, next < end);
             }
         }
         for (int64_t h = 0; h < heads; ++h) {
@@ -228,8 +241,8 @@ struct PagedAttention {
     }
 };
 
-// A thread's share of all rows, in these tasks. `claimed` starts at 0 and is the team's; out is complete when all have
-// come back.
+// A thread's share of all rows, in these tasks; the caller holds the tile registers. `claimed` starts at 0 and is the
+// team's; out is complete when all have come back.
 template <class S, class T>
 void paged_attention_share(PagedAttention<S, T> mine, const std::vector<int64_t>& tasks, std::atomic<int64_t>& claimed,
                            T* out, int64_t out_stride) {
@@ -260,7 +273,10 @@ void paged_attention(const T* q, int64_t q_stride, const T* k_pool, int64_t k_bl
     for (int64_t m = 0; m < rows; ++m) tokens += lengths[m];
     std::atomic<int64_t> claimed{0};
 #pragma omp parallel if (rows * n_kv > 1 && tokens * n_q * d > kSerialWork)
-    paged_attention_share(shared, tasks, claimed, out, out_stride);
+    {
+        const typename S::Tiles registers;
+        paged_attention_share(shared, tasks, claimed, out, out_stride);
+    }
 }
 
 }  // namespace mint

@@ -46,6 +46,7 @@ class Peer:
             raise FileNotFoundError(f"no environment at {peers / name}")
         threads = str(torch.get_num_threads())
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+        environment.pop("PYTHONPATH", None)  # it is ours, and vLLM would find our folder `kernels`
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the driver)
         self._process = subprocess.Popen(
             [str(python), str(DRIVERS / f"{name}_driver.py"), threads, *arguments],

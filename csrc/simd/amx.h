@@ -33,10 +33,12 @@ struct Amx : Avx512Bf16 {
     // Not the compiler's intrinsics: gcc's _tile_loadd does not say that it reads memory. Strides in bytes.
     template <int R>
     MINT_INLINE void load_tile(const void* p, int64_t stride) {
+        for (int i = 0; i < 16; ++i) reads(static_cast<const char*>(p) + i * stride, 64);
         asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(R) : "memory");
     }
     template <int R>
     MINT_INLINE void store_tile(void* p, int64_t stride) {
+        for (int i = 0; i < 16; ++i) writes(static_cast<char*>(p) + i * stride, 64);
         asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(R) : "memory");
     }
     template <int R>

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "bf16.h"
+#include "sanitizer.h"
 
 namespace mint {
 
@@ -27,6 +28,7 @@ struct Avx2 {
     }
     MINT_INLINE F load_n(const float* p, int n) {
         if (n >= W) return load(p);
+        reads(p, n);
         return _mm256_maskload_ps(p, mask(n));
     }
     MINT_INLINE F load_n(const bf16* p, int n) {
@@ -48,6 +50,7 @@ struct Avx2 {
     }
     MINT_INLINE void store_n(float* p, F x, int n) {
         if (n >= W) return store(p, x);
+        writes(p, n);
         _mm256_maskstore_ps(p, mask(n), x);
     }
     MINT_INLINE void store_n(bf16* p, F x, int n) {
@@ -94,6 +97,8 @@ struct Avx2 {
         const __m256i b = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(i, half), bias), 23);
         return mul(mul(p, _mm256_castsi256_ps(a)), _mm256_castsi256_ps(b));
     }
+
+    MINT_INLINE F exp_fast(F x) { return exp(x); }
 
     MINT_INLINE void transpose(const void* source, int64_t src_bytes, void* target, int64_t dst_stride) {
         const char* src = static_cast<const char*>(source);

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "bf16.h"
+#include "sanitizer.h"
 
 namespace mint {
 
@@ -35,20 +36,24 @@ struct Avx512 {
     MINT_INLINE F load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
     MINT_INLINE F load_n(const float* p, int n) {
         if (n >= W) return load(p);
+        reads(p, n);
         return _mm512_maskz_loadu_ps(mask(n), p);
     }
     MINT_INLINE F load_n(const bf16* p, int n) {
         if (n >= W) return load(p);
+        reads(p, n);
         return widen(_mm256_maskz_loadu_epi16(mask(n), p));
     }
     MINT_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
     MINT_INLINE void store(bf16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
     MINT_INLINE void store_n(float* p, F x, int n) {
         if (n >= W) return store(p, x);
+        writes(p, n);
         _mm512_mask_storeu_ps(p, mask(n), x);
     }
     MINT_INLINE void store_n(bf16* p, F x, int n) {
         if (n >= W) return store(p, x);
+        writes(p, n);
         _mm256_mask_storeu_epi16(p, mask(n), narrow(x));
     }
 
@@ -82,6 +87,20 @@ struct Avx512 {
         p = fma(p, r, set1(kP5));
         p = add(fma(p, mul(r, r), r), set1(1.0f));
         return _mm512_scalef_ps(p, n);
+    }
+
+    MINT_INLINE F exp_fast(F e) {
+        using namespace exp_constants;
+        const F x = mul(e, set1(kLog2e));
+        const F r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x); 0 for inf
+        F p = set1(kQ6);
+        p = fma(p, r, set1(kQ5));
+        p = fma(p, r, set1(kQ4));
+        p = fma(p, r, set1(kQ3));
+        p = fma(p, r, set1(kQ2));
+        p = fma(p, r, set1(kQ1));
+        p = fma(p, r, set1(1.0f));
+        return _mm512_scalef_ps(p, x);  // times 2^floor(x)
     }
 
     MINT_INLINE void transpose(const void* source, int64_t src_bytes, void* target, int64_t dst_stride) {

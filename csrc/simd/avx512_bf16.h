@@ -16,12 +16,14 @@ struct Avx512Bf16 : Avx512 {
     }
     MINT_INLINE void store_n(bf16* p, F x, int n) {
         if (n >= W) return store(p, x);
+        writes(p, n);
         _mm256_mask_storeu_epi16(p, mask(n), (__m256i)_mm512_cvtneps_pbh(x));
     }
 
     MINT_INLINE B load_pairs(const void* p) { return (B)_mm512_loadu_si512(p); }
     MINT_INLINE B load_pairs_n(const bf16* p, int n) {  // elements >= n are 0
         const __mmask32 m = n >= 32 ? ~__mmask32(0) : n <= 0 ? __mmask32(0) : (__mmask32(1) << n) - 1;
+        reads(p, n < 32 ? n : 32);
         return (B)_mm512_maskz_loadu_epi16(m, p);
     }
     // dst[i] = the pair (even[i], odd[i]) for W elements.

@@ -79,19 +79,23 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def resources(kernel: Any, arch: int) -> dict[str, int]:
-    """Registers and stack bytes of a thread, shared bytes of a program, its products, its tensor-core instructions."""
+    """Registers and stack bytes of a thread, shared bytes of a program, its products, its tensor-core instructions.
+
+    Only what has products is disassembled: the tool takes a third of a second to start.
+    """
+    dots = kernel.asm["ttir"].count("tt.dot ")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "-res-usage", file.name)
-        code = tool("nvdisasm", "-c", file.name)
+        code = tool("nvdisasm", "-c", "-ndf", file.name) if dots else ""
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {
         "registers": found["REG"],
         "stack": found["STACK"] + found["LOCAL"],
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
-        "dots": kernel.asm["ttir"].count("tt.dot "),
+        "dots": dots,
         "matrix": len(re.findall(MATRIX[arch], code)),
         "hmma": len(re.findall(MATRIX[80], code)),
         "tma": len(re.findall(r"\bUTMA\w+", code)),

@@ -78,17 +78,24 @@ def test_the_embedding_of_a_tied_model_is_the_head_s_own_storage(tiny_tied: Path
 
 
 @pytest.mark.slow
-def test_logits_of_smollm2_equal_those_of_transformers(smollm2_home: Path) -> None:
-    """Real text, by the error rule: as near to float64 as transformers' own float32, which is 1e-4 off on some CPUs."""
+def test_float32_logits_of_smollm2_are_as_exact_as_those_of_transformers(smollm2_home: Path) -> None:
+    """Against float64, the root mean square over many beginnings: how well one text does is luck.
+
+    A text's error comes from the rounding of its first tokens, which every later one attends to: over single texts the
+    ratio to transformers' error is 0.6 to 2.9, over 48 of them 0.95 to 1.07 on each instruction set, and here 1.14.
+    The largest of millions of errors is as random, but a fault in one row would show there.
+    """
     directory = smollm2_directory(smollm2_home)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "What is 12 * 34? Explain."}], tokenize=False)
-    sequences = [tokenizer.encode(text) for text in (chat, PROSE)]
+    prose = tokenizer.encode(PROSE)
+    sequences = [prose[i : i + 16] for i in range(0, len(prose) - 16, 4)] + [tokenizer.encode(chat), prose]
+
+    def errors(logits: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([(a - b).flatten() for a, b in zip(logits, exact, strict=True)])
+
     exact = theirs(directory, sequences, torch.float64)
-    for ours, peer, truth in zip(
-        logits_of(load_decoder(directory), sequences), theirs(directory, sequences), exact, strict=True
-    ):
-        error, budget = (ours - truth).abs().max(), 2 * (peer - truth).abs().max()
-        print(f"ours {error:.2e}, twice transformers' {budget:.2e}")
-        assert error <= budget
-        assert budget < 1e-3  # or the peer is no measure
+    ours, peer = errors(logits_of(load_decoder(directory), sequences)), errors(theirs(directory, sequences))
+    assert peer.abs().max() < 1e-3  # or the peer is no measure
+    assert ours.square().mean().sqrt() <= 1.5 * peer.square().mean().sqrt()
+    assert ours.abs().max() <= 3 * peer.abs().max()

@@ -176,9 +176,5 @@ def check_listed(home: Path, acknowledged: dict[str, float]) -> None:
     database.dispose()
 
 
-def test_kill_9_while_saving(server: ServerProcess, tiny_tied: Path) -> None:
-    kill_while_saving(server, tiny_tied, 3)
-
-
-def test_kill_9_while_saving_50_times(server: ServerProcess, tiny_tied: Path) -> None:
-    kill_while_saving(server, tiny_tied, 50)
+def test_kill_9_while_saving_again_and_again(server: ServerProcess, tiny_tied: Path) -> None:
+    kill_while_saving(server, tiny_tied, 15)

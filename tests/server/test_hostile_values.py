@@ -109,7 +109,7 @@ def test_damaged_protobuf(own: Own, data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@settings(FAST, max_examples=3000)
+@settings(FAST, max_examples=1000)
 @given(data=st.data())
 def test_much_damaged_protobuf(own: Own, data: st.DataObject) -> None:
     send(own, "forward_backward", data.draw(requests(own.model) | st.binary(max_size=200)), wire.PROTOBUF)

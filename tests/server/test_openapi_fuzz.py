@@ -126,18 +126,11 @@ def _await_promise(victim: Victim, api: Api, response: Any) -> None:
 
 
 def test_nobody_gets_in(attacked: Victim, operations: list[Any], hers: Names) -> None:
-    statuses = campaign(attacked, operations, hers, None, 1)
+    statuses = campaign(attacked, operations, hers, None, 3)
     assert set(statuses) <= {200, 401, 403}
     assert statuses[401] > 5 * statuses[200], "only what is open answers"
 
 
 def test_no_request_that_can_be_written_does_harm(attacked: Victim, operations: list[Any], hers: Names) -> None:
-    statuses = campaign(attacked, operations, hers, "mallory", 2)
+    statuses = campaign(attacked, operations, hers, "mallory", 5)
     assert statuses[200] > 30
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("who", [None, "mallory"])
-def test_many_requests_do_no_harm(attacked: Victim, operations: list[Any], hers: Names, who: str | None) -> None:
-    campaign(attacked, operations, hers, who, 5 if who is None else 10)
-    attacked.check_unharmed()

@@ -111,8 +111,8 @@ def test_kill_9_while_saving_a_few_times(place: Place, store: Store, monkeypatch
 
 
 @pytest.mark.slow
-def test_kill_9_while_saving_50_times(place: Place, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    kill_often(place, store, 50, monkeypatch)
+def test_kill_9_while_saving_again_and_again(place: Place, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill_often(place, store, 25, monkeypatch)
 
 
 OPENING = """
