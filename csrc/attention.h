@@ -108,7 +108,7 @@ struct AttentionForward {
             if (!first) {
                 const F before = S::load(row_max + c);
                 top = S::max(top, before);
-                const F shrink = S::exp(S::sub(before, top));
+                const F shrink = S::exp_fast(S::sub(before, top));
                 earlier = S::mul(S::load(row_sum + c), shrink);
                 for (int64_t i = 0; i < shape.d; ++i) {
                     float* o = output + i * kRows + c;
@@ -118,7 +118,7 @@ struct AttentionForward {
             S::store(row_max + c, top);
             const F shift = S::sub(S::zero(), top);
             const auto weight = [&](int64_t j) __attribute__((always_inline)) {
-                return S::exp(S::fma(S::load(scores + j * kRows + c), vscale, shift));
+                return S::exp_fast(S::fma(S::load(scores + j * kRows + c), vscale, shift));
             };
             if constexpr (kPairs) {
                 int64_t j = 0;
@@ -161,11 +161,12 @@ struct AttentionForward {
         const int64_t n_keys = (row0 + n_rows - 1) / g + 1;
         for (int64_t j0 = 0; j0 < n_keys; j0 += kKeys) {
             const int64_t n = min64(kKeys, n_keys - j0);
-            X::gemm(keys + j0 * w, w, queries, kRows, scores, kRows, n, columns, X::words(d), false);
+            X::gemm(keys + j0 * w, w, queries, kRows, scores, kRows, n, columns, X::depth(d), false);
             if ((j0 + n - 1) * g > row0) mask_future<S>(scores, n, j0, row0, g, columns);
             softmax(n, columns, j0 == 0);
+            X::clear_rows(weights, X::words(n), X::depth(n), kRows);
             const Word* v_tile = values + j0 / kKeys * X::pad(d) * kLd;
-            X::gemm(v_tile, kLd, weights, kRows, output, kRows, d, columns, X::words(n), j0 > 0);
+            X::gemm(v_tile, kLd, weights, kRows, output, kRows, d, columns, X::depth(n), j0 > 0);
         }
 
         for (int64_t c = 0; c < columns; c += S::W) {
@@ -210,6 +211,7 @@ void attention(const T* q, int64_t q_stride, const T* k, int64_t k_stride, const
     // No num_threads: a smaller team would end libgomp's other threads, and their scratch with them.
 #pragma omp parallel if (n_tasks > 1)
     {
+        const typename S::Tiles registers;
         AttentionForward<S, T> mine = shared;
         char* base = nullptr;  // only threads that get a task take scratch
 #pragma omp for schedule(dynamic, 1)

@@ -101,7 +101,7 @@ struct AttentionBackward {
             const F vlse = S::load(row_lse + c), vdelta = S::load(row_delta + c);
             F previous = S::zero();
             for (int64_t i = 0; i < n; ++i) {
-                const F weight = S::exp(S::fma(S::load(scores + i * kRows + c), vscale, vlse));
+                const F weight = S::exp_fast(S::fma(S::load(scores + i * kRows + c), vscale, vlse));
                 const F grad = S::mul(weight, S::fma(S::load(d_weights + i * kRows + c), vscale, vdelta));
                 if constexpr (kPairs) {
                     S::store(reinterpret_cast<T*>(p + (j + i) * kLdRows) + c, weight);
@@ -120,25 +120,28 @@ struct AttentionBackward {
     }
 
     void row_tile(const AttentionTask& t, int64_t row0, int64_t n_rows) {
-        const int64_t d = shape.d, g = shape.group, w = X::row_words(d), dp = X::pad(d), columns = X::pad(n_rows);
-        const int64_t depth = X::words(n_rows), n_keys = (row0 + n_rows - 1) / g + 1;
+        const int64_t d = shape.d, g = shape.group, w = X::row_words(d), dp = X::pad(d);
+        const int64_t columns = X::round_up(X::pad(n_rows), X::kUnit), depth = X::depth(n_rows);
+        const int64_t n_keys = (row0 + n_rows - 1) / g + 1;
         pack_rows(t, row0, n_rows, columns);
-        const int64_t zip_to = (n_rows + X::per_word - 1) / X::per_word * X::per_word;
-        const Word* q_b = X::zipped(q_rows, zip_to, d, q_zip);
-        const Word* do_b = X::zipped(do_rows, zip_to, d, do_zip);
+        const Word* q_b = X::zipped(q_rows, depth * X::per_word, d, q_zip);
+        const Word* do_b = X::zipped(do_rows, depth * X::per_word, d, do_zip);
         const Word* ds_b = kPairs ? ds_zip : ds;
         for (int64_t j0 = 0; j0 < n_keys; j0 += kKeys) {
             const int64_t n = min64(kKeys, n_keys - j0);
             for (int64_t j = 0; j < n; j += kStep) {
                 const int64_t step = min64(kStep, n - j);
-                X::gemm(keys + (j0 + j) * w, w, q_t, kRows, scores, kRows, step, columns, X::words(d), false);
-                X::gemm(values + (j0 + j) * w, w, do_t, kRows, d_weights, kRows, step, columns, X::words(d), false);
+                X::gemm(keys + (j0 + j) * w, w, q_t, kRows, scores, kRows, step, columns, X::depth(d), false);
+                X::gemm(values + (j0 + j) * w, w, do_t, kRows, d_weights, kRows, step, columns, X::depth(d), false);
                 if ((j0 + j + step - 1) * g > row0) mask_future<S>(scores, step, j0 + j, row0, g, columns);
                 weights(j, step, columns);
             }
+            X::clear_rows(p, n, X::round_up(n, X::kRowUnit), kLdRows);
+            X::clear_rows(ds, n, X::round_up(n, X::kRowUnit), kLdRows);
+            X::clear_rows(ds_zip, X::words(n), X::depth(n), kRows);
             X::gemm(p, kLdRows, do_b, dp, dv_sum + j0 * dp, dp, n, dp, depth, true);
             X::gemm(ds, kLdRows, q_b, dp, dk_sum + j0 * dp, dp, n, dp, depth, true);
-            X::gemm(keys_t + j0 / kKeys * dp * kLd, kLd, ds_b, kRows, dq_sum, kRows, d, columns, X::words(n), j0 > 0);
+            X::gemm(keys_t + j0 / kKeys * dp * kLd, kLd, ds_b, kRows, dq_sum, kRows, d, columns, X::depth(n), j0 > 0);
         }
         X::transpose(reinterpret_cast<const Word*>(dq_sum), kRows, dp, columns, q_rows, dp);
         RowCursor to = rows_from(t, row0, g);
@@ -182,6 +185,7 @@ void attention_backward(const T* d_out, int64_t d_out_stride, const T* q, int64_
     // No num_threads: a smaller team would end libgomp's other threads, and their scratch with them.
 #pragma omp parallel if (n_tasks > 1)
     {
+        const typename S::Tiles registers;
         AttentionBackward<S, T> mine = shared;
         char* base = nullptr;  // only threads that get a task take scratch
 #pragma omp for schedule(dynamic, 1)

@@ -4,7 +4,9 @@
 // the ISA multiplies bf16 pairs (Pairs), else one fp32 element: one text, two arithmetics, `per_word` elements a word.
 //     A [m][k words]   row major, read one word at a time and broadcast
 //     B [k words][n]   row major, read as vectors; n is a multiple of the vector width
-// "Zipping" turns rows of B's contracted index into words: out[r / 2][c] = (row r [c], row r + 1 [c]).
+// In tile registers (simd/amx.h) A and B are read as they lie, in whole tiles: k comes in multiples of 16 words
+// (depth()), and rows of A and c exist up to a multiple of 16. "Zipping" turns rows of B's contracted index into words:
+// out[r / 2][c] = (row r [c], row r + 1 [c]).
 #pragma once
 #include "simd/bf16.h"
 
@@ -17,13 +19,17 @@ template <class I, bool Pairs>
 struct Tile {
     using F = typename I::F;
     static constexpr int per_word = Pairs ? 2 : 1;
+    static constexpr bool kTiles = Pairs && I::kTiles;
     // The register tile. Four vectors are the 64 rows of an AVX-512 tile of attention, so nothing is left over.
-    static constexpr int kMr = I::W == 1 ? 4 : 6, kNv = I::W == 8 ? 2 : 4;
+    static constexpr int kMr = kTiles ? 16 : I::W == 1 ? 4 : 6, kNv = I::W == 8 ? 2 : 4;
+    static constexpr int64_t kRowUnit = kTiles ? 16 : 1;      // rows come in multiples of it
+    static constexpr int64_t kUnit = kTiles ? 32 : per_word;  // elements of k likewise
 
     MINT_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
     MINT_INLINE int64_t pad(int64_t n) { return round_up(n, I::W); }                // elements of a row of vectors
     MINT_INLINE int64_t words(int64_t n) { return (n + per_word - 1) / per_word; }  // words that hold n elements
     MINT_INLINE int64_t row_words(int64_t n) { return pad(words(n)); }              // the same, in whole vectors
+    MINT_INLINE int64_t depth(int64_t n) { return round_up(n, kUnit) / per_word; }  // words to contract n elements
 
     MINT_INLINE F mac(F acc, Word a, const Word* b) {
         if constexpr (Pairs) {
@@ -79,9 +85,16 @@ struct Tile {
     // c[m][n] = (accumulate ? c : 0) + a[m][k words] b[k words][n], in fp32.
     static void gemm(const Word* a, int64_t lda, const Word* b, int64_t ldb, float* c, int64_t ldc, int64_t m,
                      int64_t n, int64_t k, bool accumulate) {
-        for (; k > kDepth; k -= kDepth, a += kDepth, b += kDepth * ldb, accumulate = true)
-            multiply(a, lda, b, ldb, c, ldc, m, n, kDepth, accumulate);
-        multiply(a, lda, b, ldb, c, ldc, m, n, k, accumulate);
+        if constexpr (kTiles) {
+            for (int64_t i = 0; i < m; i += 32)
+                for (int64_t j = 0; j < n; j += 32)
+                    I::multiply_tiles(m - i, n - j, reinterpret_cast<const char*>(a + i * lda), lda * 4, nullptr, b + j,
+                                      ldb, c + i * ldc + j, ldc, k / 16, accumulate, [] {});
+        } else {
+            for (; k > kDepth; k -= kDepth, a += kDepth, b += kDepth * ldb, accumulate = true)
+                multiply(a, lda, b, ldb, c, ldc, m, n, kDepth, accumulate);
+            multiply(a, lda, b, ldb, c, ldc, m, n, k, accumulate);
+        }
     }
 
     static void multiply(const Word* a, int64_t lda, const Word* b, int64_t ldb, float* c, int64_t ldc, int64_t m,
@@ -133,6 +146,11 @@ struct Tile {
             Word* __restrict out = dst;
             for (int64_t c = 0; c < n; ++c) out[c] = Word(low[c]) | Word(high[c]) << 16;
         }
+    }
+
+    // Zeros in the rows [from, to) of `words` words.
+    MINT_INLINE void clear_rows(Word* rows, int64_t from, int64_t to, int64_t words) {
+        if (from < to) std::memset(rows + from * words, 0, size_t(to - from) * words * sizeof(Word));
     }
 
     // dst[c][r] = src[r][c]; rows and cols are multiples of the vector width.

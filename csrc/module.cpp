@@ -1,4 +1,5 @@
 // The Python module mint_engine._native: picks an ISA and exposes each op of ops.h as one function.
+#include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #if defined(__x86_64__) && defined(__linux__)
@@ -107,6 +108,9 @@ PYBIND11_MODULE(_native, m) {
     m.def("isa", [] { return std::string(mint::current->isa); }, "The instruction set in use.");
     m.def("isas", &mint::isas, "The instruction sets this CPU can run, best first.");
     m.def("set_isa", &mint::set_isa, "Use another of isas(); raises ValueError for one this CPU lacks.");
+    m.def(
+        "one_thread", [] { omp_set_num_threads(1); },
+        "From now on OpenMP regions that the calling thread begins have no team.");
 #define MINT_DEF(op) mint::def(m, #op, &mint::Table::op##_f32, &mint::Table::op##_bf16);
     MINT_OPS(MINT_DEF)
 #undef MINT_DEF

@@ -40,14 +40,14 @@ struct PagedAttention {
     size_t place(char* base) {
         const int64_t w = X::row_words(d), g = n_q / n_kv;
         Bump b{base, 0};
-        query = take<Word>(b, g * w);
+        query = take<Word>(b, X::round_up(g, X::kRowUnit) * w);
         key_rows = take<Word>(b, kKeys * w);
         keys = take<Word>(b, kKeys * w);
-        value_rows = take<Word>(b, (kKeys + 1) * w);
+        value_rows = take<Word>(b, kKeys * w);
         zip = take<Word>(b, kLd * X::pad(d));
-        weights = take<Word>(b, g * kLd);
-        scores = take<float>(b, g * kKeys);
-        output = take<float>(b, g * X::pad(d));
+        weights = take<Word>(b, X::round_up(g, X::kRowUnit) * kLd);
+        scores = take<float>(b, X::round_up(g, X::kRowUnit) * kKeys);
+        output = take<float>(b, X::round_up(g, X::kRowUnit) * X::pad(d));
         top = take<float>(b, X::pad(g));
         sum = take<float>(b, X::pad(g));
         shrink = take<float>(b, X::pad(g));
@@ -86,8 +86,9 @@ struct PagedAttention {
         X::transpose(key_rows, w, X::pad(n), w, keys, kKeys);
         for (int64_t j = 0; j < n; ++j)
             X::copy_row(cell(v_pool, v_block_stride, v_stride, row, j0 + j) + kv_head * d, d, value_rows + j * w);
-        if (n % X::per_word != 0) std::memset(value_rows + n * w, 0, size_t(w) * sizeof(Word));
-        return X::zipped(value_rows, X::words(n) * X::per_word, d, zip);
+        const int64_t last = X::depth(n) * X::per_word;
+        X::clear_rows(value_rows, n, last, w);
+        return X::zipped(value_rows, last, d, zip);
     }
 
     // Head h's weights exp(s - max) of n keys, rounded as the second product takes them, and their sum.
@@ -96,7 +97,7 @@ struct PagedAttention {
         const F vscale = S::set1(scale), shift = S::set1(-top[h]);
         T* rounded = reinterpret_cast<T*>(weights + h * kLd);
         for (int64_t j = 0; j < n; j += S::W) {
-            const F e = S::exp(S::fma(S::load(s + j), vscale, shift));
+            const F e = S::exp_fast(S::fma(S::load(s + j), vscale, shift));
             S::store(s + j, e);
             if constexpr (kPairs) {
                 S::store(rounded + j, e);
@@ -106,10 +107,9 @@ struct PagedAttention {
         }
         float total = 0.0f;
         for (int64_t j = 0; j + 2 <= n; j += 2) total += s[j] + s[j + 1];
-        if (n % 2 != 0) {
-            total += s[n - 1];
-            if constexpr (kPairs) rounded[n] = T{};
-        }
+        if (n % 2 != 0) total += s[n - 1];
+        if constexpr (kPairs)
+            for (int64_t j = n; j < X::round_up(n, X::kUnit); ++j) rounded[j] = T{};
         return total;
     }
 
@@ -126,7 +126,7 @@ struct PagedAttention {
         }
         if (!first)
             for (int64_t h = 0; h < g; h += S::W)
-                S::store(shrink + h, S::exp(S::sub(S::load(shrink + h), S::load(top + h))));
+                S::store(shrink + h, S::exp_fast(S::sub(S::load(shrink + h), S::load(top + h))));
         for (int64_t h = 0; h < g; ++h) {
             const float total = weigh(h, n);
             if (first) {
@@ -153,9 +153,9 @@ struct PagedAttention {
         for (int64_t j0 = 0; j0 < length; j0 += kKeys) {
             const int64_t n = min64(kKeys, length - j0);
             const Word* values = load_tile(row, kv_head, j0, n);
-            X::gemm(query, w, keys, kKeys, scores, kKeys, g, X::pad(n), X::words(d), false);
+            X::gemm(query, w, keys, kKeys, scores, kKeys, g, X::pad(n), X::depth(d), false);
             softmax(n, j0 == 0);
-            X::gemm(weights, kLd, values, ldo, output, ldo, g, ldo, X::words(n), j0 > 0);
+            X::gemm(weights, kLd, values, ldo, output, ldo, g, ldo, X::depth(n), j0 > 0);
         }
         for (int64_t h = 0; h < g; ++h) {
             const F inverse = S::div(S::set1(1.0f), S::set1(sum[h]));
@@ -166,7 +166,8 @@ struct PagedAttention {
     }
 };
 
-// A thread's share of all rows. `claimed` starts at 0 and is the team's; out is complete when all have come back.
+// A thread's share of all rows; the caller holds the tile registers. `claimed` starts at 0 and is the team's; out is
+// complete when all have come back.
 template <class S, class T>
 void paged_attention_share(PagedAttention<S, T> mine, std::atomic<int64_t>& claimed, T* out, int64_t out_stride) {
     mine.place(static_cast<char*>(scratch(Slot::kTile, mine.place(nullptr))));
@@ -195,7 +196,10 @@ void paged_attention(const T* q, int64_t q_stride, const T* k_pool, int64_t k_bl
     for (int64_t m = 0; m < rows; ++m) tokens += lengths[m];
     std::atomic<int64_t> claimed{0};
 #pragma omp parallel if (rows * n_kv > 1 && tokens * n_q * d > kSerialWork)
-    paged_attention_share(shared, claimed, out, out_stride);
+    {
+        const typename S::Tiles registers;
+        paged_attention_share(shared, claimed, out, out_stride);
+    }
 }
 
 }  // namespace mint

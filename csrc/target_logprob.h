@@ -109,10 +109,10 @@ void target_logprob(const T* x, int64_t x_stride, const T* weight, int64_t w_str
                                   auto sum = S::zero(), sum2 = S::zero();
                                   int64_t v = 0;
                                   for (; v + 2 * S::W <= padded; v += 2 * S::W) {
-                                      sum = S::add(sum, S::exp(S::sub(S::load(row + v), shift)));
-                                      sum2 = S::add(sum2, S::exp(S::sub(S::load(row + v + S::W), shift)));
+                                      sum = S::add(sum, S::exp_fast(S::sub(S::load(row + v), shift)));
+                                      sum2 = S::add(sum2, S::exp_fast(S::sub(S::load(row + v + S::W), shift)));
                                   }
-                                  if (v < padded) sum = S::add(sum, S::exp(S::sub(S::load(row + v), shift)));
+                                  if (v < padded) sum = S::add(sum, S::exp_fast(S::sub(S::load(row + v), shift)));
                                   const int64_t m = m0 + i;
                                   peak[m * blocks + b] = top;
                                   total[m * blocks + b] = S::sum(S::add(sum, sum2));
@@ -191,7 +191,7 @@ void target_dlogits(const T* x, int64_t x_stride, const T* weight, int64_t w_str
                                   for (int64_t j = m * k; j < (m + 1) * k; ++j) sum += dlogprob[j];
                                   const auto shift = S::set1(lse[m]), scale = S::set1(-sum);
                                   for (int64_t v = 0; v < cols; v += S::W)
-                                      S::store(row + v, S::mul(scale, S::exp(S::sub(S::load(row + v), shift))));
+                                      S::store(row + v, S::mul(scale, S::exp_fast(S::sub(S::load(row + v), shift))));
                                   for (int64_t j = m * k; j < (m + 1) * k; ++j)
                                       if (targets[j] >= v0 && targets[j] < v0 + cols)
                                           row[targets[j] - v0] += dlogprob[j];

@@ -136,5 +136,16 @@ def faces() -> dict[str, list[str]]:
 
 
 def isa() -> str:
-    """The instruction set the C++ kernels use: "avx512_bf16", "avx512", "avx2", "scalar", or "none" (not built)."""
+    """The instruction set of the C++ kernels: amx, avx512_bf16, avx512, avx2, scalar, or none (not built)."""
     return "none" if native is None else str(native.isa())
+
+
+def without_team() -> None:
+    """OpenMP work of the calling thread is done by itself alone, in torch and here.
+
+    For threads beside the one that computes. Each thread that does parallel work gets a team of its own, and with
+    OMP_WAIT_POLICY=active an idle team spins: a step took twice as long beside the one that had loaded the model.
+    """
+    torch.get_num_threads()  # torch sets each thread's number when the thread first asks
+    if native is not None:
+        native.one_thread()

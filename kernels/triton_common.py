@@ -47,8 +47,13 @@ def triton_reason(*tensors: torch.Tensor | None) -> str | None:
 
 
 def architecture() -> int:
-    """The compute capability kernels are compiled for, 90 for a Hopper."""
-    return 90 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)
+    """The compute capability whose plans and kernels are used, 90 for a Hopper."""
+    return 90 if INTERPRETED else planned_for(int(triton.runtime.driver.active.get_current_target().arch))
+
+
+def planned_for(capability: int) -> int:
+    """12.x (GeForce) has the shared memory and the matrix instructions of 8.x: neither 9.0's tiles nor 10.0's fit."""
+    return 80 if capability >= 120 else capability
 
 
 @cache

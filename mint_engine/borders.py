@@ -104,6 +104,7 @@ class Seating:
 
     ``grouped``: the rows meet their own adapter only (`models/company.py`), instead of all that sit in the border.
     ``tile_rows``: so they do, but in the base's own product (`kernels/bordered_by_tile`); segments are whole tiles.
+    ``side_by_side``: they meet the whole border, with zeros in the columns of others.
     ``known``: rows, and the seating of these rows, made beforehand: `select` need not look at what they are.
     """
 
@@ -112,7 +113,13 @@ class Seating:
     grouped: bool = False
     tables: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)  # of `models/company.py`
     tile_rows: int = 0
+    side_by_side: bool = False
     known: tuple[Tensor, Seating] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def by_table(self) -> bool:
+        """Whether the narrow products (S, dS, dA, dB) of all adapters are one call each (`models/company.py`)."""
+        return self.grouped or self.side_by_side or self.tile_rows > 0
 
     def of(self, group: LinearGroup) -> tuple[Segment, ...]:
         """The segments whose adapter trains this group."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,17 +14,20 @@ from torch import Tensor
 from mint_engine.errors import UserError
 
 CPU = torch.device("cpu")
+log = logging.getLogger(__name__)
 
 
 def resolve(device: str | torch.device | None = None) -> torch.device:
-    """The device by the name of ``device``: "cpu", "cuda" or "cuda:1". None: MINT_DEVICE, else a GPU if there is one.
+    """The device by the name of ``device``: "cpu", "cuda" or "cuda:1". None: MINT_DEVICE, else the CPU.
 
     Raises:
         UserError: it is no such name, or the machine does not have it.
     """
     asked = device if device is not None else os.environ.get("MINT_DEVICE") or None
     if asked is None:
-        return torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+        if torch.cuda.is_available():
+            _say_that_there_is_a_gpu()
+        return CPU
     try:
         found = torch.device(asked)
     except RuntimeError:
@@ -35,6 +42,32 @@ def resolve(device: str | torch.device | None = None) -> torch.device:
         has = "no GPU that torch can use" if count == 0 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
         raise UserError(f"device: expected one this machine has, got {str(asked)!r}; it has {has}")
     return torch.device("cuda", index)
+
+
+@cache
+def _say_that_there_is_a_gpu() -> None:
+    """Once. It becomes the default when a run of ``python -m benchmarks.gpu`` has found everything right on one."""
+    log.warning(
+        "computing on the CPU although there is a GPU: MINT_DEVICE=cuda uses it. It is not the default because no "
+        "version of this engine has been run on one yet (docs/gpu.md)"
+    )
+
+
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """Inside, launches go to this device, and on a GPU products of bfloat16 are summed in fp32 all through: torch lets
+    its libraries add up the parts of a split K in bfloat16 otherwise, for a whole process."""
+    if device.type != "cuda":
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction
+    settings.allow_bf16_reduced_precision_reduction = False
+    try:
+        with torch.cuda.device(device):
+            yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -99,7 +99,7 @@ def _gpu() -> list[Line]:
         major, minor = torch.cuda.get_device_capability(i)
         name = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
         lines += [Line(f"cuda:{i}", name), Line("  attention", library.report(10 * major + minor))]
-    return lines
+    return [*lines, Line("used", "if asked for: MINT_DEVICE=cuda (docs/gpu.md)")]
 
 
 def _packages() -> list[Line]:

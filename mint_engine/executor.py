@@ -27,6 +27,7 @@ import torch
 from mint_engine.errors import EngineClosedError
 from mint_engine.fair_share import FairShare
 from mint_engine.joint import Joint, Operation, Queued
+from mint_engine.kernels.op import without_team
 from mint_engine.turns import Turns
 
 OFF_THREADS = 4  # calls run off the device thread at once
@@ -150,6 +151,7 @@ class Executor:
                 thread.join()
 
     def _serve_calls(self) -> None:
+        without_team()
         while (call := self._calls.get()) is not None:
             call()
             del call  # it holds the future and its result, and this thread may sleep long

@@ -18,7 +18,7 @@ from torch import Tensor
 from mint_engine import kernels
 from mint_engine.adapters import Adapter
 from mint_engine.borders import Seating
-from mint_engine.device import upload
+from mint_engine.device import computing_on, upload
 from mint_engine.gpu.decode import Step, decode_programs, seats
 from mint_engine.kv_cache import CachedSequence, KVCache
 from mint_engine.models.decoder import Decoder
@@ -46,8 +46,9 @@ def prefill(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) -> tuple[
     A piece's earlier tokens must be in the cache or come from a piece before it. Rows have the same bits in any company
     of their own adapter's where products are our own (`kernels.plan`); where an adapter sits in the border moves sums.
     """
-    rows, attend = _Rows.of(decoder, cache, pieces), _prompt_attend(decoder, cache, pieces)
-    return _hidden(decoder, cache, rows, attend), rows.seating
+    with computing_on(decoder.device):
+        rows, attend = _Rows.of(decoder, cache, pieces), _prompt_attend(decoder, cache, pieces)
+        return _hidden(decoder, cache, rows, attend), rows.seating
 
 
 def decode(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], wanted: Sequence[int] | None = None) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from mint_engine.device import resolve, upload
+from mint_engine import device
+from mint_engine.device import computing_on, resolve, upload
 from mint_engine.engine import Engine
 from mint_engine.errors import UserError
 from mint_engine.server.settings import Settings
@@ -15,10 +17,18 @@ from mint_engine.server.settings import Settings
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
-@without_gpu
-def test_the_cpu_is_the_device_where_there_is_no_gpu() -> None:
-    assert resolve() == torch.device("cpu")
-    assert resolve("cpu") == torch.device("cpu")
+@pytest.mark.parametrize("there", [False, True])
+def test_the_cpu_is_the_device_unless_another_is_asked_for(
+    there: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A GPU that is there and not used is spoken of, once."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    device._say_that_there_is_a_gpu.cache_clear()
+    assert resolve() == resolve() == resolve("cpu") == torch.device("cpu")
+    assert [r.message.count("MINT_DEVICE=cuda") for r in caplog.records] == [1] * there
+    if there:
+        assert resolve("cuda") == torch.device("cuda", 0)
 
 
 @without_gpu
@@ -46,3 +56,21 @@ def test_the_server_takes_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tensor_that_is_on_the_cpu_stays_itself() -> None:
     tensor = torch.arange(3)
     assert upload(tensor, torch.device("cpu")) is tensor
+
+
+def test_products_on_a_gpu_are_summed_in_fp32_all_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The setting is the process's own again afterwards, also after an error."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    settings = torch.backends.cuda.matmul
+    default = settings.allow_bf16_reduced_precision_reduction
+    for before in (False, default):
+        settings.allow_bf16_reduced_precision_reduction = before
+
+        def fails() -> None:
+            with computing_on(torch.device("cuda", 0)):
+                assert not settings.allow_bf16_reduced_precision_reduction
+                raise RuntimeError("boom")
+
+        with pytest.raises(RuntimeError, match="boom"):
+            fails()
+        assert settings.allow_bf16_reduced_precision_reduction == before

@@ -35,9 +35,10 @@ def test_a_gpu_is_named_with_the_attention_that_runs_on_it(monkeypatch: pytest.M
         "is_available": True, "device_count": 1, "get_device_capability": (9, 0), "get_device_name": "H",
     }.items():  # fmt: skip
         monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, value=value: value)
-    found, attention = doctor._gpu()
+    found, attention, used = doctor._gpu()
     assert (found.name, found.value) == ("cuda:0", "H, compute capability 9.0")
     assert "torch.nn.attention.varlen" in attention.value
+    assert "MINT_DEVICE=cuda" in used.value
 
 
 def test_a_home_that_cannot_be_written_fails_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -201,3 +202,19 @@ def test_in_turn_is_the_order_of_popping(items: list[tuple[str, int]], popped: i
         turns.pop()
     expected = list(turns.in_turn())
     assert [turns.pop() for _ in range(len(turns))] == expected
+
+
+def test_calls_off_the_device_thread_have_no_openmp_team_that_could_spin_beside_it(executor: Executor) -> None:
+    """The number of threads is each thread's own: nobody else's changes, and new threads get the process's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+
+        def operation() -> Generator[Callable[[], int], int, tuple[int, int]]:
+            off_thread = yield torch.get_num_threads
+            return off_thread, torch.get_num_threads()
+
+        assert executor.lane().submit(operation).result(10) == (1, 3)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

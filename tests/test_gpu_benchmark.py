@@ -117,7 +117,8 @@ def test_a_dry_run_goes_through_every_part(tmp_path: Path, capsys: pytest.Captur
     found = document(capsys)
     measured = {name: rows for name, rows in found["parts"].items() if "not_measured" not in rows}
     assert set(measured) == {p.name for p in all_parts.parts(dry=True, arch=90)}
-    assert all(op["right"] for op in measured["correctness"].values())
+    assert all(op["right"] for part in ("correctness", "agreement") for op in measured[part].values())
+    assert set(measured["decode-tiny"]["batch 64"]) >= {"base", "adapter", "eight adapters"}
     assert measured["suite"]["right"], measured["suite"]["last_lines"]
     tuned = {name.split()[0] for name, row in measured["tuning"].items() if isinstance(row, dict) and "best" in row}
     wanted = {"target_logprob.tile", "target_logprob.rebuild", "embedding.gather", "adamw.places"}
@@ -137,11 +138,12 @@ def test_targets_are_met_missed_or_not_measured() -> None:
         "step-256": {"ours": step(None, 1.0)},
         "ops": {
             "SwiGLU": {"bound": "memory", "of_floor": 0.79},
-            "attention": {"bound": "arithmetic or memory", "of_floor": 0.1},
+            "attention": {"bound": "arithmetic", "of_floor": 0.1},
         },
         "loss": {"ms": 3.0, "over_floor": 1.35, "peers_ms": {"Liger": 2.0}},
         "products": {"qkv": {"ratio": 1.05, "backward_ratio": 1.07}},
         "adapters": {"failed": "RuntimeError: boom"},
+        "decode-8b": {"batch 1": {"of_floor": 0.5, "adapter_speed": 0.94}},
     }
     found = verdicts(parts)
     assert {what: row["met"] for what, row in found.items()} == {
@@ -149,6 +151,8 @@ def test_targets_are_met_missed_or_not_measured() -> None:
         "4b: memory of peft's": False, "4b: speed over liger": None, "4b: memory of liger's": None,
         "256 tokens: ms": None, "SwiGLU: of copy bandwidth": False, "loss: over the floor of two products": True,
         "loss: time of Liger's": False, "qkv: bordered over bare": True, "qkv: bordered over bare, backward": False,
+        "8b: decode, batch 1, of the floor, at first": True, "8b: decode, batch 1, of the floor, then": False,
+        "8b: decode, batch 1, with an adapter": False,
     }  # fmt: skip
     assert found["4b: speed over peft"] == {"value": 900.0 / 280.0, "target": "at least 3", "met": True}
 

@@ -106,9 +106,12 @@ def test_calls_of_several_adapters_share_a_pass(decoder: Decoder) -> None:
     assert len(programs) == 2  # those with a backward, and the forward
 
 
-@pytest.mark.parametrize("masked_logprobs", [True, False])
-def test_adapters_of_ranks_of_16_take_their_own_tiles(decoder: Decoder, masked_logprobs: bool) -> None:
-    calls = [call(decoder, make_data("cross_entropy", (130, 20 + i), 199, i), rank=16 * i) for i in (1, 2)]
+@pytest.mark.parametrize(("masked_logprobs", "ranks"), [(True, (16, 32)), (False, (16, 32)), (True, (64, 64))])
+def test_adapters_of_ranks_of_16_take_their_own_tiles(
+    decoder: Decoder, masked_logprobs: bool, ranks: tuple[int, int]
+) -> None:
+    """Of 64 even whole tiles of K, where the base's columns are such."""
+    calls = [call(decoder, make_data("cross_entropy", (130, 20 + i), 199, i), rank=r) for i, r in enumerate(ranks)]
     same(decoder, calls, Programs(decoder), masked_logprobs=masked_logprobs)
 
 
@@ -225,14 +228,16 @@ def test_short_memory_is_met_first_by_passes_then_by_checkpoints(decoder: Decode
     assert some < keep
     before = decoder.activation_bytes
     try:
-        decoder.activation_bytes = 5000 * keep
-        assert plan(decoder, 4000, 100) == Plan(5000, False)  # all at once
-        assert plan(decoder, 9000, 100) == Plan(5000, False)  # in two passes
-        decoder.activation_bytes = 1000 * keep
-        assert plan(decoder, 900, 100) == Plan(1000, False)
+        decoder.activation_bytes = 9000 * keep
+        assert plan(decoder, 4000, 100) == Plan(8000, False)  # all at once
+        assert plan(decoder, 9000, 100) == Plan(8000, False)  # in two passes
+        assert bucket(8000) <= 9000
+        assert plan(decoder, 9000, 100, company=True) == Plan(4500, False)  # whose rows are rounded to powers of two
+        decoder.activation_bytes = 1800 * keep
+        assert plan(decoder, 900, 100) == Plan(1600, False)
         short = plan(decoder, 9000, 100)  # small passes would leave a GPU idle
         assert short.checkpoint
-        assert short.max_tokens > 1000
+        assert short.max_tokens > 1600
         assert plan(decoder, 9000, 8000).max_tokens >= 8000  # a sequence is never cut
     finally:
         decoder.activation_bytes = before

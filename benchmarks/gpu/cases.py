@@ -32,13 +32,18 @@ def cases(bench: Bench, model: str) -> list[Case]:
     attention_flop = 4.0 * n_q * d * pairs
     angles = torch.arange(m, device=bench.device)[:, None] / torch.arange(1, d // 2 + 1, device=bench.device)
     rope = {"cos": angles.cos(), "sin": angles.sin()}
+
+    def empty(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.float32, device=bench.device)
+
     stream = {"x": normal(m, hidden, seed=1), "h": normal(m, hidden, seed=2), "w": normal(hidden, seed=3),
               "a": normal(3 * r, hidden, seed=4, scale=hidden**-0.5)}  # fmt: skip
     mlp = {"gate_up": normal(m, 2 * ffn, seed=5), "da": normal(m, ffn, seed=6)}
     attend = {"q": normal(m, q, seed=7), "k": normal(m, kv, seed=8), "v": normal(m, kv, seed=9),
               "do": normal(m, q, seed=10)}  # fmt: skip
     lora = {"dy": normal(m, hidden, seed=11), "s": normal(m, r, seed=12), "b": normal(hidden, r, seed=13),
-            "x": normal(m, ffn, seed=14)}  # fmt: skip
+            "x": normal(m, ffn, seed=14), "ds": normal(m, r, seed=16), "da": empty(r, ffn),
+            "db": empty(hidden, r)}  # fmt: skip
     n = r * (hidden + 2 * ffn) * 16
     adam = {name: normal(n, seed=15 + i, dtype=torch.float32).abs() for i, name in enumerate(("p", "g", "m", "v"))}
 
@@ -57,26 +62,22 @@ def cases(bench: Bench, model: str) -> list[Case]:
         return kernels.attention_backward(*taken, bounds(face), *heads, face=face)
 
     def rope_backward(t: dict[str, Tensor], face: str | None) -> Results:
-        out = torch.zeros_like(t["qkv"])
         kernels.qk_norm_rope_backward(t["dqk"], t["qkv"], t["cos"], t["sin"], n_q, n_kv, q_weight=t["qw"],
-                                      k_weight=t["kw"], dqkv=out, face=face)  # fmt: skip
-        return (out,)
+                                      k_weight=t["kw"], dqkv=t["dqkv"], face=face)  # fmt: skip
+        return (t["dqkv"],)
 
     def gradients(t: dict[str, Tensor], face: str | None) -> Results:
-        wide = torch.float64 if t["dy"].dtype is torch.float64 else torch.float32
-        ds = torch.empty_like(t["s"])
-        da = torch.zeros(t["s"].shape[1], t["x"].shape[1], dtype=wide, device=ds.device)
-        db = torch.zeros(t["b"].shape, dtype=wide, device=ds.device)
+        ds, da, db = made = t["ds"], t["da"], t["db"]
         kernels.lora_gradients(t["dy"], t["s"], [t["b"]], 2.0, ds=ds, db=[db], x=t["x"], da=da, face=face)
-        return ds, da, db
+        return made
 
     def adamw(t: dict[str, Tensor], face: str | None) -> Results:
-        state = tuple(t[name].clone() for name in ("p", "m", "v"))
-        kernels.adamw_(state[0], t["g"], state[1], state[2], lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8,
-                       weight_decay=0.1, step=3, face=face)  # fmt: skip
-        return state
+        kernels.adamw_(t["p"], t["g"], t["m"], t["v"], lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1,
+                       step=3, face=face)  # fmt: skip
+        return t["p"], t["m"], t["v"]
 
-    heads_of = {"qkv": normal(m, q + 2 * kv, seed=20), "qw": normal(d, seed=21), "kw": normal(d, seed=22), **rope}
+    heads_of = {"qkv": normal(m, q + 2 * kv, seed=20), "qw": normal(d, seed=21), "kw": normal(d, seed=22),
+                "dqkv": normal(m, q + 2 * kv, seed=25), **rope}  # fmt: skip
     qk_bytes = m * (q + kv) * size
     return [
         Case("rms_norm + residual + shrink", stream, norm, moved=4.0 * m * hidden * size),
@@ -92,13 +93,13 @@ def cases(bench: Bench, model: str) -> list[Case]:
             moved=2.0 * qk_bytes,
         ),
         Case("QK-norm + RoPE backward", {**heads_of, "dqk": normal(m, q + kv, seed=24)}, rope_backward,
-             moved=3.0 * qk_bytes),
+             moved=3.0 * qk_bytes, writes=("dqkv",)),
         Case("SwiGLU", mlp, lambda t, face: (kernels.swiglu(t["gate_up"], face=face),), moved=3.0 * m * ffn * size),
         Case("SwiGLU backward", mlp, lambda t, face: kernels.swiglu_backward(t["da"], t["gate_up"], face=face),
              moved=6.0 * m * ffn * size),
         Case("dS, dA, dB", lora, gradients, moved=float(m * (hidden + ffn) * size),
-             flop=2.0 * m * r * (2 * hidden + ffn)),
-        Case("AdamW", adam, adamw, moved=28.0 * n),
+             flop=2.0 * m * r * (2 * hidden + ffn), writes=("ds", "da", "db")),
+        Case("AdamW", adam, adamw, moved=28.0 * n, writes=("p", "m", "v")),
         Case("attention", attend, attention, moved=(2.0 * q + 2 * kv) * m * size, flop=attention_flop),
         Case("attention backward", {**attend, "o": forward[0], "lse": forward[1]}, attention_backward,
              moved=(4.0 * q + 4 * kv) * m * size, flop=2.5 * attention_flop),

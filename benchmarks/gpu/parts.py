@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.gpu import agreement, checks, decoding, ops, steps, tuning
 from benchmarks.gpu import bench as ceilings
-from benchmarks.gpu import checks, ops, steps, tuning
 from benchmarks.gpu.bench import Bench
 
 
@@ -28,6 +28,7 @@ def parts(*, dry: bool, arch: int) -> list[Part]:
     found = [
         Part("peaks", 5, lambda b, _: ceilings.peaks(b)),
         Part("correctness", 30, lambda b, _: checks.correctness(b, middle)),
+        Part("agreement", 30, lambda b, _: agreement.agreement(b)),
     ]
 
     def step(model: str, peer: str) -> Part:
@@ -44,11 +45,11 @@ def parts(*, dry: bool, arch: int) -> list[Part]:
         Part("loss", 15, lambda b, _: ops.loss(b, middle)),
         Part("ops", 60, lambda b, _: ops.floors(b, middle)),
         Part("adapters", 40, lambda b, _: steps.sharing(b, small)),
+        *(Part(f"decode-{model}", 20, lambda b, _, model=model: decoding.decode(b, model)) for model in models),  # type: ignore[misc]
         *(step(model, "compiled") for model in models[:1]),
         # After plain PEFT's.
         *(step(model, "liger") for model in models),
         Part("tuning", 120, lambda b, deadline: tuning.tune(b, middle, arch, min(deadline, time.monotonic() + 180))),
         Part("suite", 150, lambda b, _: checks.suite(b)),
-        Part("decode", 1, lambda b, _: steps.decode(b)),
     ]
     return found

@@ -36,13 +36,8 @@ def flop_per_token(name: str) -> float:
     return 2.0 * (c.num_layers * (2 * layer + 3 * adapter) + head)
 
 
-def step_of(
-    bench: Bench, base: Decoder, shares: Sequence[Sequence[CheckedDatum]], interpret: bool
-) -> Callable[[], Any]:
-    """A step of one adapter per share; on a GPU in programs, recorded at their second use.
-
-    ``interpret``: whether a dry run goes through Triton's interpreter, which takes its time.
-    """
+def step_of(bench: Bench, base: Decoder, shares: Sequence[Sequence[CheckedDatum]]) -> Callable[[], Any]:
+    """A step of one adapter per share; on a GPU in programs, recorded at their second use."""
     loss = get_loss("cross_entropy")
     adapters = [Adapter(base.groups, LoraConfig(rank=RANK, seed=i), base.device) for i in range(len(shares))]
     states = [TrainState(adapter) for adapter in adapters]
@@ -55,7 +50,7 @@ def step_of(
             if programs is None:
                 out = trainer.run_together(base, calls, masked_logprobs=False)
             else:
-                with force_face("triton" if interpret else "reference"):
+                with force_face("reference"):  # interpreted in `agreement`
                     out = programs.run_together(calls, masked_logprobs=False)
             for adapter, state in zip(adapters, states, strict=True):
                 if programs is None:
@@ -67,14 +62,12 @@ def step_of(
     return step
 
 
-def ours(
-    bench: Bench, model: str, tokens: int, length: int, sharers: int = 1, *, interpret: bool = False
-) -> Callable[[], Any]:
+def ours(bench: Bench, model: str, tokens: int, length: int, sharers: int = 1) -> Callable[[], Any]:
     """Our step of ``tokens`` tokens, shared by ``sharers`` adapters."""
     base = decoder(bench, model)
     data = batch(base.config, tokens, length)
     each = max(1, len(data) // sharers)
-    return step_of(bench, base, [data[i * each : (i + 1) * each] for i in range(sharers)], interpret)
+    return step_of(bench, base, [data[i * each : (i + 1) * each] for i in range(sharers)])
 
 
 def measured(
@@ -106,7 +99,7 @@ def versus(bench: Bench, model: str, *, liger: bool = False, compiled: bool = Fa
     tokens, length = (4 * LENGTH, LENGTH) if not bench.dry else (64, 32)
     missing = lacking(bench, liger=liger)
     while True:
-        contenders = {"ours": partial(ours, bench, model, tokens, length, interpret=True)}
+        contenders = {"ours": partial(ours, bench, model, tokens, length)}
         if missing is None:
             contenders[name] = partial(peer, bench, model, tokens, length, liger=liger, compiled=compiled)
         try:
@@ -146,7 +139,7 @@ def lacking(bench: Bench, *, liger: bool) -> str | None:
     ]
     if missing:
         return f"{', '.join(missing)}: not installed"
-    return "Liger kernels need a GPU" if liger and bench.device.type != "cuda" else None
+    return "Liger's norm needs a GPU: it is not for the interpreter" if liger and bench.device.type != "cuda" else None
 
 
 def peer(bench: Bench, model: str, tokens: int, length: int, *, liger: bool, compiled: bool) -> Callable[[], Any]:
@@ -171,21 +164,10 @@ def peer(bench: Bench, model: str, tokens: int, length: int, *, liger: bool, com
     run = torch.compile(net, backend="eager" if bench.dry else "inductor") if compiled else net
 
     def step() -> Any:
-        value = run(input_ids=ids, labels=labels).loss
+        value = run(input_ids=ids, labels=labels, use_cache=False).loss
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
         return float(value.detach())
 
     return step
-
-
-def decode(bench: Bench) -> dict[str, Any]:
-    """Sampling on a GPU goes through plain torch's paged attention so far: no number of it means anything yet."""
-    from mint_engine.kernels import paged_attention
-    from mint_engine.kernels.op import _ops
-
-    found = _ops[paged_attention.__name__].triton()
-    if isinstance(found, str):
-        return {"batch 1": f"not there yet: {found}", "batch 64": f"not there yet: {found}"}
-    return {"batch 1": "not there yet: this benchmark has no decode loop", "batch 64": "not there yet"}

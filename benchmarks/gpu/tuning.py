@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.case import Case
 from benchmarks.gpu.cases import cases
-from benchmarks.gpu.checks import check
+from benchmarks.gpu.checks import Oracle
 from mint_engine.kernels import gpu_plan
 
 MOST = 24  # candidates of a kernel, evenly taken from all
@@ -19,13 +19,15 @@ def tune(bench: Bench, model: str, arch: int, deadline: float) -> dict[str, Any]
     """For each kernel and case that the ops of ``model`` use: its row now, the best row found, and both times."""
     found: dict[str, Any] = {}
     for case in cases(bench, model):
+        oracle: Oracle | None = None
         for kernel, width in _used(lambda case=case: case.run(case.inputs, bench.face)):  # type: ignore[misc]
             name = f"{kernel} {width}"
             if name in found:
                 continue
             if time.monotonic() > deadline:
                 return {**found, "stopped": "the budget was spent before all kernels were tuned"}
-            found[name] = _best(bench, case, kernel, width, arch)
+            oracle = oracle or Oracle(case)
+            found[name] = _best(bench, case, oracle, kernel, width, arch)
     return found
 
 
@@ -46,7 +48,7 @@ def _used(run: Callable[[], Any]) -> list[tuple[str, int]]:
     return list(asked)
 
 
-def _best(bench: Bench, case: Case, kernel: str, width: int, arch: int) -> dict[str, Any]:
+def _best(bench: Bench, case: Case, oracle: Oracle, kernel: str, width: int, arch: int) -> dict[str, Any]:
     tunable = gpu_plan.tunables()[kernel]
     now = tunable.row(arch, width)
     rows = tunable.candidates(arch, width)
@@ -59,7 +61,7 @@ def _best(bench: Bench, case: Case, kernel: str, width: int, arch: int) -> dict[
             continue
         with gpu_plan.trial(kernel, width, row):
             try:
-                right = check(bench, case)["right"]
+                right = oracle.check(bench.face)["right"]
                 took = bench.interleaved({"row": lambda: case.run(case.inputs, bench.face)}, 3)["row"]
             except Exception:  # too many registers or too much shared memory for this chip: no candidate
                 failed += 1

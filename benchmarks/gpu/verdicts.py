@@ -9,6 +9,7 @@ from typing import Any
 TOKENS = {"0.6b": (100_000, 158_000), "4b": (26_000, 31_000), "8b": (15_000, 19_000)}
 FASTER = {"peft": 3.0, "liger": 1.5}
 MEMORY = 0.6
+DECODE = (("at first", 0.4), ("then", 0.6))  # of the time to read weights and cache once
 
 Target = tuple[str, float | None, str, float]  # what, value, "at least" or "at most", limit
 
@@ -46,6 +47,13 @@ def _targets(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[Target]:
     for name, row in parts.get("ops", {}).items():
         if isinstance(row, Mapping) and row["bound"] == "memory":
             yield f"{name}: of copy bandwidth", row["of_floor"], "at least", 0.8
+    for part, rows in parts.items():
+        for name, row in rows.items() if part.startswith("decode-") else ():
+            if isinstance(row, Mapping) and "of_floor" in row:
+                who = f"{part.removeprefix('decode-')}: decode, {name}"
+                for when, limit in DECODE:
+                    yield f"{who}, of the floor, {when}", row["of_floor"], "at least", limit
+                yield f"{who}, with an adapter", row["adapter_speed"], "at least", 0.95
     if "speed" in (rows := parts.get("adapters", {})):
         yield "eight adapters: speed of one's", rows["speed"], "at least", 0.9
 

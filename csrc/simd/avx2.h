@@ -98,6 +98,8 @@ struct Avx2 {
         return mul(mul(p, _mm256_castsi256_ps(a)), _mm256_castsi256_ps(b));
     }
 
+    MINT_INLINE F exp_fast(F x) { return exp(x); }
+
     MINT_INLINE void transpose(const void* source, int64_t src_bytes, void* target, int64_t dst_stride) {
         const char* src = static_cast<const char*>(source);
         float* dst = static_cast<float*>(target);

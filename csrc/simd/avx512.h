@@ -89,6 +89,20 @@ struct Avx512 {
         return _mm512_scalef_ps(p, n);
     }
 
+    MINT_INLINE F exp_fast(F e) {
+        using namespace exp_constants;
+        const F x = mul(e, set1(kLog2e));
+        const F r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x); 0 for inf
+        F p = set1(kQ6);
+        p = fma(p, r, set1(kQ5));
+        p = fma(p, r, set1(kQ4));
+        p = fma(p, r, set1(kQ3));
+        p = fma(p, r, set1(kQ2));
+        p = fma(p, r, set1(kQ1));
+        p = fma(p, r, set1(1.0f));
+        return _mm512_scalef_ps(p, x);  // times 2^floor(x)
+    }
+
     MINT_INLINE void transpose(const void* source, int64_t src_bytes, void* target, int64_t dst_stride) {
         const char* src = static_cast<const char*>(source);
         float* dst = static_cast<float*>(target);

@@ -65,6 +65,9 @@ struct Scalar {
         return p * bits_to_float(uint32_t(half + 127) << 23) * bits_to_float(uint32_t(n - half + 127) << 23);
     }
 
+    // e^x with a relative error of 1e-7 (1 + |x|), for softmaxes: there it matters only near 0. exp_fast(0) is 1.
+    MINT_INLINE F exp_fast(F x) { return exp(x); }
+
     // W x W transpose of 32-bit words: dst[c * dst_stride + r] = word c at src + r * src_bytes (any alignment).
     MINT_INLINE void transpose(const void* src, int64_t, void* dst, int64_t) { std::memcpy(dst, src, 4); }
 };

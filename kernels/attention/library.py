@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from types import ModuleType
@@ -172,11 +172,16 @@ def lacks(library: Library, arch: int) -> ModuleType | str:
     for function, parameters in library.needs.items():
         if not hasattr(module, function):
             return f"a version without {function}"
-        present = inspect.signature(getattr(module, function)).parameters
+        present = _parameters(getattr(module, function))
         missing = [p for p in parameters if p not in present]
         if missing:
             return f"a version whose {function} has no {missing[0]}"
     return module
+
+
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    """Also of a function that torch.library.custom_op has wrapped, as flash-attn's are: a wrapper takes anything."""
+    return inspect.signature(getattr(function, "_init_fn", function)).parameters
 
 
 @cache

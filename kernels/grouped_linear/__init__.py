@@ -8,9 +8,9 @@ A table says which products; it is made once per pass and shape of linear, and u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -60,12 +60,16 @@ class Outer(NamedTuple):
 
 @dataclass(frozen=True)
 class LinearTable:
-    """Products with the shapes they were checked against: ``x [M, x_width]``, ``out [M, out_width]``, the buffer."""
+    """Products with the shapes they were checked against: ``x [M, x_width]``, ``out [M, out_width]``, the buffer.
+
+    ``made``: what a face has made of it, on its device: there as long as the table is, also for a captured launch.
+    """
 
     products: tuple[Product, ...]
     shape: tuple[int, int, int, int]
     table: np.ndarray
     scales: np.ndarray
+    made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(products: Sequence[Product], rows: int, x_width: int, out_width: int, buffer: int) -> LinearTable:
@@ -90,11 +94,15 @@ class LinearTable:
 
 @dataclass(frozen=True)
 class OuterTable:
-    """Products with the shapes they were checked against: ``a [M, a_width]``, ``b [M, b_width]``, how many outs."""
+    """Products with the shapes they were checked against: ``a [M, a_width]``, ``b [M, b_width]``, how many outs.
+
+    ``made``: as of `LinearTable`.
+    """
 
     products: tuple[Outer, ...]
     shape: tuple[int, int, int, int]
     table: np.ndarray
+    made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(products: Sequence[Outer], rows: int, a_width: int, b_width: int, outs: int) -> OuterTable:

@@ -1,13 +1,12 @@
 """All products of a table in one launch each: a program looks up which tile of which product is its own.
 
 A product's sums run in one program, in the order of its rows or columns: no atomics, and its bits do not depend on the
-rest of the table. Tables and lists of tiles stay on the device for as long as passes have the same.
+rest of the table. What is made of a table on the device stays there as long as the table does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -108,21 +107,29 @@ def _outer(
     tl.store(where, tl.load(where, mask=mask, other=0.0) + acc, mask=mask)
 
 
-@lru_cache(maxsize=256)
-def _on_device(data: bytes, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=dtype).to(device)
+def _on_device(table: LinearTable | OuterTable, values: np.ndarray, device: torch.device) -> Tensor:
+    key = values.dtype.str, values.tobytes(), device
+    if key not in table.made:
+        table.made[key] = torch.from_numpy(values.copy()).to(device)
+    found: Tensor = table.made[key]
+    return found
 
 
-@lru_cache(maxsize=256)
-def _tiles(heights: tuple[int, ...], widths: tuple[int, ...], bm: int, bn: int, device: torch.device) -> Tensor:
+def _tiles(
+    table: LinearTable | OuterTable, heights: np.ndarray, widths: np.ndarray, bm: int, bn: int, device: torch.device
+) -> Tensor:
     """int32 ``[tiles, 3]``: product, tile of its rows, tile of its columns."""
-    rows = [
-        (number, i, j)
-        for number, (height, width) in enumerate(zip(heights, widths, strict=True))
-        for i in range(-(-height // bm))
-        for j in range(-(-width // bn))
-    ]
-    return torch.tensor(rows, dtype=torch.int32).reshape(-1, 3).to(device)
+    key = heights.tobytes(), widths.tobytes(), bm, bn, device
+    if key not in table.made:
+        rows = [
+            (number, i, j)
+            for number, (height, width) in enumerate(zip(heights.tolist(), widths.tolist(), strict=True))
+            for i in range(-(-height // bm))
+            for j in range(-(-width // bn))
+        ]
+        table.made[key] = torch.tensor(rows, dtype=torch.int32).reshape(-1, 3).to(device)
+    found: Tensor = table.made[key]
+    return found
 
 
 def _alignment(values: np.ndarray) -> int:
@@ -142,14 +149,14 @@ def grouped_linear(x: Tensor, weight: Tensor, out: Tensor, table: LinearTable, a
     meta["BM"] = min(meta["BM"], power_of_2(int(rows.max()), 16))
     if x.dtype is torch.float32:  # for tests: twice as wide
         meta["num_stages"], meta["BK"] = 2, 32
-    tiles = _tiles(tuple(rows.tolist()), tuple(ns.tolist()), meta["BM"], bn, x.device)
+    tiles = _tiles(table, rows, ns, meta["BM"], bn, x.device)
     if not len(tiles):
         return
     # A stride of 1 is not looked up where it is known.
     looked_up = [2, 3, 4, 7, 8, *([] if unit == 2 else [5]), *([] if unit == 1 else [6])]
     _linear[(len(tiles),)](
-        x, x.stride(0), weight, out, out.stride(0), _on_device(columns.tobytes(), torch.int64, x.device),
-        _on_device(table.scales.tobytes(), torch.float32, x.device), tiles, ADD=add, UNIT=unit,
+        x, x.stride(0), weight, out, out.stride(0), _on_device(table, columns, x.device),
+        _on_device(table, table.scales, x.device), tiles, ADD=add, UNIT=unit,
         ALIGN=_alignment(columns[:, looked_up]), BN=bn, UPCAST=UPCAST, **meta,
     )  # fmt: skip
 
@@ -166,13 +173,13 @@ def grouped_outer(a: Tensor, b: Tensor, outs: Sequence[Tensor], table: OuterTabl
         meta["num_stages"], meta["BM"] = 2, min(meta["BM"], 32)
     swapped = bool(ps.max() < qs.max())
     widths, depths = (qs, ps) if swapped else (ps, qs)
-    tiles = _tiles(tuple(widths.tolist()), tuple(depths.tolist()), wide, narrow, a.device)
+    tiles = _tiles(table, widths, depths, wide, narrow, a.device)
     if not len(tiles):
         return
     addresses = np.array([out.data_ptr() for out in outs], dtype=np.int64)
     x, y = (b, a) if swapped else (a, b)
     _outer[(len(tiles),)](
-        x, x.stride(0), y, y.stride(0), _on_device(addresses.tobytes(), torch.int64, a.device),
-        _on_device(columns.tobytes(), torch.int64, a.device), tiles, SWAPPED=swapped,
+        x, x.stride(0), y, y.stride(0), _on_device(table, addresses, a.device), _on_device(table, columns, a.device),
+        tiles, SWAPPED=swapped,
         ALIGN=_alignment(columns[:, [3, 4, 5, 6]]), BW=wide, BN=narrow, UPCAST=UPCAST, **meta,
     )  # fmt: skip

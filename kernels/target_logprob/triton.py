@@ -116,8 +116,9 @@ def target_logprob_with_gradient(
     (m, h), v, arch = x.shape, weight.shape[0], architecture()
     if not (m and v):
         return
-    scratch = _scratch(x, v)
-    row = REBUILD.meta(arch, power_of_2(border, 16))
+    scratch, own = _scratch(x, v), min(border, REBUILD.cases[-1])
+    padded = power_of_2(own, 16)
+    row = REBUILD.meta(arch, padded)
     for start in range(0, m, len(scratch)):
         rows = slice(start, min(start + len(scratch), m))
         part, kept, mine = x[rows], scratch[: rows.stop - start], targets[rows]
@@ -125,9 +126,11 @@ def target_logprob_with_gradient(
         d = gradient(rows, logprob[rows]).contiguous()
         kernels.rebuild[(triton.cdiv(v, tokens),)](
             kept, kept.stride(0), top, lse[rows], logprob[rows], d, *_where(mine), part[:, h - border :], x.stride(0),
-            dborder, dborder.stride(0), len(part), v, border, BN=tokens, P=power_of_2(border, 16), BORDERED=border > 0,
+            dborder, dborder.stride(0), len(part), v, own, BN=tokens, P=padded, BORDERED=border > 0,
             UPCAST=UPCAST, **{**row, "BM": min(row["BM"], power_of_2(len(part), 16))},
         )  # fmt: skip
+        if border > own:  # more columns than fit beside a tile
+            outer_accumulate(kept, part[:, h - border + own :], dborder[:, own:], 1.0)
         torch.mm(kept, weight, out=dx[rows])
 
 

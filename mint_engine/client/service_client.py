@@ -43,7 +43,7 @@ class ServiceClient:
         base_url: a server; default MINT_BASE_URL. Without one the engine runs in this process.
         api_key: for a server; default MINT_API_KEY. A local engine asks for none.
         dtype: compute dtype of an engine in this process, "bfloat16" or "float32"; default MINT_DTYPE, else bfloat16.
-        device: of an engine in this process, "cpu", "cuda" or "cuda:1"; default MINT_DEVICE, else a GPU if any.
+        device: of an engine in this process, "cpu", "cuda" or "cuda:1"; default MINT_DEVICE, else the CPU.
         engine: an engine of your own, instead of the process's.
         http_options: timeout (seconds until a server must have answered), max_retries, default_headers,
             default_headers_overrides, default_query.

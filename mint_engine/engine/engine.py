@@ -38,7 +38,7 @@ class Engine(Models, Training, Checkpoints, Parking):
     Args:
         dtype: "bfloat16" or "float32", the compute dtype. Masters, moments and log-probabilities are always fp32.
         device: "cpu", "cuda" or "cuda:1", where base models, adapters, optimiser state and KV cache live; default
-            MINT_DEVICE, else a GPU if there is one. One that the machine lacks is refused with UserError.
+            MINT_DEVICE, else the CPU. One that the machine lacks is refused with UserError.
         home: where runs, checkpoints and converted models are kept.
         activation_bytes: memory a training pass may take beside the weights; a call that needs more is cut into passes
             between its datums, with the same sums. It is kept until the last training client has gone. Default 2 GiB.

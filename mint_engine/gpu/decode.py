@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -20,9 +19,9 @@ from torch import Tensor
 from mint_engine import kernels
 from mint_engine.adapters import Adapter
 from mint_engine.borders import Seating, Segment
-from mint_engine.device import upload
+from mint_engine.device import computing_on, upload
 from mint_engine.gpu.buckets import power_of_2
-from mint_engine.gpu.capture import Capture, CudaGraph, NoGraph
+from mint_engine.gpu.capture import Capture, CudaGraphs, NoGraph
 from mint_engine.gpu.layout import trained
 from mint_engine.gpu.staging import Staged, Turns
 from mint_engine.kv_cache import BLOCK_TOKENS, KVCache
@@ -89,8 +88,7 @@ class DecodePrograms:
         self, decoder: Decoder, cache: KVCache, record: Callable[[Callable[[], None]], Capture] | None = None
     ) -> None:
         self._decoder, self._cache, self._programs = decoder, cache, OrderedDict[_Shape, _Program]()
-        self._record = record or (self._graph if decoder.device.type == "cuda" else NoGraph)
-        self._pool: object = None
+        self._record = record or (CudaGraphs(decoder.device).record if decoder.device.type == "cuda" else NoGraph)
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -122,8 +120,7 @@ class DecodePrograms:
             tuple(_Seat.of(adapter, n, alone=alone) for adapter, n in step.seats),
             power_of_2(max(step.table.shape[1], LEAST_BLOCKS)), borders.capacity, draws,
         )  # fmt: skip
-        on_device = torch.cuda.device(self._decoder.device) if self._decoder.device.type == "cuda" else nullcontext()
-        with on_device:
+        with computing_on(self._decoder.device):
             return self._program(shape, [adapter for adapter, _ in step.seats]).run(step)
 
     def _program(self, shape: _Shape, adapters: Sequence[Adapter | None]) -> _Program:
@@ -135,11 +132,6 @@ class DecodePrograms:
             self._programs[shape] = _Program(self._decoder, self._cache, shape, adapters, self._record)
         self._programs.move_to_end(shape)
         return self._programs[shape]
-
-    def _graph(self, launch: Callable[[], None]) -> Capture:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return CudaGraph(launch, self._pool)
 
 
 class _Program:
@@ -218,8 +210,11 @@ class _Program:
         # A tile of rows has its own columns of the border, where the kernel's contract allows it.
         widths = [seat.rank for seat in self._shape.seats]
         widths += [n for w in self._decoder.borders.weights for n in (w.n, w.k) if w is not self._decoder.head]
-        by_tile = len(self._shape.seats) > 1 and all(width % TILE_ROWS == 0 for width in widths)
-        return Seating(tuple(segments), offset, tile_rows=TILE_ROWS if by_tile else 0)
+        company = len(self._shape.seats) > 1
+        by_tile = company and all(width % TILE_ROWS == 0 for width in widths)
+        return Seating(
+            tuple(segments), offset, tile_rows=TILE_ROWS if by_tile else 0, side_by_side=company and not by_tile
+        )
 
     @torch.no_grad()
     def _launch(self) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mint_engine.gpu.buckets import STEPS
 from mint_engine.models.decoder import Decoder
 
 ENOUGH = 4096  # tokens that fill a GPU: a longer pass is hardly faster per token
@@ -34,14 +35,20 @@ def kept_bytes(decoder: Decoder, *, checkpoint: bool) -> int:
     return decoder.activation_bytes_of(1) + c.num_layers * c.hidden_size * decoder.dtype.itemsize
 
 
-def plan(decoder: Decoder, total: int, longest: int) -> Plan:
-    """What ``decoder.activation_bytes`` allow of a call of ``total`` tokens in sequences of at most ``longest``."""
-    budget = decoder.activation_bytes
-    keeping = budget // kept_bytes(decoder, checkpoint=False)
+def plan(decoder: Decoder, total: int, longest: int, *, company: bool = False) -> Plan:
+    """What ``decoder.activation_bytes`` allow of a call of ``total`` tokens in sequences of at most ``longest``.
+
+    A pass's rows are rounded up (`layout.seat_shape`): in ``company`` to as many again, else by an eighth.
+    """
+
+    def fit(checkpoint: bool) -> int:
+        rows = decoder.activation_bytes // kept_bytes(decoder, checkpoint=checkpoint)
+        return min(rows // 2 if company else rows * STEPS // (STEPS + 1), LARGEST)
+
+    keeping = fit(False)
     if keeping >= max(min(total, ENOUGH), longest):
-        return Plan(max(1, min(keeping, LARGEST)), False)
-    fewer = budget // kept_bytes(decoder, checkpoint=True)
-    return Plan(max(1, longest, min(fewer, LARGEST)), True)
+        return Plan(keeping, False)
+    return Plan(max(1, longest, fit(True)), True)
 
 
 def free_bytes(device: torch.device) -> int:

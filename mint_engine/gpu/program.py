@@ -8,7 +8,7 @@ recorded, so a shape that never comes again costs no recording.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -57,8 +57,7 @@ class Program:
         self._bounds = Bounds(rows, shape.sequences, device)
         self._staged_bounds: list[Staged] = []
         self._turns = Turns(device)
-        #: Where each call's gradients of a pass collect.
-        self.gradients = [adapter.shaped() for adapter in adapters]
+        self._adapters = [adapter.outline() for adapter in adapters]
         results = rows if shape.masked else shape.scored
         self._logprobs, self._values = (torch.zeros(results, width, device=device) for _ in range(2))
         self._seating, self._head, self._others = self._seatings()
@@ -66,6 +65,12 @@ class Program:
         self._runs = 0
         self._generation = -1
         self._table: object = None
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Where each call's gradients of a pass are, flat, until the next pass: all programs use the same memory."""
+        take = self._decoder.space.take
+        return [take(("collected", i), tuple(a.params.shape), torch.float32) for i, a in enumerate(self._adapters)]
 
     def run(self, parts: Sequence[Part]) -> Pending:
         """Queue a pass over ``parts``. Gradients are in :attr:`gradients` until the next one."""
@@ -105,7 +110,7 @@ class Program:
         """Of all rows, of those in ``_scored`` and in ``_rest``; the first knows that ``_scored`` gives the second."""
         rows, scored, rest, offset = [], [], [], 0
         start = first = 0
-        for seat, adapter in zip(self._shape.seats, self.gradients, strict=True):
+        for seat, adapter in zip(self._shape.seats, self._adapters, strict=True):
             rows.append(Segment(start, start + seat.rows, adapter, offset))
             scored.append(Segment(first, first + seat.scored, adapter, offset))
             rest.append(Segment(start - first, start - first + seat.rows - seat.scored, adapter, offset))
@@ -114,16 +119,14 @@ class Program:
         widths = [seat.rank for seat in self._shape.seats]
         widths += [width for w in self._decoder.borders.weights for width in (w.n, w.k) if w is not self._decoder.head]
         by_tile = len(rows) > 1 and all(width % 16 == 0 for width in widths)
-        tile_rows = TILE_ROWS if by_tile else 0
-        selected = Seating(tuple(scored), offset, tile_rows=tile_rows)
-        every = Seating(tuple(rows), offset, tile_rows=tile_rows, known=(self._scored.device, selected))
+        tile_rows, side_by_side = TILE_ROWS if by_tile else 0, len(rows) > 1 and not by_tile
+        selected = Seating(tuple(scored), offset, tile_rows=tile_rows, side_by_side=side_by_side)
+        every = replace(selected, segments=tuple(rows), tables={}, known=(self._scored.device, selected))
         return every, selected, Seating(tuple(rest), offset)
 
     @torch.no_grad()
     def _launch(self) -> None:
         decoder, shape, scored = self._decoder, self._shape, self._scored.device
-        for adapter in self.gradients:
-            adapter.params.zero_()
         attend = decoder.attend_within(self._bounds)
         saved: list[Saved] | None = [] if shape.backward else None
         some = None if shape.masked else scored
@@ -136,10 +139,10 @@ class Program:
         )  # fmt: skip
         head = (self._seating if shape.masked else self._head).bordered
         x = decoder.head_input(h, head, decoder.space)
-        grads = {a.uid: a.views(a.params) for a in self.gradients}
         if saved is None:
             self._score(x, None, self._seating)
             return
+        grads = {a.uid: a.views(flat.zero_()) for a, flat in zip(self._adapters, self.gradients, strict=True)}
         logprobs, values = self._logprobs, self._values
         if shape.masked:
             # The rows without a gradient are only scored: nobody's logits are computed twice.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from itertools import groupby
 
 import numpy as np
@@ -12,9 +11,10 @@ import torch
 
 from mint_engine.batch import micro_batches
 from mint_engine.calls import Call, Work
+from mint_engine.device import computing_on
 from mint_engine.errors import NonFiniteError
 from mint_engine.gpu.buckets import power_of_2
-from mint_engine.gpu.capture import Capture, CudaGraph, NoGraph
+from mint_engine.gpu.capture import Capture, CudaGraphs, NoGraph
 from mint_engine.gpu.layout import Part, Shape, seat_shape
 from mint_engine.gpu.memory import Plan, plan
 from mint_engine.gpu.program import Pending, Program
@@ -35,8 +35,7 @@ class Programs:
 
     def __init__(self, decoder: Decoder, record: Callable[[Callable[[], None]], Capture] | None = None) -> None:
         self._decoder, self._programs = decoder, OrderedDict[Shape, Program]()
-        self._record = record or (self._graph if decoder.device.type == "cuda" else NoGraph)
-        self._pool: object = None
+        self._record = record or (CudaGraphs(decoder.device).record if decoder.device.type == "cuda" else NoGraph)
         self.borders = decoder.borders
         self.steppers = Steppers(decoder.borders, self._record)
 
@@ -50,9 +49,8 @@ class Programs:
         space = self._decoder.space
         works = [Work(call, space, i) for i, call in enumerate(calls)]
         pending: list[Pending] = []
-        on_device = torch.cuda.device(self._decoder.device) if self._decoder.device.type == "cuda" else nullcontext()
         try:
-            with on_device:
+            with computing_on(self._decoder.device):
                 for backward in (True, False):
                     some = [work for work in works if (work.scratch is not None) is backward]
                     # A forward is asked for the log-probability of every position.
@@ -75,7 +73,7 @@ class Programs:
             return
         lengths = [work.call.data[i].tokens.size for work, i in datums]
         widths = [work.call.data[i].targets.shape[1] for work, i in datums]
-        memory = memory or plan(self._decoder, sum(lengths), max(lengths))
+        memory = memory or plan(self._decoder, sum(lengths), max(lengths), company=len(works) > 1)
         for chosen in micro_batches(lengths, memory.max_tokens, widths, TARGET_CELLS):
             parts = []
             for work, group in groupby(datums[chosen.start : chosen.stop], key=lambda datum: datum[0]):
@@ -96,9 +94,9 @@ class Programs:
         )  # fmt: skip
         program = self._program(shape, parts)
         result = program.run(parts)
-        for part, adapter in zip(parts, program.gradients, strict=True):
+        for part, gradients in zip(parts, program.gradients, strict=True):
             if part.work.scratch is not None:
-                part.work.scratch.add_(adapter.params)
+                part.work.scratch.add_(gradients)
         return result
 
     def _program(self, shape: Shape, parts: Sequence[Part]) -> Program:
@@ -114,11 +112,6 @@ class Programs:
         self._programs.move_to_end(shape)
         return self._programs[shape]
 
-    def _graph(self, launch: Callable[[], None]) -> Capture:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return CudaGraph(launch, self._pool)
-
 
 def programs(decoder: Decoder) -> Programs:
     """The programs of a base model, none at first."""
@@ -129,8 +122,8 @@ def programs(decoder: Decoder) -> Programs:
 
 
 def _collect(done: Pending) -> None:
-    """Give every call its rows of a pass that is over."""
-    logprobs, values, start = done.logprobs, done.values, 0
+    """Give every call its rows of a pass that is over, in memory of their own: a caller may keep them for ever."""
+    logprobs, values, start = done.logprobs.clone(), done.values, 0
     for part, seat in zip(done.parts, done.shape.seats, strict=True):
         if done.shape.masked:
             rows = slice(start, start + part.tokens)

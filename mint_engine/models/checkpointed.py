@@ -53,9 +53,9 @@ def functions(decoder: Decoder) -> tuple[Callable[..., tuple[Tensor, Pass]], Cal
         last = decoder.layers[-1]
         for la in reversed(decoder.layers):
             assert gradient is not None
-            # All layers write what they keep into the memory of the first.
+            # All layers write what they keep into the memory that those of the forward have used: layer.forward's -1.
             some = kept.rows if la is last else None
-            _, _, again = decoder_layer.forward(replace(la, index=0), kept.streams[la.index], None, p, True, some)
+            _, _, again = decoder_layer.forward(replace(la, index=-1), kept.streams[la.index], None, p, True, some)
             assert again is not None
             if la is last:
                 again = again.only(rows, p.space)

@@ -2,6 +2,7 @@
 
 S and dS ride in the tails of their buffers. A pass of few adapters multiplies them with the border in the base's own
 GEMM; in a grouped one (`company.py`) the base's GEMM leaves the tails out and each adapter is added to its own rows.
+Where several share a pass, S, dS, dA and dB of all are one call each.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ Gradients = dict[int, dict[str, GroupFactors]]
 
 
 def tail(w: BorderedWeight, seating: Seating) -> int:
-    """Columns of S: in a grouped pass every adapter's are the first, else they are where the adapter sits."""
-    return company.tail(w, seating) if seating.grouped else w.m * seating.ranks_of(w.group)
+    """Columns of S, and of dS."""
+    return company.tail(w, seating) if seating.by_table else w.m * seating.ranks_of(w.group)
 
 
 def shrink_along(w: BorderedWeight, x: Tensor, seating: Seating) -> Shrink | None:
@@ -37,7 +38,7 @@ def shrink_along(w: BorderedWeight, x: Tensor, seating: Seating) -> Shrink | Non
     None: it cannot, and :func:`shrink_tail` must.
     """
     segments = seating.of(w.group)
-    if len(segments) != 1 or seating.grouped:
+    if len(segments) != 1 or seating.by_table:
         return None
     (s,) = segments
     if s.stop - s.start < len(x) or s.adapter.rank != seating.ranks:
@@ -46,8 +47,8 @@ def shrink_along(w: BorderedWeight, x: Tensor, seating: Seating) -> Shrink | Non
 
 
 def shrink_tail(w: BorderedWeight, x: Tensor, seating: Seating) -> None:
-    """Fill the tail of ``x`` [rows, K + p] with S: each segment's own columns, zeros elsewhere (if not grouped)."""
-    if seating.grouped:
+    """Fill the tail of ``x`` [rows, K + p] with S: each segment's own columns, zeros elsewhere (if not by table)."""
+    if seating.by_table:
         company.shrink(w, x, seating)
         return
     segments = seating.of(w.group)
@@ -67,7 +68,8 @@ def forward(w: BorderedWeight, x: Tensor, seating: Seating, out: Tensor) -> Tens
     weight = w.forward_weight(seating.ranks_of(w.group))
     if seating.tile_rows and seating.of(w.group):
         spans = company.spans(w, w.k, seating, len(x))
-        return bordered_by_tile(x, weight, spans, k=w.k, tile_rows=seating.tile_rows, bias=w.bias, out=out)
+        step = company.step(w, w.k, seating)
+        return bordered_by_tile(x, weight, spans, k=w.k, tile_rows=seating.tile_rows, step=step, bias=w.bias, out=out)
     return bordered_linear(x, weight, bias=w.bias, out=out)
 
 
@@ -78,7 +80,8 @@ def backward(w: BorderedWeight, dy: Tensor, seating: Seating, out: Tensor) -> Te
     weight = w.backward_weight(seating.ranks_of(w.group))
     if seating.tile_rows and seating.of(w.group):
         spans = company.spans(w, w.n, seating, len(dy))
-        return bordered_by_tile_backward(dy, weight, spans, n=w.n, tile_rows=seating.tile_rows, out=out)
+        step = company.step(w, w.n, seating)
+        return bordered_by_tile_backward(dy, weight, spans, n=w.n, tile_rows=seating.tile_rows, step=step, out=out)
     return bordered_linear_backward(dy, weight, out=out)
 
 
@@ -90,7 +93,7 @@ def gradients(
     ``s_tail`` [rows, p] is from the forward pass. Without ``x`` [rows, K] dA is left to :func:`accumulate_a`.
     """
     segments = seating.of(w.group)
-    if seating.grouped:
+    if seating.by_table:
         company.shrink_gradient(w, dy, seating)
         company.accumulate_b(w, dy, s_tail, seating, _first(w, seating, grads))
         if x is not None:
@@ -110,7 +113,7 @@ def gradients(
 
 def accumulate_a(w: BorderedWeight, dy: Tensor, x: Tensor, seating: Seating, grads: Gradients) -> None:
     """Add dA = dSᵀ X of every segment to ``grads``: ``dy [rows, N + p]`` with the tail filled, ``x [rows, K]``."""
-    if seating.grouped:
+    if seating.by_table:
         company.accumulate_a(w, dy, x, seating, _first(w, seating, grads))
         return
     for s in seating.of(w.group):

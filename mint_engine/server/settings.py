@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     )
     device: str | None = Field(
         default=None,
-        description="Where to compute: cpu, cuda or cuda:1; default MINT_DEVICE, else a GPU if there is one.",
+        description="Where to compute: cpu, cuda or cuda:1; default MINT_DEVICE, else cpu.",
     )
     deterministic: bool | None = Field(
         default=None,

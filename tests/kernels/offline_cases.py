@@ -151,6 +151,19 @@ def grouped() -> None:
     kernels.grouped_outer(dy, x, outs, OuterTable.of(tall, ROWS, dy.shape[1], x.shape[1], 8), face="triton")
 
 
+def grouped_qkv() -> None:
+    """Eight adapters of rank 16 on q, k and v: the three S in one go, and dA of all three."""
+    rows, n, k, ranks, seats = ROWS // 8, (N_Q + 2 * N_KV) * D, HIDDEN, 3 * RANK, range(8)
+    stride = k + 8 * ranks
+    x, dy, buf = bf16(ROWS, k + ranks), bf16(ROWS, n + ranks), bf16(n + 8 * ranks, stride)
+    a = [Product(rows * i, rows, 0, k, (n + ranks * i) * stride, stride, 1, k, ranks, 2.0) for i in seats]
+    table = LinearTable.of(a, ROWS, x.shape[1], x.shape[1], buf.numel())
+    kernels.grouped_linear(x, buf, x, table, face="triton")
+    outer = [Outer(i, rows * i, rows, n, ranks, 0, k, 0, k) for i in seats]
+    table = OuterTable.of(outer, ROWS, dy.shape[1], x.shape[1], 8)
+    kernels.grouped_outer(dy, x, [fp32(ranks * k) for _ in seats], table, face="triton")
+
+
 def head() -> None:
     x, w = bf16(ROWS, HIDDEN + BORDER), bf16(151936, HIDDEN + BORDER)
     targets = torch.empty(ROWS, 1, dtype=torch.int64, device="meta")
@@ -220,6 +233,7 @@ CASES: dict[str, Callable[[], None]] = {
     "bordered_by_tile with pointers": by_tile_with_pointers,
     "bordered_by_tile of few rows": by_tile_of_few_rows,
     "grouped_linear": grouped,
+    "grouped_linear of qkv": grouped_qkv,
     "attention 64": lambda: attention(64),
     "attention 128": lambda: attention(128),
     "attention 256": lambda: attention(256),

@@ -181,6 +181,26 @@ def test_another_version_of_a_library_is_not_called(installed: Any) -> None:
     assert reason in library.report(90)
 
 
+def test_functions_that_are_custom_operators_are_known_by_their_own_parameters(installed: Any) -> None:
+    """As flash-attn wraps them: what torch makes of them takes (*args, **kwargs)."""
+
+    def wrapped(
+        q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+        softmax_scale: float, dropout_p: float, causal: bool, window_size_left: int, window_size_right: int,
+        softcap: float, alibi_slopes: Tensor | None, dq: Tensor, deterministic: bool,
+    ) -> Tensor:  # fmt: skip
+        raise NotImplementedError
+
+    operator = torch.library.custom_op("mint_test::flash", wrapped, mutates_args=("dq",), device_types="cuda")
+    module = ModuleType("fa2")
+    module._flash_attn_varlen_forward = module._flash_attn_varlen_backward = operator
+    installed("flash_attn.flash_attn_interface", module)
+    assert library.lacks(named("flash-attn 2"), 90) is module
+    needs = library.Library("x", "flash_attn.flash_attn_interface", {"_flash_attn_varlen_forward": ("page",)}, 80, 90,
+                            named("flash-attn 2").forward, None)  # fmt: skip
+    assert library.lacks(needs, 90) == "a version whose _flash_attn_varlen_forward has no page"
+
+
 def test_a_library_that_is_not_installed_says_so() -> None:
     missing = library.Library("x", "no_such_module_here", {}, 80, 90, named("flash-attn 2").forward, lambda *_: None)
     assert library.lacks(missing, 90) == "not installed"

@@ -10,6 +10,9 @@ from check import TRITON
 
 from mint_engine.kernels import gpu_plan
 
+if TRITON:
+    from mint_engine.kernels.triton_common import planned_for
+
 pytestmark = pytest.mark.skipif(not TRITON, reason="triton is not installed")
 
 
@@ -28,6 +31,7 @@ def test_a_newer_gpu_uses_the_nearest_older_plan() -> None:
     tile = gpu_plan.tunables()["target_logprob.tile"]
     assert tile.row(103) == tile.row(100)
     assert tile.row(89) == tile.row(80)
+    assert [planned_for(c) for c in (80, 90, 103, 120)] == [80, 90, 103, 80]
     with pytest.raises(ValueError, match=r"arch: expected compute capability 8.0 or newer, got 7.5"):
         tile.row(75)
 
