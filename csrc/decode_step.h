@@ -74,7 +74,7 @@ struct StepAdapters {
 struct StepTeam {
     Meeting meeting;
     std::atomic<int64_t> claimed{0};
-    std::vector<int64_t> tasks;  // rows that attend together
+    PagedTasks tasks;  // rows that attend together
 };
 
 template <class S, class T>

@@ -10,7 +10,6 @@
 //     O [rows, heads][d]    += P [rows, heads][keys]  V [keys][d]
 #pragma once
 #include <cmath>
-#include <vector>
 
 #include "attention.h"  // kAttentionKeys, kAttentionPairs
 #include "attention_tile.h"
@@ -21,6 +20,13 @@
 namespace mint {
 
 constexpr int64_t kPagedRows = 16;  // of a task at most: their sums stay in L2
+
+// Task t has the rows from begins[t] to begins[t + 1]. (No std::vector: what the linker keeps of its code may be the
+// copy of a unit for a newer CPU.)
+struct PagedTasks {
+    const int64_t* begins;
+    int64_t count;
+};
 
 template <class S, class T>
 struct PagedAttention {
@@ -88,14 +94,15 @@ struct PagedAttention {
         return std::memcmp(table + a * table_stride + from, table + b * table_stride + from, size_t(blocks) * 4) == 0;
     }
 
-    // The rows of each task: task t has those from [t] to [t + 1].
-    std::vector<int64_t> tasks(int64_t threads) const {
+    // In the calling thread's scratch, until it asks again.
+    PagedTasks tasks(int64_t threads) const {
         const int64_t most = max64(1, min64(kPagedRows, rows * n_kv / (2 * threads)));
-        std::vector<int64_t> begins;
+        auto* begins = static_cast<int64_t*>(scratch(Slot::kTasks, size_t(rows + 1) * sizeof(int64_t)));
+        int64_t count = 0;
         for (int64_t m = 0; m < rows; ++m)
-            if (m == 0 || m - begins.back() == most || !share(m - 1, m, 0)) begins.push_back(m);
-        begins.push_back(rows);
-        return begins;
+            if (m == 0 || m - begins[count - 1] == most || !share(m - 1, m, 0)) begins[count++] = m;
+        begins[count] = rows;
+        return {begins, count};
     }
 
     // Keys [j0, j0 + n) of a row, transposed.
@@ -244,12 +251,12 @@ struct PagedAttention {
 // A thread's share of all rows, in these tasks; the caller holds the tile registers. `claimed` starts at 0 and is the
 // team's; out is complete when all have come back.
 template <class S, class T>
-void paged_attention_share(PagedAttention<S, T> mine, const std::vector<int64_t>& tasks, std::atomic<int64_t>& claimed,
-                           T* out, int64_t out_stride) {
+void paged_attention_share(PagedAttention<S, T> mine, PagedTasks tasks, std::atomic<int64_t>& claimed, T* out,
+                           int64_t out_stride) {
     mine.place(static_cast<char*>(scratch(Slot::kTile, mine.place(nullptr))));
     const int64_t heads = mine.n_kv;
-    for_claimed((int64_t(tasks.size()) - 1) * heads, claimed, [&](int64_t t, int64_t) {
-        mine.run(tasks[size_t(t / heads)], tasks[size_t(t / heads) + 1], t % heads, out, out_stride);
+    for_claimed(tasks.count * heads, claimed, [&](int64_t t, int64_t) {
+        mine.run(tasks.begins[t / heads], tasks.begins[t / heads + 1], t % heads, out, out_stride);
     });
 }
 
@@ -268,7 +275,7 @@ void paged_attention(const T* q, int64_t q_stride, const T* k_pool, int64_t k_bl
     shared.table = table, shared.table_stride = table_stride, shared.lengths = lengths;
     shared.rows = rows, shared.block = block, shared.n_q = n_q, shared.n_kv = n_kv, shared.d = d, shared.scale = scale;
     shared.validate(n_blocks, max_blocks);
-    const auto tasks = shared.tasks(omp_get_max_threads());
+    const PagedTasks tasks = shared.tasks(omp_get_max_threads());
     int64_t tokens = 0;
     for (int64_t m = 0; m < rows; ++m) tokens += lengths[m];
     std::atomic<int64_t> claimed{0};

@@ -4,7 +4,7 @@
 
 namespace mint {
 
-enum class Slot { kPanelsA, kPanelsB, kTile, kShared, kPartials, kLayer, kGroups, kCount };
+enum class Slot { kPanelsA, kPanelsB, kTile, kShared, kPartials, kLayer, kGroups, kTasks, kCount };
 
 // At least `bytes` bytes, 64-byte aligned, this thread's own for `slot` until the thread asks for that slot again.
 // The contents are undefined. Throws std::bad_alloc. Defined in scratch.cpp, compiled without -m flags.
