@@ -66,7 +66,8 @@ def one(name: str, args: argparse.Namespace, peaks: dict[str, float]) -> dict[st
     measured: Rows = {}
     out: dict[str, str] = {}
     for group in GROUPS[name]:
-        rows, left_out = measure(name, [c for c in group if not args.short or c in SHORT], rounds, args.threads, say)
+        chosen = [c for c in group if (c in SHORT or not args.short) and not (args.no_compile and KINDS[c].compiled)]
+        rows, left_out = measure(name, chosen, rounds, args.threads, say)
         merge(measured, rows)
         out |= left_out
     return {
@@ -83,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[*WORKLOADS, "clients"], action="append", help="leave the others out")
     parser.add_argument("--short", action="store_true", help="the demo's batch, no torch.compile, clients: two minutes")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it compiles for minutes")
     parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}, long workloads {LONG_ROUNDS}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/")
