@@ -48,5 +48,5 @@ def budget(dtype: str, rounded: Result | None, exact: Result) -> tuple[float, fl
         raise GateClosedError("bf16: there is no result of PEFT in bf16 to measure the error by")
     of_loss, of_grads = error(rounded, exact)
     # A batch's loss is one number, and PEFT's may be right by luck: on the demo's batch the mean of 95
-    # log-probabilities is off by 0.3 to 0.45 % in bf16, ours as theirs. So it is allowed the dtype's eps, 0.8 %, anyhow.
+    # log-probabilities is off by 0.3 to 0.45 % in bf16, ours as theirs. So it is allowed the dtype's eps, 0.8 %,.
     return max(FACTOR * of_loss, torch.finfo(torch.bfloat16).eps), FACTOR * of_grads
