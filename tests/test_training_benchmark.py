@@ -164,6 +164,7 @@ def test_the_report_goes_between_the_marks_and_onto_a_chart(work: Workload, tmp_
     assert rows["PEFT float32"]["floor_ms"] >= rows["ours bf16"]["floor_ms"]
     workload = {"title": "tiny", "tokens": 50, "weighted": 14, "rounds": 3, "note": "few", "contenders": rows}
     document = {
+        "benchmark": "training_short",
         "peaks": {"bfloat16": 2000.0, "float32": 1000.0, "read": 10.0}, "targets": [Target("x", 2.0, 1.0).document],
         "machine": {"cpu": "a CPU", "threads": 2, "torch": "2", "commit": "abc"},
         "workloads": {"demo": {**workload, "left_out": {"PEFT bf16": "it fell over"}}},
@@ -175,6 +176,7 @@ def test_the_report_goes_between_the_marks_and_onto_a_chart(work: Workload, tmp_
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.write(render.markdown(document), readme)
     assert "| tiny | ours bf16 | 200 | 250 |  | 2 |" in readme.read_text()
+    assert "results/training_short.png" in readme.read_text()
     assert readme.read_text().startswith("before\n")
     assert "old" not in readme.read_text()
     report.chart(document, tmp_path / "chart.png")

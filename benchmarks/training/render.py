@@ -43,7 +43,7 @@ def _workload(work: dict[str, Any]) -> list[str]:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """The README's table: a row for each workload and contender."""
+    """The README's table: a row for each workload and contender, and the chart of the same name."""
     machine = document["machine"]
     out = [
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}:",
@@ -63,5 +63,5 @@ def markdown(document: dict[str, Any]) -> str:
             title = ""
         floor = rows[OURS]
         out.append(f"| | floor at the measured bf16 peak | {floor['floor_ms']:.0f} | | {floor['peak_share']:.0%} | |")
-    out += ["", "![milliseconds a step](benchmarks/results/training.png)"]
+    out += ["", f"![milliseconds a step](benchmarks/results/{document['benchmark']}.png)"]
     return "\n".join(out)
