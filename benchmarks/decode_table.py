@@ -21,8 +21,8 @@ BEGIN, END = "<!-- benchmarks.decode_table writes this -->", "<!-- the table of 
 def table(document: dict[str, Any]) -> str:
     machine = document["machine"]
     lines = [
-        f"On {machine['cpu']}, {machine['threads']} threads, {document['read_GBps']} GB/s; tokens a second, prompts "
-        "included, medians of rounds interleaved in one run (`benchmarks/results/decode.json`).",
+        f"On {machine['cpu']}, {machine['threads']} threads, {document['read_GBps']} GB/s at the last row; tokens a "
+        "second, prompts included; medians of rounds, those of a row interleaved (`benchmarks/results/decode.json`).",
         "",
         "| model | work | ours | against | theirs | ours / theirs | wanted |",
         "|---|---|---|---|---|---|---|",
