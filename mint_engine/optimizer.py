@@ -34,7 +34,8 @@ def optim_step(
     offset = None if borders is None else borders.offset_of(adapter)
     places = Places([(adapter.params.numel(), None)], "cpu") if borders is None else borders.places(adapter, offset)
     norm, low, high = adamw_statistics(state.grads, adapter.params)
-    hyper = torch.tensor(hyperparameters(**_checked(norm, low, high, state, params)))
+    numbers = hyperparameters(**_checked(norm, low, high, state, params))
+    hyper = torch.tensor(numbers, dtype=torch.float32)
     adamw_places_(adapter.params, state.grads, state.exp_avg, state.exp_avg_sq, hyper, places)
     state.has_grads = False
     response = _done(adapter, state, norm)
