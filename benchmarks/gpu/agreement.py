@@ -25,7 +25,7 @@ from mint_engine.kv_cache import KVCache
 from mint_engine.losses import get_loss
 from mint_engine.models.config import ModelConfig
 from mint_engine.models.decoder import Decoder
-from mint_engine.optimizer import optim_step, step_within
+from mint_engine.optimizer import optim_step, queue_step
 from mint_engine.sampling_pass import Piece, _step, decode, prefill
 from mint_engine.types import AdamParams, ForwardBackwardOutput, LoraConfig
 
@@ -127,7 +127,7 @@ class _Side:
                 if self._programs is None:
                     optim_step(adapter, state, AdamParams(learning_rate=1e-2))
                 else:
-                    step_within(self._programs, adapter, state, AdamParams(learning_rate=1e-2))
+                    queue_step(self._programs, adapter, state, AdamParams(learning_rate=1e-2)).result()
         yield "optimiser: weights", adapter.params
 
     def _decode(self) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,7 @@ from mint_engine.gpu.run import Programs
 from mint_engine.kernels import force_face
 from mint_engine.losses import get_loss
 from mint_engine.models.decoder import Decoder
-from mint_engine.optimizer import optim_step, step_within
+from mint_engine.optimizer import optim_step, queue_step
 from mint_engine.types import AdamParams, LoraConfig
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -56,7 +56,7 @@ def step_of(bench: Bench, base: Decoder, shares: Sequence[Sequence[CheckedDatum]
                 if programs is None:
                     optim_step(adapter, state, adam, base)
                 else:
-                    step_within(programs, adapter, state, adam)
+                    queue_step(programs, adapter, state, adam).result()
         return [o.metrics["loss:sum"] for o in out if not isinstance(o, Exception)]
 
     return step

@@ -38,5 +38,10 @@ def adamw_places_(
     places: Places,
 ) -> None:
     state = (param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr())
-    native.adamw(0, *state, param.numel(), *hyper.tolist())
-    places.write(param)
+    *numbers, what = hyper.tolist()
+    if what > 0:
+        native.adamw(0, *state, param.numel(), *numbers)
+        for part, view in places.views:
+            view.copy_(param[part].view(view.shape))
+    if what:
+        grad.zero_()
