@@ -25,6 +25,8 @@
 
 #define MINT_OPS(X)          \
     X(adamw)                 \
+    X(adamw_places)          \
+    X(adamw_statistics)      \
     X(attention)             \
     X(attention_backward)    \
     X(decode_step)           \

@@ -1,6 +1,6 @@
 """The engine's kernels: one folder per op, each with a plain-torch reference and faster faces (see ``op.py``)."""
 
-from mint_engine.kernels.adamw import Places, adamw_, adamw_places_, hyperparameters
+from mint_engine.kernels.adamw import Places, adamw_, adamw_places_, adamw_statistics, hyperparameters
 from mint_engine.kernels.attention import attention, attention_backward
 from mint_engine.kernels.bordered_by_tile import bordered_by_tile, bordered_by_tile_backward
 from mint_engine.kernels.bordered_linear import (
@@ -38,6 +38,7 @@ __all__ = [
     "StepModel",
     "adamw_",
     "adamw_places_",
+    "adamw_statistics",
     "attention",
     "attention_backward",
     "bordered_by_tile",

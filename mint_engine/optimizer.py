@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from mint_engine.adapters import Adapter, TrainState
+from mint_engine.borders import Borders
 from mint_engine.errors import NonFiniteError
 from mint_engine.gpu.run import Programs, programs
-from mint_engine.gpu.stepper import CHUNK, DROPPED, REFUSED, TAKEN, Conditions, statistics
-from mint_engine.kernels import adamw_, hyperparameters
+from mint_engine.gpu.stepper import DROPPED, REFUSED, TAKEN, Conditions
+from mint_engine.kernels import Places, adamw_places_, adamw_statistics, hyperparameters
 from mint_engine.models.decoder import Decoder
 from mint_engine.pending import Pending
 from mint_engine.types import AdamParams, OptimStepResponse
@@ -25,7 +26,7 @@ def optim_step(
     """Apply the accumulated gradients and zero them. Without gradients it is a step with zero gradients.
 
     ``grad_clip_norm`` > 0 clips by the global L2 norm first, as ``torch.nn.utils.clip_grad_norm_`` does.
-    ``decoder``: the base model; on a GPU its border is written too, if the adapter sits there.
+    ``decoder``: the base model; its border is written too, if the adapter sits there.
 
     Raises:
         NonFiniteError: the gradient norm is not finite (the gradients are dropped), or the step would overflow fp32
@@ -41,17 +42,21 @@ def begin_step(
     """The same; on a GPU it is only queued. What is queued behind it finds the new weights."""
     if decoder is not None and (found := programs(decoder)) is not None:
         return queue_step(found, adapter, state, params)
-    norm, low, high = _statistics(state.grads, adapter.params)
+    norm, low, high = adamw_statistics(state.grads, adapter.params)
     if not math.isfinite(norm):
         state.zero_grads()
         raise _dropped(norm)
     conditions = _conditions(params)
     if not _bound(low, high, conditions) < conditions.limit:
         raise _refused(low, high, params)
-    scale = min(1.0, conditions.clip / (norm + 1e-6))
-    adamw_(adapter.params, state.grads, state.exp_avg, state.exp_avg_sq, grad_scale=scale, **_numbers(state, params))
-    state.zero_grads()
-    adapter.version += 1
+    borders = None if decoder is None else decoder.borders
+    offset = None if borders is None else borders.offset_of(adapter)
+    places = Places([(adapter.params.numel(), None)], "cpu") if borders is None else borders.places(adapter, offset)
+    numbers = hyperparameters(grad_scale=min(1.0, conditions.clip / (norm + 1e-6)), **_numbers(state, params))
+    hyper = torch.tensor(numbers, dtype=torch.float32)
+    adamw_places_(adapter.params, state.grads, state.exp_avg, state.exp_avg_sq, hyper, places)
+    state.has_grads = False
+    _written(adapter, borders, offset)
     return _done(state, norm)
 
 
@@ -66,9 +71,7 @@ def queue_step(found: Programs, adapter: Adapter, state: TrainState, params: Ada
                      found.mark(), state, params)  # fmt: skip
     state.settle = step.settle
     # The weights may have changed; if they have not, what sits in the border is as good as before.
-    adapter.version += 1
-    if offset is not None:
-        borders.written(adapter, offset)
+    _written(adapter, borders, offset)
     return Pending(step.wait, step.finish)
 
 
@@ -136,17 +139,13 @@ def _refused(low: float, high: float, p: AdamParams) -> NonFiniteError:
     )
 
 
+def _written(adapter: Adapter, borders: Borders | None, offset: int | None) -> None:
+    """The weights have changed, also where they sit in the border."""
+    adapter.version += 1
+    if borders is not None and offset is not None:
+        borders.written(adapter, offset)
+
+
 def _done(state: TrainState, norm: float) -> OptimStepResponse:
     state.step += 1
     return OptimStepResponse(metrics={"grad_norm": norm, "step": float(state.step)})
-
-
-def _statistics(grads: Tensor, params: Tensor) -> tuple[float, float, float]:
-    """The global norm of the gradients, the smallest and the largest parameter."""
-    if not grads.is_cpu:
-        a, b, c = statistics(grads, params).tolist()
-        return a, b, c
-    # fp32 within chunks, float64 across them: as exact as float64 all through here, and many times faster.
-    chunks = torch.stack([torch.linalg.vector_norm(chunk) for chunk in grads.split(CHUNK)])
-    low, high = torch.aminmax(params)  # no copy of their absolute values
-    return float(torch.linalg.vector_norm(chunks, dtype=torch.float64)), float(low), float(high)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 
-from mint_engine.kernels.adamw.places import Places
-from mint_engine.kernels.op import native
+from mint_engine.kernels.adamw.places import BLOCK, Places
+from mint_engine.kernels.op import NATIVE_DTYPES, native
 from mint_engine.kernels.op import native_reason as supports  # noqa: F401
 
 
@@ -37,11 +39,18 @@ def adamw_places_(
     hyper: torch.Tensor,
     places: Places,
 ) -> None:
-    state = (param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr())
     *numbers, what = hyper.tolist()
     if what > 0:
-        native.adamw(0, *state, param.numel(), *numbers)
-        for part, view in places.views:
-            view.copy_(param[part].view(view.shape))
-    if what:
+        native.adamw_places(
+            NATIVE_DTYPES[places.dtype], param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
+            places.table.data_ptr(), len(places.table), BLOCK, *numbers,
+        )  # fmt: skip
+    elif what:
         grad.zero_()
+
+
+def adamw_statistics(grad: torch.Tensor, param: torch.Tensor) -> tuple[float, float, float]:
+    found = array("d", (0.0, 0.0, 0.0))
+    native.adamw_statistics(0, grad.data_ptr(), param.data_ptr(), param.numel(), found.buffer_info()[0])
+    norm, low, high = found
+    return norm, low, high

@@ -46,3 +46,9 @@ def adamw_places_(
     for part, view in places.views:
         view.copy_(torch.where(what > 0, param[part].view(view.shape).to(view.dtype), view))
     grad.masked_fill_(what != 0, 0.0)
+
+
+def adamw_statistics(grad: torch.Tensor, param: torch.Tensor) -> tuple[float, float, float]:
+    low, high = torch.aminmax(param)
+    bounds = (float(low), float(high)) if bool(torch.isfinite(low) & torch.isfinite(high)) else (torch.nan, torch.nan)
+    return float(torch.linalg.vector_norm(grad, dtype=torch.float64)), *bounds

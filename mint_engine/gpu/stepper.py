@@ -20,7 +20,7 @@ from mint_engine.adapters import Adapter, TrainState
 from mint_engine.borders import Borders
 from mint_engine.gpu.capture import Capture, NoGraph
 from mint_engine.gpu.staging import Staged, Turns, download
-from mint_engine.kernels import Places, adamw_places_
+from mint_engine.kernels import adamw_places_
 
 Record = Callable[[Callable[[], None]], Capture]
 STEPPERS = 64  # kept, least recently used first out
@@ -61,7 +61,7 @@ class Stepper:
 
     def __init__(self, adapter: Adapter, borders: Borders, offset: int | None, record: Record) -> None:
         self._record, device = record, adapter.params.device
-        self._places = Places(borders.pieces(adapter, offset), device)
+        self._places = borders.places(adapter, offset)
         self._found = torch.zeros(4, dtype=torch.float64, device=device)
         self._given = Staged((HYPER + 4,), torch.float64, device)
         self._hyper = torch.zeros(HYPER, dtype=torch.float32, device=device)
