@@ -1,39 +1,134 @@
-// AdamW over flat fp32 buffers: one pass, 7 streams of memory (4 read, 3 written). T does not matter: the optimiser's
-// state is always fp32.
+// AdamW over flat fp32 buffers: one pass, 7 streams of memory (4 read, 3 written), 8 where the gradients are emptied.
 #pragma once
+#include <limits>
+
 #include "check.h"
 #include "parallel.h"
-#include "rms_norm.h"  // for_vectors
+#include "rms_norm.h"  // for_vectors, row_sum
+#include "scratch.h"
 
 namespace mint {
 
-// decay = 1 - lr * weight_decay; c1 = 1 - beta1; c2 = 1 - beta2; root = 1 / sqrt(1 - beta2^t);
+// A step's numbers: decay = 1 - lr * weight_decay; c1 = 1 - beta1; c2 = 1 - beta2; root = 1 / sqrt(1 - beta2^t);
 // rate = lr / (1 - beta1^t): formed by the caller in double.
+struct AdamNumbers {
+    float grad_scale, decay, c1, beta2, c2, root, eps, rate;
+};
+
+// Elements [begin, end).
+template <class S>
+MINT_INLINE void adam_elements(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t begin,
+                               int64_t end, const AdamNumbers& h) {
+    const auto vscale = S::set1(h.grad_scale), vdecay = S::set1(h.decay), vc1 = S::set1(h.c1), vb2 = S::set1(h.beta2);
+    const auto vc2 = S::set1(h.c2), vroot = S::set1(h.root), veps = S::set1(h.eps), vrate = S::set1(-h.rate);
+    for_vectors<S>(end - begin, [&](int64_t offset, int lanes) __attribute__((always_inline)) {
+        const int64_t i = begin + offset;
+        const auto g = S::mul(S::load_n(grad + i, lanes), vscale);
+        const auto m0 = S::load_n(exp_avg + i, lanes);
+        const auto m = S::fma(S::sub(g, m0), vc1, m0);
+        const auto v = S::fma(S::mul(g, g), vc2, S::mul(S::load_n(exp_avg_sq + i, lanes), vb2));
+        const auto p = S::mul(S::load_n(param + i, lanes), vdecay);
+        const auto denominator = S::fma(S::sqrt(v), vroot, veps);
+        S::store_n(exp_avg + i, m, lanes);
+        S::store_n(exp_avg_sq + i, v, lanes);
+        S::store_n(param + i, S::fma(S::div(m, denominator), vrate, p), lanes);
+    });
+}
+
+// T does not matter here: the optimiser's state is always fp32.
 template <class S, class T>
 void adamw(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t n, float grad_scale, float decay,
            float c1, float beta2, float c2, float root, float eps, float rate) {
     check::at_least("adamw", "n", n, 0);
     constexpr int64_t kBlock = 4096;
     const int64_t blocks = ceil_div(n, kBlock);
-    const auto vscale = S::set1(grad_scale), vdecay = S::set1(decay), vc1 = S::set1(c1), vb2 = S::set1(beta2);
-    const auto vc2 = S::set1(c2), vroot = S::set1(root), veps = S::set1(eps), vrate = S::set1(-rate);
+    const AdamNumbers numbers = {grad_scale, decay, c1, beta2, c2, root, eps, rate};
 #pragma omp parallel if (n > kSerialWork)
     {
         const Range mine = my_rows(blocks);
-        const int64_t begin = mine.begin * kBlock, end = min64(mine.end * kBlock, n);
-        for_vectors<S>(end - begin, [&](int64_t offset, int lanes) __attribute__((always_inline)) {
-            const int64_t i = begin + offset;
-            const auto g = S::mul(S::load_n(grad + i, lanes), vscale);
-            const auto m0 = S::load_n(exp_avg + i, lanes);
-            const auto m = S::fma(S::sub(g, m0), vc1, m0);
-            const auto v = S::fma(S::mul(g, g), vc2, S::mul(S::load_n(exp_avg_sq + i, lanes), vb2));
-            const auto p = S::mul(S::load_n(param + i, lanes), vdecay);
-            const auto denominator = S::fma(S::sqrt(v), vroot, veps);
-            S::store_n(exp_avg + i, m, lanes);
-            S::store_n(exp_avg_sq + i, v, lanes);
-            S::store_n(param + i, S::fma(S::div(m, denominator), vrate, p), lanes);
-        });
+        adam_elements<S>(param, grad, exp_avg, exp_avg_sq, mine.begin * kBlock, min64(mine.end * kBlock, n), numbers);
     }
+}
+
+// The same for the blocks of a table, which also empties the gradients and writes each new parameter, rounded to T, to
+// its place in a border while it is in L1. A block is a row of six: its first element, the end of the piece it is of
+// (a block has at most `block` elements), the piece's first element, the columns, the row stride and the address of the
+// view the piece goes to (address 0: nowhere).
+template <class S, class T>
+void adamw_places(float* param, float* grad, float* exp_avg, float* exp_avg_sq, const int64_t* table, int64_t blocks,
+                  int64_t block, float grad_scale, float decay, float c1, float beta2, float c2, float root, float eps,
+                  float rate) {
+    check::at_least("adamw_places", "block", block, 1);
+    constexpr int64_t kFields = 6;
+    const AdamNumbers numbers = {grad_scale, decay, c1, beta2, c2, root, eps, rate};
+#pragma omp parallel for schedule(static) if (blocks * block > kSerialWork)
+    for (int64_t t = 0; t < blocks; ++t) {
+        const int64_t* row = table + t * kFields;
+        const int64_t end = min64(row[0] + block, row[1]), origin = row[2], columns = row[3];
+        adam_elements<S>(param, grad, exp_avg, exp_avg_sq, row[0], end, numbers);
+        for_vectors<S>(end - row[0], [&](int64_t i, int lanes) __attribute__((always_inline)) {
+            S::store_n(grad + row[0] + i, S::zero(), lanes);
+        });
+        if (row[5] == 0) continue;
+        for (int64_t i = row[0]; i < end;) {
+            const int64_t line = (i - origin) / columns, column = (i - origin) % columns;
+            const int64_t count = min64(columns - column, end - i);
+            T* to = reinterpret_cast<T*>(row[5]) + line * row[4] + column;
+            for_vectors<S>(count, [&](int64_t v, int lanes) __attribute__((always_inline)) {
+                S::store_n(to + v, S::load_n(param + i + v, lanes), lanes);
+            });
+            i += count;
+        }
+    }
+}
+
+// out[3] = the L2 norm of grad [n], the smallest and the largest of param [n]; both NaN if one of param is not finite.
+// Squares are summed in fp32 within blocks, in double across them and in their order, so threads change no bit.
+template <class S, class T>
+void adamw_statistics(const float* grad, const float* param, int64_t n, double* out) {
+    check::at_least("adamw_statistics", "n", n, 0);
+    constexpr int64_t kBlock = 1024;
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    struct Partial {
+        float squares, minus_low, high, broken;
+    };
+    const int64_t blocks = ceil_div(n, kBlock);
+    auto* partials = static_cast<Partial*>(scratch(Slot::kPartials, size_t(blocks) * sizeof(Partial)));
+#pragma omp parallel for schedule(static) if (n > kSerialWork)
+    for (int64_t t = 0; t < blocks; ++t) {
+        const int64_t begin = t * kBlock, count = min64(kBlock, n - begin);
+        const float squares = row_sum<S>(count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+            const auto g = S::load_n(grad + begin + i, lanes);
+            return S::mul(g, g);
+        });
+        auto minus_low = S::set1(-kInfinity), high = minus_low, broken = S::zero();
+        int64_t i = 0;
+        for (; i + S::W <= count; i += S::W) {
+            const auto p = S::load(param + begin + i);
+            high = S::max(high, p);
+            minus_low = S::max(minus_low, S::sub(S::zero(), p));
+            broken = S::fma(p, S::zero(), broken);  // 0 * inf and 0 * NaN are NaN
+        }
+        Partial found = {squares, S::hmax(minus_low), S::hmax(high), S::sum(broken)};
+        for (; i < count; ++i) {
+            const float p = param[begin + i];
+            found.high = p > found.high ? p : found.high;
+            found.minus_low = -p > found.minus_low ? -p : found.minus_low;
+            found.broken += 0.0f * p;
+        }
+        partials[t] = found;
+    }
+    double squares = 0.0;
+    float minus_low = -kInfinity, high = -kInfinity, broken = 0.0f;
+    for (int64_t t = 0; t < blocks; ++t) {
+        squares += double(partials[t].squares);
+        minus_low = partials[t].minus_low > minus_low ? partials[t].minus_low : minus_low;
+        high = partials[t].high > high ? partials[t].high : high;
+        broken += partials[t].broken;
+    }
+    out[0] = std::sqrt(squares);
+    out[1] = double(-minus_low) + double(broken);
+    out[2] = double(high) + double(broken);
 }
 
 }  // namespace mint

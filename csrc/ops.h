@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "attention_backward.h"
 #include "decode_step.h"
+#include "decoder_layer.h"
 #include "grouped_linear.h"
 #include "logits.h"
 #include "lora_gradients.h"
@@ -23,28 +24,32 @@
 #include "swiglu.h"
 #include "target_logprob.h"
 
-#define MINT_OPS(X)          \
-    X(adamw)                 \
-    X(attention)             \
-    X(attention_backward)    \
-    X(decode_step)           \
-    X(grouped_linear)        \
-    X(grouped_outer)         \
-    X(logits)                \
-    X(lora_gradients)        \
-    X(matmul)                \
-    X(outer_accumulate)      \
-    X(paged_attention)       \
-    X(peak)                  \
-    X(qk_norm_rope)          \
-    X(qk_norm_rope_backward) \
-    X(rms_norm)              \
-    X(rms_norm_backward)     \
-    X(rms_norm_shrink)       \
-    X(sample_rows)           \
-    X(swiglu)                \
-    X(swiglu_backward)       \
-    X(swiglu_shrink)         \
-    X(target_dlogits)        \
-    X(target_logprob)        \
+#define MINT_OPS(X)           \
+    X(adamw)                  \
+    X(adamw_places)           \
+    X(adamw_statistics)       \
+    X(attention)              \
+    X(attention_backward)     \
+    X(decode_step)            \
+    X(decoder_layer)          \
+    X(decoder_layer_backward) \
+    X(grouped_linear)         \
+    X(grouped_outer)          \
+    X(logits)                 \
+    X(lora_gradients)         \
+    X(matmul)                 \
+    X(outer_accumulate)       \
+    X(paged_attention)        \
+    X(peak)                   \
+    X(qk_norm_rope)           \
+    X(qk_norm_rope_backward)  \
+    X(rms_norm)               \
+    X(rms_norm_backward)      \
+    X(rms_norm_shrink)        \
+    X(sample_rows)            \
+    X(swiglu)                 \
+    X(swiglu_backward)        \
+    X(swiglu_shrink)          \
+    X(target_dlogits)         \
+    X(target_logprob)         \
     X(top_logprobs)

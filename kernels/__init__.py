@@ -1,6 +1,6 @@
 """The engine's kernels: one folder per op, each with a plain-torch reference and faster faces (see ``op.py``)."""
 
-from mint_engine.kernels.adamw import Places, adamw_, adamw_places_, hyperparameters
+from mint_engine.kernels.adamw import Places, adamw_, adamw_places_, adamw_statistics, hyperparameters
 from mint_engine.kernels.attention import attention, attention_backward
 from mint_engine.kernels.bordered_by_tile import bordered_by_tile, bordered_by_tile_backward
 from mint_engine.kernels.bordered_linear import (
@@ -11,6 +11,12 @@ from mint_engine.kernels.bordered_linear import (
     shrink,
 )
 from mint_engine.kernels.decode_step import StepAdapters, StepModel, decode_step, decode_step_supported
+from mint_engine.kernels.decoder_layer import (
+    decoder_layer,
+    decoder_layer_backward,
+    decoder_layer_supported,
+    op_by_op,
+)
 from mint_engine.kernels.embedding import embedding
 from mint_engine.kernels.grouped_linear import grouped_linear, grouped_outer
 from mint_engine.kernels.lora_gradients import lora_gradients
@@ -38,6 +44,7 @@ __all__ = [
     "StepModel",
     "adamw_",
     "adamw_places_",
+    "adamw_statistics",
     "attention",
     "attention_backward",
     "bordered_by_tile",
@@ -46,6 +53,9 @@ __all__ = [
     "bordered_linear_backward",
     "decode_step",
     "decode_step_supported",
+    "decoder_layer",
+    "decoder_layer_backward",
+    "decoder_layer_supported",
     "embedding",
     "expand_backward",
     "faces",
@@ -56,6 +66,7 @@ __all__ = [
     "isa",
     "logits",
     "lora_gradients",
+    "op_by_op",
     "outer_accumulate",
     "paged_attention",
     "qk_norm_rope",

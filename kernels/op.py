@@ -105,6 +105,11 @@ def native_reason(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
+def in_native(*tensors: torch.Tensor | None) -> bool:
+    """Whether ops on these tensors whose callers name no face run in C++, so that several of them may be one call."""
+    return _forced in (None, "cpu") and native_reason(*tensors) is None
+
+
 @contextmanager
 def force_face(name: str) -> Iterator[None]:
     """Run every op whose caller names no face on ``name``, process-wide, until the block ends.

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from mint_engine.adapters import Adapter, LinearGroup
+from mint_engine.kernels import Places
 
 DEFAULT_RANKS = 16  # room made at load time; the border grows when more is asked for
 
@@ -172,6 +174,7 @@ class Borders:
         self.weights = weights
         self.capacity = ranks
         self._seated: dict[int, tuple[int, int, int]] = {}  # rank offset -> (adapter uid, version, rank)
+        self._places = WeakKeyDictionary[Adapter, tuple[int | None, Places]]()
         self.before_move: Callable[[], None] = lambda: None  # called before the buffers are replaced by wider ones
 
     def seat(self, rows: Iterable[tuple[Adapter | None, int, int]], *, grouped: bool = False) -> Seating:
@@ -188,6 +191,7 @@ class Borders:
             # Company comes and goes: room for up to twice as many at once, not a copy of all weights per newcomer.
             room = ranks if len(adapters) == 1 else 1 << (ranks - 1).bit_length()
             self.before_move()
+            self._places.clear()  # they are in the old buffers
             for w in self.weights:
                 w.widen(room)
             self.capacity, self._seated = room, {}
@@ -204,8 +208,15 @@ class Borders:
         found = [(version, i, at) for i, (at, (uid, version, _)) in seats if uid == adapter.uid]
         return max(found)[2] if found else None
 
-    def pieces(self, adapter: Adapter, offset: int | None) -> list[tuple[int, Tensor | None]]:
-        """Of the adapter's flat buffer, piece by piece: how many elements, and where they sit (no ``offset``: nowhere).
+    def places(self, adapter: Adapter, offset: int | None) -> Places:
+        """Where the pieces of the adapter's flat buffer sit (no ``offset``: nowhere). The last ones made are kept."""
+        kept = self._places.get(adapter)
+        if kept is None or kept[0] != offset:
+            kept = self._places[adapter] = offset, Places(self._pieces(adapter, offset), adapter.params.device)
+        return kept[1]
+
+    def _pieces(self, adapter: Adapter, offset: int | None) -> list[tuple[int, Tensor | None]]:
+        """Of the adapter's flat buffer, piece by piece: how many elements, and where they go.
 
         The seat's other columns and rows, of modules that the adapter does not train, hold the zeros they got there.
         """

@@ -6,13 +6,11 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mint_engine.adapters import Adapter, TrainState
 from mint_engine.errors import NonFiniteError
 from mint_engine.gpu.run import Programs, programs
-from mint_engine.gpu.stepper import CHUNK, statistics
-from mint_engine.kernels import adamw_, hyperparameters
+from mint_engine.kernels import Places, adamw_places_, adamw_statistics, hyperparameters
 from mint_engine.models.decoder import Decoder
 from mint_engine.types import AdamParams, OptimStepResponse
 
@@ -23,7 +21,7 @@ def optim_step(
     """Apply the accumulated gradients and zero them. Without gradients it is a step with zero gradients.
 
     ``grad_clip_norm`` > 0 clips by the global L2 norm first, as ``torch.nn.utils.clip_grad_norm_`` does.
-    ``decoder``: the base model; on a GPU its border is written too, if the adapter sits there.
+    ``decoder``: the base model; its border is written too, if the adapter sits there.
 
     Raises:
         NonFiniteError: the gradient norm is not finite (the gradients are dropped), or the step would overflow fp32
@@ -32,11 +30,18 @@ def optim_step(
     if decoder is not None and decoder.device.type == "cuda":
         with torch.no_grad(), torch.cuda.device(decoder.device):
             return step_within(programs(decoder), adapter, state, params)
-    norm, low, high = _statistics(state.grads, adapter.params)
-    numbers = _checked(norm, low, high, state, params)
-    adamw_(adapter.params, state.grads, state.exp_avg, state.exp_avg_sq, **numbers)
-    state.zero_grads()
-    return _done(adapter, state, norm)
+    borders = None if decoder is None else decoder.borders
+    offset = None if borders is None else borders.offset_of(adapter)
+    places = Places([(adapter.params.numel(), None)], "cpu") if borders is None else borders.places(adapter, offset)
+    norm, low, high = adamw_statistics(state.grads, adapter.params)
+    numbers = hyperparameters(**_checked(norm, low, high, state, params))
+    hyper = torch.tensor(numbers, dtype=torch.float32)
+    adamw_places_(adapter.params, state.grads, state.exp_avg, state.exp_avg_sq, hyper, places)
+    state.has_grads = False
+    response = _done(adapter, state, norm)
+    if borders is not None and offset is not None:
+        borders.written(adapter, offset)
+    return response
 
 
 def step_within(found: Programs, adapter: Adapter, state: TrainState, params: AdamParams) -> OptimStepResponse:
@@ -54,7 +59,7 @@ def step_within(found: Programs, adapter: Adapter, state: TrainState, params: Ad
 
 
 def _checked(norm: float, low: float, high: float, state: TrainState, params: AdamParams) -> dict[str, Any]:
-    """The step's numbers as `kernels.adamw_` names them, if it may be done."""
+    """The step's numbers as `kernels.hyperparameters` names them, if it may be done."""
     if not math.isfinite(norm):
         state.zero_grads()
         raise NonFiniteError(f"gradient: its norm is {norm}; the step was refused and the gradients were dropped")
@@ -71,17 +76,6 @@ def _done(adapter: Adapter, state: TrainState, norm: float) -> OptimStepResponse
     state.step += 1
     adapter.version += 1
     return OptimStepResponse(metrics={"grad_norm": norm, "step": float(state.step)})
-
-
-def _statistics(grads: Tensor, params: Tensor) -> tuple[float, float, float]:
-    """The global norm of the gradients, the smallest and the largest parameter."""
-    if not grads.is_cpu:
-        a, b, c = statistics(grads, params).tolist()
-        return a, b, c
-    # fp32 within chunks, float64 across them: as exact as float64 all through here, and many times faster.
-    chunks = torch.stack([torch.linalg.vector_norm(chunk) for chunk in grads.split(CHUNK)])
-    low, high = torch.aminmax(params)  # no copy of their absolute values
-    return float(torch.linalg.vector_norm(chunks, dtype=torch.float64)), float(low), float(high)
 
 
 def _check_overflow(low: float, high: float, p: AdamParams) -> None:

@@ -115,5 +115,5 @@ def optimizer_case(bench: Bench, model: str) -> Case:
         kernels.adamw_places_(t["p"], t["g"], t["m"], t["v"], t["hyper"], where, face=face)
         return t["p"], t["m"], t["v"], border
 
-    moved = (28.0 + bench.dtype.itemsize) * n
-    return Case("AdamW into the border", state, run, moved=moved, writes=("p", "m", "v"))
+    moved = (32.0 + bench.dtype.itemsize) * n
+    return Case("AdamW into the border", state, run, moved=moved, writes=("p", "g", "m", "v"))

@@ -1,4 +1,7 @@
-"""AdamW over one flat fp32 buffer, in place; with its result in the compute dtype where it is used, if asked for."""
+"""AdamW over one flat fp32 buffer, in place; with its result in the compute dtype where it is used, if asked for.
+
+`adamw_statistics` is what must be known before a step.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from mint_engine.kernels import args
 from mint_engine.kernels.adamw.places import Places
 from mint_engine.kernels.op import Op
 
-__all__ = ["Places", "adamw_", "adamw_places_", "hyperparameters"]
+__all__ = ["Places", "adamw_", "adamw_places_", "adamw_statistics", "hyperparameters"]
 
 _op = Op("adamw")
 
@@ -77,17 +80,17 @@ def adamw_places_(
     *,
     face: str | None = None,
 ) -> None:
-    """``adamw_``, and each new parameter rounded to the compute dtype into its place in a border, in the same pass.
+    """``adamw_``; each new parameter rounded to the compute dtype into its place in a border; ``grad`` emptied.
 
     The step's numbers are data on the device, so that a captured launch can be replayed with others.
 
     Args:
-        param, grad, exp_avg, exp_avg_sq: as in ``adamw_``.
+        param, grad, exp_avg, exp_avg_sq: as in ``adamw_``, but ``grad`` is zero afterwards.
         hyper: ``[8]`` of the dtype of param, on its device: what `hyperparameters` gives.
         places: where the elements go.
         face: run this face ("triton", "cpu", "reference") or raise.
 
-    Bytes moved: 7 n elements of fp32 and n of the compute dtype.
+    Bytes moved: 8 n elements of fp32 and n of the compute dtype.
 
     Raises:
         ValueError: a shape or dtype does not match, ``places`` are of another size, or ``face`` cannot run.
@@ -101,3 +104,25 @@ def adamw_places_(
     _op.pick(face, param, grad, exp_avg, exp_avg_sq, hyper).adamw_places_(
         param, grad, exp_avg, exp_avg_sq, hyper, places
     )
+
+
+def adamw_statistics(grad: torch.Tensor, param: torch.Tensor, *, face: str | None = None) -> tuple[float, float, float]:
+    """The L2 norm of ``grad``, the smallest and the largest of ``param``; both NaN if one of ``param`` is not finite.
+
+    Squares are summed in fp32 within blocks of 1024 and in float64 across them; the number of threads changes no bit.
+
+    Args:
+        grad, param: flat contiguous ``[n]`` float32, n at least 1.
+        face: run this face ("cpu", "reference") or raise.
+
+    Bytes moved: 2 n elements.
+
+    Raises:
+        ValueError: a shape or dtype does not match, or ``face`` cannot run.
+    """
+    for name, t in (("grad", grad), ("param", param)):
+        args.tensor("adamw_statistics", name, t, (param.numel(),), torch.float32)
+    if not param.numel():
+        raise ValueError("param: expected at least one element, got none (adamw_statistics)")
+    found: tuple[float, float, float] = _op.pick(face, grad, param).adamw_statistics(grad, param)
+    return found

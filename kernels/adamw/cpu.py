@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 
-from mint_engine.kernels.adamw.places import Places
-from mint_engine.kernels.op import native
+from mint_engine.kernels.adamw.places import BLOCK, Places
+from mint_engine.kernels.op import NATIVE_DTYPES, native
 from mint_engine.kernels.op import native_reason as supports  # noqa: F401
 
 
@@ -37,6 +39,14 @@ def adamw_places_(
     hyper: torch.Tensor,
     places: Places,
 ) -> None:
-    state = (param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr())
-    native.adamw(0, *state, param.numel(), *hyper.tolist())
-    places.write(param)
+    native.adamw_places(
+        NATIVE_DTYPES[places.dtype], param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
+        places.table.data_ptr(), len(places.table), BLOCK, *hyper.tolist(),
+    )  # fmt: skip
+
+
+def adamw_statistics(grad: torch.Tensor, param: torch.Tensor) -> tuple[float, float, float]:
+    found = array("d", (0.0, 0.0, 0.0))
+    native.adamw_statistics(0, grad.data_ptr(), param.data_ptr(), param.numel(), found.buffer_info()[0])
+    norm, low, high = found
+    return norm, low, high

@@ -15,8 +15,8 @@ class Places:
 
     ``pieces``: (number of elements, view) from element 0 on; a view has unit stride in its last dimension, all views
     one dtype and the device of the buffer. They must stay where they are in memory: make new Places when they move.
-    ``table`` (for Triton, int64 on the device, a row a program): first element, the piece's end, the piece's first
-    element, columns of the view, its row stride, its address.
+    ``table`` (int64 on the device, a row a program of Triton's or a block of the C++): first element, the piece's end,
+    the piece's first element, columns of the view, its row stride, its address.
     """
 
     def __init__(self, pieces: Sequence[tuple[int, Tensor | None]], device: torch.device | str) -> None:

@@ -42,4 +42,11 @@ def adamw_places_(
     exp_avg.add_(new1 * (g - exp_avg))
     exp_avg_sq.mul_(beta2).add_(new2 * g * g)
     param.sub_(rate * exp_avg / (exp_avg_sq.sqrt() * root + eps))
+    grad.zero_()
     places.write(param)
+
+
+def adamw_statistics(grad: torch.Tensor, param: torch.Tensor) -> tuple[float, float, float]:
+    low, high = torch.aminmax(param)
+    bounds = (float(low), float(high)) if bool(torch.isfinite(low) & torch.isfinite(high)) else (torch.nan, torch.nan)
+    return float(torch.linalg.vector_norm(grad, dtype=torch.float64)), *bounds

@@ -55,6 +55,7 @@ def _places(param, grad, exp_avg, exp_avg_sq, hyper, table, BLOCK: tl.constexpr,
         param, grad, exp_avg, exp_avg_sq, at, inside, tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2),
         tl.load(hyper + 3), tl.load(hyper + 4), tl.load(hyper + 5), tl.load(hyper + 6), tl.load(hyper + 7),
     )  # fmt: skip
+    tl.store(grad + at, tl.zeros((BLOCK,), tl.float32), mask=inside)
     place = at - origin
     where = address.to(tl.pointer_type(TYPE)) + place // columns * stride + place % columns
     tl.store(where, p.to(TYPE), mask=inside & (address != 0))

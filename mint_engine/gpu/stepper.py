@@ -19,7 +19,7 @@ from mint_engine.adapters import Adapter, TrainState
 from mint_engine.borders import Borders
 from mint_engine.gpu.capture import Capture, NoGraph
 from mint_engine.gpu.staging import Staged, Turns, download
-from mint_engine.kernels import Places, adamw_places_
+from mint_engine.kernels import adamw_places_
 
 Record = Callable[[Callable[[], None]], Capture]
 STEPPERS = 64  # kept, least recently used first out
@@ -44,7 +44,7 @@ class Stepper:
 
     def __init__(self, adapter: Adapter, borders: Borders, offset: int | None, record: Record) -> None:
         self._record, device = record, adapter.params.device
-        self._places = Places(borders.pieces(adapter, offset), device)
+        self._places = borders.places(adapter, offset)
         self._found = torch.zeros(3, dtype=torch.float64, device=device)
         self._hyper = Staged((8,), torch.float32, device)
         self._turns = Turns(device)
@@ -71,7 +71,6 @@ class Stepper:
 
     def _step(self, params: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
         adamw_places_(params, grads, exp_avg, exp_avg_sq, self._hyper.device, self._places)
-        grads.zero_()
 
     def _run(self, name: str, launch: Callable[[], None]) -> None:
         """Launch by launch the first time, which compiles; the second recorded too, and replayed from then on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -270,14 +271,22 @@ class Decoder:
 
     def attend_within(self, bounds: Tensor | Bounds) -> Attend:
         """The same for sequences with these bounds."""
+        return PackedAttend(bounds, self.config, self.space)
+
+
+@dataclass(frozen=True)
+class PackedAttend:
+    """Causal attention within sequences that lie end to end, with ``bounds``."""
+
+    bounds: Tensor | Bounds
+    config: ModelConfig
+    space: Workspace
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
         c = self.config
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-            lse = self.space.take(("lse", layer), (c.num_heads, len(q)), torch.float32)
-            args = (bounds, c.num_heads, c.num_kv_heads, c.head_dim**-0.5)
-            return kernels.attention(q, k, v, *args, out=out, lse=lse)[1]
-
-        return attend
+        lse = self.space.take(("lse", layer), (c.num_heads, len(q)), torch.float32)
+        args = (self.bounds, c.num_heads, c.num_kv_heads, c.head_dim**-0.5)
+        return kernels.attention(q, k, v, *args, out=out, lse=lse)[1]
 
 
 def layer_groups(config: ModelConfig) -> list[tuple[LinearGroup, LinearGroup, LinearGroup, LinearGroup]]:

@@ -5,12 +5,14 @@
 
 Every W is bordered with the adapters of the pass. The residual additions happen inside the next norm. What follows the
 attention may be done for some of the rows only: in the last layer the others give their K and V, and no more.
+
+What is here op by op is one call into C++ where `fused.py` can: the same ops in the same order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ from mint_engine.kernels import (
     swiglu_backward,
 )
 from mint_engine.kernels.attention import Bounds
-from mint_engine.models import linear
+from mint_engine.models import fused, linear
 from mint_engine.models.config import ModelConfig
 from mint_engine.models.workspace import Workspace
 
@@ -49,6 +51,7 @@ class DecoderLayer:
     down: BorderedWeight
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    addresses: fused.Weights | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,17 @@ class Pass:
     space: Workspace
     cu_seqlens: Tensor | Bounds | None = None  # needed by the backward
     cells: Cells | None = None  # then ``attend`` gets a layer's pools for k and v
+    shared: dict[int | None, fused.Shared | None] = field(default_factory=dict, repr=False)  # of `fused.py`
 
     def first(self, rows: int) -> Pass:
         """The same for a backward over the first ``rows`` rows; ``cu_seqlens`` is theirs already."""
         seating = self.seating.select(torch.arange(rows))
-        return replace(self, seating=seating, cos=self.cos[:rows], sin=self.sin[:rows])
+        return replace(self, seating=seating, cos=self.cos[:rows], sin=self.sin[:rows], shared={})
+
+    @property
+    def bounds(self) -> Tensor | Bounds | None:
+        """Of the sequences, where rows attend to their own only."""
+        return getattr(self.attend, "bounds", None) if self.cu_seqlens is None else self.cu_seqlens
 
 
 @dataclass
@@ -125,6 +134,9 @@ def forward(
     ``rows`` (int64, ascending): the ones whose result is wanted, all by default. Returns this layer's (delta, h), both
     [rows, H], and, if ``save``, what :func:`backward` needs.
     """
+    if (shared := fused.shared_of(layer, p, rows)) is not None:
+        delta, h, kept = fused.forward(layer, delta, h, p, save, rows, shared)
+        return delta, h, None if kept is None else Saved(*kept, rows=rows)
     config, seating, m = p.config, p.seating, len(delta)
     eps, n_q, n_kv, d = config.rms_norm_eps, config.num_heads, config.num_kv_heads, config.head_dim
     at = layer.index if save else -1  # without a backward all layers use the same memory
@@ -208,6 +220,8 @@ def backward(
     room for any dS in the others; what comes back [M, H + room] is like it. Without ``need_dx`` (the first layer: the
     embedding is frozen) the last GEMM is left out and None returned.
     """
+    if (shared := fused.shared_of(layer, p, saved.rows)) is not None:
+        return fused.backward(layer, dh, saved, p, grads, need_dx, shared)
     config, m, eps = p.config, len(saved.h), p.config.rms_norm_eps
     hidden, n_q, n_kv, q_width = config.hidden_size, config.num_heads, config.num_kv_heads, layer.o.k
     seating = p.seating if saved.rows is None else p.seating.select(saved.rows)

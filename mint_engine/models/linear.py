@@ -7,10 +7,12 @@ Where several share a pass, S, dS, dA and dB of all are one call each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from mint_engine.adapters import GroupFactors
-from mint_engine.borders import BorderedWeight, Seating
+from mint_engine.borders import BorderedWeight, Seating, Segment
 from mint_engine.kernels import (
     Shrink,
     bordered_by_tile,
@@ -38,12 +40,18 @@ def shrink_along(w: BorderedWeight, x: Tensor, seating: Seating) -> Shrink | Non
     None: it cannot, and :func:`shrink_tail` must.
     """
     segments = seating.of(w.group)
-    if len(segments) != 1 or seating.by_table:
+    if seating.by_table or not has_all(segments, seating, len(x)):
         return None
     (s,) = segments
-    if s.stop - s.start < len(x) or s.adapter.rank != seating.ranks:
-        return None
     return Shrink(w.a(s.offset, s.adapter.rank), s.adapter.scale, x[:, w.k :])
+
+
+def has_all(segments: Sequence[Segment], seating: Seating, rows: int) -> bool:
+    """Whether one adapter has all of the ``rows``, and the border for itself."""
+    if len(segments) != 1:
+        return False
+    (s,) = segments
+    return s.stop - s.start == rows and s.adapter.rank == seating.ranks
 
 
 def shrink_tail(w: BorderedWeight, x: Tensor, seating: Seating) -> None:
@@ -53,7 +61,7 @@ def shrink_tail(w: BorderedWeight, x: Tensor, seating: Seating) -> None:
         return
     segments = seating.of(w.group)
     tails = x[:, w.k :]
-    if len(segments) != 1 or segments[0].adapter.rank != seating.ranks or segments[0].stop - segments[0].start < len(x):
+    if not has_all(segments, seating, len(x)):
         tails.zero_()
     for s in segments:
         rank = s.adapter.rank

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from check import normal, within_budget
 
-from mint_engine.kernels import Places, adamw_, adamw_places_, hyperparameters
+from mint_engine.kernels import Places, adamw_, adamw_places_, adamw_statistics, hyperparameters
 
 HYPER = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -61,10 +63,10 @@ def test_the_step_goes_to_its_places_in_the_same_pass(face: str, dtype: torch.dt
     param = normal(n, seed=0)
     got = [param.clone(), torch.zeros(n), torch.zeros(n)]
     hyper, grads = torch.empty(8), [normal(n, seed=i + 1, scale=0.1) for i in range(10)]
+    scaled = [g * 0.5 for g in grads]
     for i, g in enumerate(grads):
         hyper.copy_(torch.tensor(hyperparameters(**HYPER, step=i + 1, grad_scale=0.5)))
         adamw_places_(got[0], g, got[1], got[2], hyper, places, face=face)
-    scaled = [g * 0.5 for g in grads]
     exact, plain = torch_steps(param.double(), scaled), torch_steps(param, scaled)
     for name, x, y, z in zip(("param", "exp_avg", "exp_avg_sq"), got, exact, plain, strict=True):
         within_budget(name, x, y, z)
@@ -82,3 +84,40 @@ def test_places_that_do_not_fit_are_named() -> None:
     t = torch.zeros(9)
     with pytest.raises(ValueError, match="places: expected 9 elements, got 24"):
         adamw_places_(t, t, t, t, torch.zeros(8), Places([(24, view)], "cpu"))
+
+
+def test_the_gradients_are_empty_after_the_step(face: str) -> None:
+    t = [normal(5000, seed=i).abs() for i in range(4)]
+    hyper = torch.tensor(hyperparameters(**HYPER, step=3))
+    adamw_places_(*t, hyper, Places([(2000, None), (3000, None)], "cpu"), face=face)
+    assert not t[1].any()
+    assert bool((t[2] != 0).all())
+
+
+@pytest.mark.parametrize("statistics_face", ["cpu", "reference"])
+@pytest.mark.parametrize("n", [1, 1000, 4096 + 17, 300001])
+def test_statistics(statistics_face: str, n: int) -> None:
+    grad, param = normal(n, seed=1, scale=1e-3), normal(n, seed=2)
+    norm, low, high = adamw_statistics(grad, param, face=statistics_face)
+    exact = float(grad.double().norm())
+    assert abs(norm - exact) <= 2e-7 * exact
+    assert (low, high) == (float(param.min()), float(param.max()))
+    for broken in (torch.nan, torch.inf, -torch.inf):
+        param[n // 2] = broken
+        _, low, high = adamw_statistics(grad, param, face=statistics_face)
+        assert math.isnan(low)
+        assert math.isnan(high)
+    grad[-1] = torch.nan
+    assert math.isnan(adamw_statistics(grad, param, face=statistics_face)[0])
+
+
+def test_statistics_do_not_depend_on_the_number_of_threads() -> None:
+    grad, param, threads = normal(300001, seed=1), normal(300001, seed=2), torch.get_num_threads()
+    try:
+        found = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(adamw_statistics(grad, param, face="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]

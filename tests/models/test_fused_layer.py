@@ -1,0 +1,126 @@
+"""A layer as one C++ call against the same ops one by one: the same bits with one adapter, the same sums in company."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import checked, load_decoder, make_data, relative, trained_adapter
+from tiny_models import build_tiny
+
+from mint_engine import trainer
+from mint_engine.adapters import Adapter, TrainState
+from mint_engine.calls import Call
+from mint_engine.kernels import op, op_by_op
+from mint_engine.kernels.plan import own_products
+from mint_engine.models import checkpointed, fused
+from mint_engine.models.decoder import Decoder
+from mint_engine.types import LoraConfig
+
+pytestmark = pytest.mark.skipif(op.native is None, reason="the C++ kernels are not built")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def step(
+    decoder: Decoder, adapters: list[Adapter], *, forwards: int = 0, masked_logprobs: bool = True
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each call the log-probabilities and the gradients; the last ``forwards`` calls have no backward."""
+    calls = []
+    for i, adapter in enumerate(adapters):
+        data = make_data("cross_entropy", (1, 40 + i, 9), 199, seed=i)
+        state = TrainState(adapter) if i < len(adapters) - forwards else None
+        calls.append(Call(adapter, state, *checked(data, "cross_entropy", decoder)))
+    with torch.no_grad(), own_products():
+        outputs = trainer.run_together(decoder, calls, masked_logprobs=masked_logprobs)
+    found = []
+    for call, out in zip(calls, outputs, strict=True):
+        logprobs = np.concatenate([o["logprobs"].to_numpy() for o in out.loss_fn_outputs])
+        grads = torch.zeros(1) if call.state is None else call.state.grads.clone()
+        found.append((torch.from_numpy(logprobs), grads))
+    return found
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which calls have been made into C++."""
+    called: list[str] = []
+    for name in ("decoder_layer", "decoder_layer_backward"):
+        real = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *a, name=name, real=real: (called.append(name), real(*a)))
+    return called
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("masked_logprobs", [True, False])
+def test_one_adapter_has_the_bits_of_the_ops(
+    tmp_path: Path, family: str, dtype: torch.dtype, masked_logprobs: bool, layers: list[str]
+) -> None:
+    decoder = load_decoder(build_tiny(family, tmp_path), dtype)
+    adapter = trained_adapter(decoder, LoraConfig(rank=5, seed=0))
+    found = []
+    for block in (nullcontext, op_by_op):
+        with block():
+            found.append(step(decoder, [adapter], masked_logprobs=masked_logprobs)[0])
+    (logprobs, grads), (logprobs2, grads2) = found
+    assert layers == ["decoder_layer"] * 3 + ["decoder_layer_backward"] * 3
+    assert bool(grads.abs().max() > 0)
+    assert torch.equal(grads, grads2)
+    torch.testing.assert_close(logprobs, logprobs2, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("train", [{"train_mlp": False}, {"train_attn": False}])
+def test_what_is_not_trained_is_left_alone(tiny_tied: Path, train: dict[str, bool], layers: list[str]) -> None:
+    decoder = load_decoder(tiny_tied)
+    adapter = trained_adapter(decoder, LoraConfig(rank=4, seed=0, **train))
+    with op_by_op():
+        ((logprobs, grads),) = step(decoder, [adapter])
+    ((logprobs2, grads2),) = step(decoder, [adapter])
+    assert len(layers) == 6
+    assert torch.equal(grads, grads2)
+    assert torch.equal(logprobs, logprobs2)
+
+
+@pytest.mark.parametrize("masked_logprobs", [True, False])
+@pytest.mark.parametrize(("dtype", "reordered"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_company_has_the_sums_of_the_ops(
+    tiny_tied: Path, dtype: torch.dtype, reordered: float, masked_logprobs: bool, layers: list[str]
+) -> None:
+    """Ranks and modules of all kinds; the last call is a forward, whose rows the backward leaves out."""
+    decoder = load_decoder(tiny_tied, dtype)
+    kinds = [{"rank": 5}, {"rank": 16, "train_mlp": False}, {"rank": 3, "train_attn": False}, {"rank": 40}]
+    adapters = [trained_adapter(decoder, LoraConfig(seed=i, **kind)) for i, kind in enumerate(kinds)]
+    together = step(decoder, adapters, forwards=1, masked_logprobs=masked_logprobs)
+    assert len(layers) == 6
+    with op_by_op():
+        by_op = step(decoder, adapters, forwards=1, masked_logprobs=masked_logprobs)
+    for (logprobs, grads), (logprobs2, grads2) in zip(together, by_op, strict=True):
+        torch.testing.assert_close(logprobs, logprobs2, rtol=reordered, atol=reordered, equal_nan=True)
+        assert relative(grads, grads2) < reordered or not grads2.any()
+
+
+def test_a_checkpointed_pass_has_the_bits_of_an_ordinary_one(
+    tiny_tied: Path, layers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = load_decoder(tiny_tied, torch.bfloat16)
+    adapter = trained_adapter(decoder, LoraConfig(rank=4, seed=0))
+    ((_, grads),) = step(decoder, [adapter])
+    hidden, hidden_backward = checkpointed.functions(decoder)
+    monkeypatch.setattr(decoder, "hidden", hidden)
+    monkeypatch.setattr(decoder, "hidden_backward", hidden_backward)
+    ((_, again),) = step(decoder, [adapter])
+    assert layers.count("decoder_layer") == 3 + 6
+    assert torch.equal(grads, again)
+
+
+def test_a_border_that_has_grown_is_found(tiny_tied: Path, layers: list[str]) -> None:
+    decoder = load_decoder(tiny_tied)
+    adapter = trained_adapter(decoder, LoraConfig(rank=4, seed=0))
+    ((_, grads),) = step(decoder, [adapter])
+    decoder.borders.seat([(trained_adapter(decoder, LoraConfig(rank=128, seed=1)), 0, 1)])
+    ((_, again),) = step(decoder, [adapter])
+    assert len(layers) == 12
+    assert torch.equal(grads, again)
