@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -163,6 +163,7 @@ class TrainState:
         self.exp_avg_sq = torch.zeros_like(adapter.params)
         self.step = 0
         self.has_grads = False
+        self.settle: Callable[[], None] | None = None  # waits for a step that is on a device and counts it
 
     def zero_grads(self) -> None:
         self.grads.zero_()

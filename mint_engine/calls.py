@@ -29,28 +29,13 @@ class Call:
 
 
 class Work:
-    """A call while its passes run. Nothing is applied before :meth:`finish`, and nothing at all after an ``error``."""
+    """A call while its passes run: what they found, on the host. An ``error`` is the end of it."""
 
-    def __init__(self, call: Call, space: Workspace, index: int) -> None:
-        """``index``: of the call among those of the same passes, which share the memory of ``space``."""
+    def __init__(self, call: Call) -> None:
         self.call = call
-        # A call that fails half-way leaves no trace: its gradients collect in a buffer of its own, or in the state's if
-        # that holds none yet and so can be emptied again.
-        self.scratch: Tensor | None = None
-        if call.state is not None:
-            grads = call.state.grads
-            if call.state.has_grads:
-                self.scratch = space.take(("gradients", index), tuple(grads.shape), grads.dtype).zero_()
-            else:
-                self.scratch = grads
         self.error: NonFiniteError | None = None
         self._logprobs: list[np.ndarray] = []  # of each datum so far, fp32 [N, at least K]
         self._loss, self._weight = 0.0, 0.0
-
-    def gradients(self) -> dict[str, GroupFactors]:
-        """Where a backward adds this call's gradients. Only for a call that wants some."""
-        assert self.scratch is not None
-        return self.call.adapter.views(self.scratch)
 
     def wanted(self, data: Sequence[CheckedDatum]) -> Tensor:
         """Which rows of the datums, bool [M], have a gradient that is not known to be zero beforehand."""
@@ -93,11 +78,45 @@ class Work:
         self._logprobs += np.split(logprobs.numpy(), ends[:-1])
         return True
 
+    def output(self) -> ForwardBackwardOutput:
+        """The call's result, unless there is an ``error``."""
+        data, loss = self.call.data, self.call.loss
+        per_datum = zip(self._logprobs, data, strict=True)
+        logprobs = [lp[:, : d.targets.shape[1]].reshape(d.shape) for lp, d in per_datum]
+        return ForwardBackwardOutput(
+            loss_fn_output_type=loss.name,
+            loss_fn_outputs=[{"logprobs": TensorData.from_numpy(lp)} for lp in logprobs],
+            metrics={"loss:sum": self._loss, "tokens:sum": float(sum(d.tokens.size for d in data))},
+            weight_sum=self._weight if loss.name == "cross_entropy" else None,
+        )
+
+
+class Collecting(Work):
+    """A call on the CPU: its gradients collect, and count at its end."""
+
+    def __init__(self, call: Call, space: Workspace, index: int) -> None:
+        """``index``: of the call among those of the same passes, which share the memory of ``space``."""
+        super().__init__(call)
+        # A call that fails half-way leaves no trace: its gradients collect in a buffer of its own, or in the state's if
+        # that holds none yet and so can be emptied again.
+        self.scratch: Tensor | None = None
+        if call.state is not None:
+            grads = call.state.grads
+            if call.state.has_grads:
+                self.scratch = space.take(("gradients", index), tuple(grads.shape), grads.dtype).zero_()
+            else:
+                self.scratch = grads
+
+    def gradients(self) -> dict[str, GroupFactors]:
+        """Where a backward adds this call's gradients. Only for a call that wants some."""
+        assert self.scratch is not None
+        return self.call.adapter.views(self.scratch)
+
     def finish(self) -> ForwardBackwardOutput | NonFiniteError:
         """The call's result, or why it was refused. Only now its gradients count."""
         if self.error is None:
             try:
-                output = self._output()
+                output = self.output()
                 if self.call.state is not None and self.scratch is not None:
                     add_gradients(self.call.state, self.scratch)
                 return output
@@ -111,16 +130,9 @@ class Work:
         if self.call.state is not None and self.scratch is self.call.state.grads:
             self.call.state.zero_grads()
 
-    def _output(self) -> ForwardBackwardOutput:
-        data, loss = self.call.data, self.call.loss
-        per_datum = zip(self._logprobs, data, strict=True)
-        logprobs = [lp[:, : d.targets.shape[1]].reshape(d.shape) for lp, d in per_datum]
-        return ForwardBackwardOutput(
-            loss_fn_output_type=loss.name,
-            loss_fn_outputs=[{"logprobs": TensorData.from_numpy(lp)} for lp in logprobs],
-            metrics={"loss:sum": self._loss, "tokens:sum": float(sum(d.tokens.size for d in data))},
-            weight_sum=self._weight if loss.name == "cross_entropy" else None,
-        )
+
+def refused_gradients() -> NonFiniteError:
+    return NonFiniteError("gradient: not finite; the call was refused and the adapter is as it was")
 
 
 def add_gradients(state: TrainState, scratch: Tensor) -> None:
@@ -129,7 +141,7 @@ def add_gradients(state: TrainState, scratch: Tensor) -> None:
     ``scratch`` may be ``state.grads`` itself, if they are the first.
     """
     if not bool(torch.isfinite(scratch.sum())) and not bool(torch.isfinite(scratch).all()):
-        raise NonFiniteError("gradient: not finite; the call was refused and the adapter is as it was")
+        raise refused_gradients()
     if scratch is not state.grads:
         state.grads.add_(scratch)
     state.has_grads = True

@@ -7,6 +7,11 @@ part of the device's time (`fair_share.py`).
 An operation whose turn it is may take others along that are next in their lanes (`joint.py`): they run as one. Brief
 operations go first, and who was answered a moment ago has a moment to ask again, so that clients which are out of step
 by an optimiser step still meet. Nobody loses a turn by it: who was not taken along is where it was.
+
+What an operation only queues on a GPU (`pending.py`) is answered when the GPU has done it; meanwhile the thread packs
+and queues what comes next, one set of passes ahead. In the same lane that may be a joint or a brief operation, which is
+queued behind; others read what the first one leaves, and wait for its answer. Decode steps are never queued behind
+passes: they would be charged with the passes' time.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from itertools import islice
 from typing import Any, Protocol
@@ -26,16 +31,23 @@ import torch
 
 from mint_engine.errors import EngineClosedError
 from mint_engine.fair_share import FairShare
+from mint_engine.in_flight import InFlight
 from mint_engine.joint import Joint, Operation, Queued
 from mint_engine.kernels.op import without_team
+from mint_engine.pending import Pending
 from mint_engine.turns import Turns
 
 OFF_THREADS = 4  # calls run off the device thread at once
 BRIEF_ONES = 2  # of one lane that go before their turn: many brief ones are not brief
+AHEAD = 2  # sets of passes on a GPU: one that runs, one behind it
 
 
 class Stepper(Protocol):
     """Something with steps to take between operations: a sampler."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something that a step would have the device compute. Quick."""
 
     def step(self) -> bool:
         """Do one step; False if there was nothing to do."""
@@ -53,7 +65,16 @@ class Lane:
     def __init__(self, executor: Executor, owner: str = "") -> None:
         self._executor, self.owner = executor, owner
         self.waiting: deque[Queued] = deque()
-        self.busy = False
+        self.busy = False  # it has its turn, or waits for it
+        self.in_flight: list[bool] = []  # operations that a device is at: whether they are joint
+
+    @property
+    def may_start(self) -> bool:
+        """Whether the next operation may. Of two optimiser steps the second needs to know what came of the first."""
+        if not self.waiting or not self.in_flight:
+            return bool(self.waiting)
+        queued = self.waiting[0]
+        return isinstance(queued.operation, Joint) or (queued.brief and all(self.in_flight))
 
     def submit(self, operation: Operation, *, brief: bool = False) -> Future:
         """Queue an operation. Its result or its exception reaches exactly the future returned here."""
@@ -81,6 +102,9 @@ class Executor:
         self._signalled = False  # a stepper got work since the thread last looked
         self._closed = False
         self._draining = False  # closed, but what was accepted is still done
+        self._in_flight = InFlight(name, self._resume)
+        self._passes = 0  # joint operations in flight
+        self._charged = 0.0  # up to when the device's time is charged to operations, while some are in flight
         self._pid = os.getpid()
         # Daemon threads of our own: those of concurrent.futures are gone before an exit handler can drain the queue.
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -110,9 +134,9 @@ class Executor:
                 return future
             lane.waiting.append(Queued(operation, future, brief))
             self._queued += 1
-            if not lane.busy:
+            self._answered.discard(lane)
+            if not lane.busy and lane.may_start:
                 lane.busy = True
-                self._answered.discard(lane)
                 self._ready.append(lane.owner, lane)
                 self._wake.notify()
         return future
@@ -144,6 +168,7 @@ class Executor:
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()  # it waits for the calls off its thread
+        self._in_flight.close()
         for _ in self._call_threads:
             self._calls.put(None)
         for thread in self._call_threads:
@@ -166,7 +191,7 @@ class Executor:
     def _wait(self, worked: bool) -> bool:
         """Sleep until there may be work; False when the executor is closed and nothing is in flight."""
         with self._wake:
-            while not (worked or self._ready or self._resumed or self._signalled or self._closed):
+            while not (worked or self._may_start() or self._resumed or self._signalled or self._closed):
                 self._wake.wait()
             self._signalled = False
             while self._closed and self._off_thread and not (self._resumed or self._may_start()):
@@ -174,32 +199,50 @@ class Executor:
             return not self._closed or bool(self._resumed) or self._may_start()
 
     def _may_start(self) -> bool:
-        return bool(self._ready) and (self._draining or not self._closed)
+        """Whether there is an operation to start, and room for it on the device. The lock is held."""
+        if not self._ready or (self._closed and not self._draining) or self._passes >= AHEAD:
+            return False
+        return not (self._samplers_wait() and self._share.samplers_turn)
+
+    def _samplers_wait(self) -> bool:
+        """Whether decode steps wait for what is in flight."""
+        return len(self._in_flight) > 0 and not self._closed and any(stepper.busy for stepper in self._steppers)
 
     def _turn(self) -> bool:
-        """One operation of the next model, or one step of every sampler. False if there was nothing to do."""
+        """What has come back, and one operation of the next model or one step of every sampler. False if nothing."""
+        begun = time.perf_counter()
         with self._wake:
-            resumed = self._resumed.popleft() if self._resumed else None
-            steppers = [] if self._closed else list(self._steppers)
+            resumed, self._resumed = self._resumed, deque()
+        came_back = bool(resumed)
+        while resumed:
+            resumed.popleft()()
+        with self._wake:
+            if held := self._samplers_wait():
+                self._charge(begun)  # they know what they are owed
+            steppers = [] if self._closed or held else list(self._steppers)
             sample = bool(steppers) and (self._share.samplers_turn or not self._may_start())
             lane = self._ready.pop() if self._may_start() and not sample else None
             waiting = bool(self._ready)
-        begun = time.perf_counter()
-        if resumed is not None:
-            resumed()
         if lane is not None:
             self._start_next(lane)
-        if resumed is not None or lane is not None:
-            self._share.trained(time.perf_counter() - begun)
+        if came_back or lane is not None:
+            self._charge(begun)
             begun = time.perf_counter()
         if not sample:
-            return resumed is not None or lane is not None
+            return came_back or lane is not None
         worked = [self._step(stepper) for stepper in steppers]
         if any(worked):
             self._share.sampled(time.perf_counter() - begun, others_waited=waiting)
             return True
         self._share.forget()
-        return resumed is not None or waiting
+        with self._wake:
+            return came_back or self._may_start()
+
+    def _charge(self, begun: float) -> None:
+        """Operations have had the device since ``begun`` or, if some were in flight, since the last time."""
+        now = time.perf_counter()
+        self._share.trained(now - (self._charged or begun))
+        self._charged = now if len(self._in_flight) else 0.0
 
     def _step(self, stepper: Stepper) -> bool:
         try:
@@ -223,7 +266,10 @@ class Executor:
         except BaseException as error:
             self._settle(lane, future, error=error)
             return
-        if isinstance(result, Generator):
+        if isinstance(result, Pending):
+            self._follow(result, [(lane, future)])
+            self._finish(lane)
+        elif isinstance(result, Generator):
             self._advance(lane, future, result, lambda: next(result))
         else:
             self._settle(lane, future, result)
@@ -245,19 +291,46 @@ class Executor:
                 self._ready.discard(other.owner, other)
         futures = [queued.future, *(self._take_joint(other).future for _, other in company)]
         everyone = zip([(first, lane), *company], futures, strict=True)
-        running = [(joint, future) for (joint, _), future in everyone if future.set_running_or_notify_cancel()]
-        joints = [joint for joint, _ in running]
+        running = [(joint, one, future) for (joint, one), future in everyone if future.set_running_or_notify_cancel()]
+        joints = [joint for joint, _, _ in running]
+        outcomes: Sequence[Any] | Pending
         try:
             outcomes = joints[0].run(joints[1:]) if joints else []
         except BaseException as error:
             outcomes = [error] * len(joints)
-        for (_, future), outcome in zip(running, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
-                settle(future, error=outcome)
-            else:
-                settle(future, outcome)
+        if isinstance(outcomes, Pending):
+            self._passes += 1
+            self._follow(outcomes, [(one, future) for _, one, future in running], together=True)
+        else:
+            settle_all([future for _, _, future in running], outcomes)
         for one in (lane, *(other for _, other in company)):
             self._finish(one)
+
+    def _follow(self, pending: Pending, running: list[tuple[Lane, Future]], *, together: bool = False) -> None:
+        """Answer when the device has done it. Meanwhile the lanes go on with what may follow it there."""
+        with self._wake:
+            self._off_thread += 1
+            for lane, _ in running:
+                lane.in_flight.append(together)
+
+        def done(error: BaseException | None) -> None:
+            futures = [future for _, future in running]
+            try:
+                if error is not None:
+                    raise error
+                found = pending.finish()
+                outcomes = found if together else [found]
+            except BaseException as failure:
+                outcomes = [failure] * len(futures)
+            settle_all(futures, outcomes)
+            self._passes -= together
+            with self._wake:
+                for lane, _ in running:
+                    lane.in_flight.pop(0)
+                    if not lane.busy:
+                        self._finish(lane)
+
+        self._in_flight.add(pending, done)
 
     def _run_brief_ones(self) -> None:
         """Do what is brief at the heads of all lanes."""
@@ -267,8 +340,8 @@ class Executor:
                 self._ready.discard(other.owner, other)
         for other in lanes:
             for _ in range(BRIEF_ONES):
-                if other.waiting and other.waiting[0].brief:
-                    _run_brief(self._take(other))
+                if other.may_start and other.waiting[0].brief:
+                    self._run_brief(other)
             self._finish(other)
 
     def _await_others(self, lane: Lane, patience: float) -> None:
@@ -281,9 +354,22 @@ class Executor:
 
     def _take_joint(self, lane: Lane) -> Queued:
         """The operation that was chosen, after the brief ones in front of it."""
-        while (queued := self._take(lane)).brief:
-            _run_brief(queued)
-        return queued
+        while lane.waiting[0].brief:
+            self._run_brief(lane)
+        return self._take(lane)
+
+    def _run_brief(self, lane: Lane) -> None:
+        queued = self._take(lane)
+        if queued.future.set_running_or_notify_cancel():
+            try:
+                result = queued.operation()  # type: ignore[operator]
+            except BaseException as error:
+                settle(queued.future, error=error)
+            else:
+                if isinstance(result, Pending):
+                    self._follow(result, [(lane, queued.future)])
+                else:
+                    settle(queued.future, result)
 
     def _advance(self, lane: Lane, future: Future, steps: Generator, resume: Callable[[], Any]) -> None:
         """Run a generator operation up to its next off-thread call, or to its end."""
@@ -324,10 +410,10 @@ class Executor:
 
     def _finish(self, lane: Lane) -> None:
         with self._wake:
-            if lane.waiting:
+            lane.busy = lane.may_start
+            if lane.busy:
                 self._ready.append(lane.owner, lane)
-            else:
-                lane.busy = False
+            elif not lane.waiting and not lane.in_flight:
                 self._answered.add(lane)
 
     def _refuse_waiting(self) -> None:
@@ -341,12 +427,13 @@ class Executor:
             stepper.close(closed)
 
 
-def _run_brief(queued: Queued) -> None:
-    if queued.future.set_running_or_notify_cancel():
-        try:
-            settle(queued.future, queued.operation())  # type: ignore[operator]
-        except BaseException as error:
-            settle(queued.future, error=error)
+def settle_all(futures: Sequence[Future], outcomes: Sequence[Any]) -> None:
+    """Complete each future with its result, or with the exception that is its outcome."""
+    for future, outcome in zip(futures, outcomes, strict=True):
+        if isinstance(outcome, BaseException):
+            settle(future, error=outcome)
+        else:
+            settle(future, outcome)
 
 
 def settle(future: Future, result: Any = None, error: BaseException | None = None) -> None:

@@ -123,6 +123,11 @@ class Sampler:
         return max(0, len(self._open) - len(self._schedule.waiting()))
 
     @property
+    def busy(self) -> bool:
+        """Whether a request has not been answered."""
+        return bool(self._open)
+
+    @property
     def cache(self) -> KVCache:
         return self._cache
 

@@ -10,7 +10,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from mint_engine.pending import Pending
 
 log = logging.getLogger(__name__)
 
@@ -76,17 +79,23 @@ class Recorder:
                 log.exception("a listener for operations failed on %s", kind)
 
     def brief(self, kind: str, operation: Callable[[], Any]) -> Callable[[], Any]:
-        """A plain function for the executor, recorded when it ends."""
+        """A plain function for the executor, recorded when it ends, or when what it queued on a device has."""
 
         def run() -> Any:
             begun = time.perf_counter()
-            try:
-                result = operation()
-            except BaseException:
-                self.record(kind, time.perf_counter() - begun, 0, False)
-                raise
-            self.record(kind, time.perf_counter() - begun, 0, True)
-            return result
+
+            def recorded(part: Callable[[], Any]) -> Any:
+                try:
+                    result = part()
+                except BaseException:
+                    self.record(kind, time.perf_counter() - begun, 0, False)
+                    raise
+                if isinstance(result, Pending):
+                    return Pending(result.wait, partial(recorded, result.finish))
+                self.record(kind, time.perf_counter() - begun, 0, True)
+                return result
+
+            return recorded(operation)
 
         return run
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from mint_engine.adapters import Adapter, TrainState
 from mint_engine.batch import micro_batches, pack
-from mint_engine.calls import Call, Work
+from mint_engine.calls import Call, Collecting
 from mint_engine.datums import CheckedDatum, stack_targets
 from mint_engine.device import upload
 from mint_engine.errors import NonFiniteError
@@ -24,7 +25,10 @@ from mint_engine.gpu.run import TARGET_CELLS, programs
 from mint_engine.losses import Loss
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.layer import Saved
+from mint_engine.pending import Pending
 from mint_engine.types import ForwardBackwardOutput
+
+Outcomes: TypeAlias = list[ForwardBackwardOutput | NonFiniteError]
 
 
 def run(
@@ -53,7 +57,7 @@ def run(
 
 def run_together(
     decoder: Decoder, calls: Sequence[Call], *, max_tokens: int | None = None, masked_logprobs: bool = True
-) -> list[ForwardBackwardOutput | NonFiniteError]:
+) -> Outcomes:
     """Calls of different adapters in shared passes: of each what :func:`run` answers, or the error that it raises.
 
     Nothing of a call, not even a refused one, reaches another's rows, sums or gradients. Company can change the order
@@ -65,12 +69,20 @@ def run_together(
     backward: they skip the unembedding and most of the last layer, and their log-probability is reported as NaN.
     Losses and gradients are the same sums.
     """
-    if decoder.device.type == "cuda":
+    begun = begin_together(decoder, calls, max_tokens=max_tokens, masked_logprobs=masked_logprobs)
+    return begun.result() if isinstance(begun, Pending) else begun
+
+
+def begin_together(
+    decoder: Decoder, calls: Sequence[Call], *, max_tokens: int | None = None, masked_logprobs: bool = True
+) -> Outcomes | Pending[Outcomes]:
+    """The same; on a GPU it is only queued. What is queued behind it finds the calls' gradients in their states."""
+    if (found := programs(decoder)) is not None:
         memory = None if max_tokens is None else Plan(max_tokens, checkpoint=False)
-        return programs(decoder).run_together(calls, masked_logprobs=masked_logprobs, memory=memory)
+        return found.queue(calls, masked_logprobs=masked_logprobs, memory=memory)
     # Calls without a backward go last: the backward is a pass over the rows before them.
     works = sorted(
-        (Work(call, decoder.space, i) for i, call in enumerate(calls)), key=lambda work: work.scratch is None
+        (Collecting(call, decoder.space, i) for i, call in enumerate(calls)), key=lambda work: work.scratch is None
     )
     max_tokens = max_tokens or decoder.max_tokens
     datums = [(work, i) for work in works for i in range(len(work.call.data))]
@@ -93,14 +105,14 @@ def run_together(
 class _Span:
     """Rows ``start:stop`` of a pass: some datums of one call, ``first`` and on."""
 
-    work: Work
+    work: Collecting
     data: Sequence[CheckedDatum]
     first: int
     start: int
     stop: int
 
 
-def _spans(datums: Iterable[tuple[Work, int]]) -> list[_Span]:
+def _spans(datums: Iterable[tuple[Collecting, int]]) -> list[_Span]:
     """Datums, given as (call, index), laid end to end; those of a call lie together."""
     spans, row = [], 0
     for work, group in groupby(datums, key=lambda datum: datum[0]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from mint_engine.engine import Engine
 from mint_engine.errors import UserError
 from mint_engine.executor import Executor
 from mint_engine.fair_share import FairShare
+from mint_engine.joint import Joint
+from mint_engine.pending import Pending
 
 
 def times(share: FairShare, operations: list[float], steps: list[float]) -> tuple[float, float]:
@@ -65,6 +68,10 @@ class Busy:
     def __init__(self, seconds: float) -> None:
         self.seconds, self.steps, self.stop = seconds, 0, False
 
+    @property
+    def busy(self) -> bool:
+        return not self.stop
+
     def step(self) -> bool:
         if self.stop:
             return False
@@ -79,10 +86,34 @@ class Busy:
         pass
 
 
+class Queued(Joint):
+    """Is queued on a device at once, which takes ``seconds`` for it; writes how long it took into ``ran``."""
+
+    def __init__(self, seconds: float, ran: list[float]) -> None:
+        self._seconds, self._ran = seconds, ran
+
+    def choose(self, others: Sequence[Joint]) -> Sequence[Joint]:
+        return []
+
+    def run(self, company: Sequence[Joint]) -> Pending[list[None]]:
+        def wait() -> None:
+            begun = time.perf_counter()
+            time.sleep(self._seconds)
+            self._ran.append(time.perf_counter() - begun)
+
+        return Pending(wait, lambda: [None])
+
+
 @pytest.mark.parametrize(("step", "operation"), [(0.002, 0.04), (0.04, 0.002)])
 @pytest.mark.parametrize("share", [0.5, 0.8])
-def test_a_queue_of_operations_and_a_busy_sampler_both_go_on(step: float, operation: float, share: float) -> None:
-    """Whichever is the longer, sampling gets its part of the time. Sleeps stand for work: the machine may be busy."""
+@pytest.mark.parametrize("queued", [False, True])
+def test_a_queue_of_operations_and_a_busy_sampler_both_go_on(
+    step: float, operation: float, share: float, queued: bool
+) -> None:
+    """Whichever is the longer, sampling gets its part of the time. Sleeps stand for work: the machine may be busy.
+
+    Also where operations are only queued, and a device is at them while the thread goes on.
+    """
     executor, sampler = Executor("test", FairShare(share)), Busy(step)
     ran: list[float] = []
 
@@ -92,7 +123,9 @@ def test_a_queue_of_operations_and_a_busy_sampler_both_go_on(step: float, operat
         ran.append(time.perf_counter() - begun)
 
     lane = executor.lane()
-    futures: list[Future] = [lane.submit(work) for _ in range(round(0.4 / operation))]
+    futures: list[Future] = [
+        lane.submit(Queued(operation, ran) if queued else work) for _ in range(round(0.4 / operation))
+    ]
     executor.add_stepper(sampler)
     executor.notify()
     for future in futures:

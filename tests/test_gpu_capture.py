@@ -18,14 +18,21 @@ from torch.utils._pytree import tree_leaves
 
 from mint_engine.adapters import Adapter, TrainState
 from mint_engine.calls import Call, Work
+from mint_engine.gpu import program as program_module
+from mint_engine.gpu import run as run_module
+from mint_engine.gpu import stepper as stepper_module
+from mint_engine.gpu.capture import NoGraph
 from mint_engine.gpu.layout import Part, Shape, seat_shape
+from mint_engine.gpu.memory import Plan
 from mint_engine.gpu.program import Program
+from mint_engine.gpu.run import Programs
 from mint_engine.gpu.stepper import Stepper
 from mint_engine.kernels import force_face
 from mint_engine.models.config import load_config
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.weights import WeightReader
-from mint_engine.types import LoraConfig
+from mint_engine.optimizer import queue_step
+from mint_engine.types import AdamParams, LoraConfig
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
@@ -58,7 +65,7 @@ def test_nothing_in_a_program_waits_for_the_device(
     for i, rank in enumerate(ranks):
         name = LOSSES[(i + sum(ranks) + masked) % len(LOSSES)]  # each of them somewhere
         data, loss, settings = checked(make_data(name, (20, 9), 199, i), name, on_cpu)
-        work = Work(Call(Adapter(on_cpu.groups, LoraConfig(rank=rank)), None, data, loss, settings), on_cpu.space, i)
+        work = Work(Call(Adapter(on_cpu.groups, LoraConfig(rank=rank)), None, data, loss, settings))
         parts.append(Part(work, data, 0, work.wanted(data).nonzero().squeeze(1).numpy()))
         losses.append(loss)
     with force_face("triton"), torch.no_grad():
@@ -83,7 +90,7 @@ def test_nothing_in_a_program_waits_for_the_device(
         assert "_pass" not in first
 
 
-def test_nothing_in_a_step_waits_for_the_device_but_its_statistics(tiny_tied: Path, launches: list[str]) -> None:
+def test_nothing_in_a_step_waits_for_the_device(tiny_tied: Path, launches: list[str]) -> None:
     config = load_config(tiny_tied)
     with force_face("triton"), torch.no_grad():
         decoder = Decoder(config, WeightReader(tiny_tied), torch.bfloat16, device="meta")
@@ -92,6 +99,31 @@ def test_nothing_in_a_step_waits_for_the_device_but_its_statistics(tiny_tied: Pa
         decoder.borders.seat([(adapter, 0, 1)])
         stepper = Stepper(adapter, decoder.borders, 0, lambda launch: pytest.fail("recorded"))
         with NoHost():
-            stepper._gather(adapter.params, state.grads)
             stepper._step(adapter.params, state.grads, state.exp_avg, state.exp_avg_sq)
     assert launches == ["_places"]  # masters, moments and border in one kernel
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_calls_and_steps_are_queued_without_waiting(
+    tiny_tied: Path, launches: list[str], monkeypatch: pytest.MonkeyPatch, passes: int
+) -> None:
+    """Two calls, a forward beside them and a step behind, by what the engine calls; nothing of them comes back."""
+    for module in (program_module, run_module, stepper_module):
+        monkeypatch.setattr(module, "download", lambda tensor: tensor)
+    config = load_config(tiny_tied)
+    on_cpu = Decoder(config, WeightReader(tiny_tied), torch.float32)
+    data, loss, settings = checked(make_data("ppo", (20, 9), 199), "ppo", on_cpu)
+    with force_face("triton"), torch.no_grad():
+        decoder = Decoder(config, WeightReader(tiny_tied), torch.bfloat16, device="meta")
+        programs = Programs(decoder, lambda launch: NoGraph(launch))
+        adapters = [Adapter(decoder.groups, LoraConfig(rank=rank), decoder.device) for rank in (4, 8, 16)]
+        states = [TrainState(adapter) for adapter in adapters]
+        calls = [Call(a, s, data, loss, settings) for a, s in zip(adapters, (*states[:2], None), strict=True)]
+        for _ in range(3):
+            pending = [programs.queue(calls, memory=Plan(64 // passes, checkpoint=False)),
+                       queue_step(programs, adapters[0], states[0], AdamParams(learning_rate=1e-4))]  # fmt: skip
+            states[0].settle = None  # by the host, which would have to see it
+            for one in pending:
+                with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+                    one.result()
+    assert launches.count("_places") == 3

@@ -131,13 +131,13 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many calls each pass over the base had."""
     seen: list[int] = []
-    run_together = trainer.run_together
+    begin_together = trainer.begin_together
 
     def spy(decoder: Decoder, calls: list[Call], **kwargs: Any) -> Any:
         seen.append(len(calls))
-        return run_together(decoder, calls, **kwargs)
+        return begin_together(decoder, calls, **kwargs)
 
-    monkeypatch.setattr(trainer, "run_together", spy)
+    monkeypatch.setattr(trainer, "begin_together", spy)
     return seen
 
 

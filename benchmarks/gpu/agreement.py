@@ -25,7 +25,8 @@ from mint_engine.kv_cache import KVCache
 from mint_engine.losses import get_loss
 from mint_engine.models.config import ModelConfig
 from mint_engine.models.decoder import Decoder
-from mint_engine.optimizer import optim_step, step_within
+from mint_engine.optimizer import optim_step, queue_step
+from mint_engine.pending import Pending
 from mint_engine.sampling_pass import Piece, _step, decode, prefill
 from mint_engine.types import AdamParams, ForwardBackwardOutput, LoraConfig
 
@@ -73,7 +74,8 @@ class _Side:
         self._dry = dry
 
     def results(self) -> dict[str, Tensor]:
-        return {name: t.double().cpu() for part in (self._training(), self._step(), self._decode()) for name, t in part}
+        parts = self._training(), self._step(), self._ahead(), self._decode()
+        return {name: t.double().cpu() for part in parts for name, t in part}
 
     def _face(self, name: str = "reference") -> AbstractContextManager[None]:
         """The face that programs use in a dry run; on a GPU they choose as ever."""
@@ -127,8 +129,34 @@ class _Side:
                 if self._programs is None:
                     optim_step(adapter, state, AdamParams(learning_rate=1e-2))
                 else:
-                    step_within(self._programs, adapter, state, AdamParams(learning_rate=1e-2))
+                    queue_step(self._programs, adapter, state, AdamParams(learning_rate=1e-2)).result()
         yield "optimiser: weights", adapter.params
+
+    def _ahead(self) -> Iterator[tuple[str, Tensor]]:
+        """Calls and steps of two adapters in turns, all queued before the first is read; of each a call is refused."""
+        adapters, loss, adam = [self._adapter(rank) for rank in (16, 32)], get_loss("cross_entropy"), AdamParams()
+        states, found, rounds = [TrainState(adapter) for adapter in adapters], [], 2 if self._dry else 4
+        with torch.no_grad(), self._face():
+            for i in range(rounds):
+                data = batch(self.base.config, 96, 32, seed=i)
+                if i == 1:
+                    data[0].inputs["weights"][-1] = 3e38
+                for adapter, state in zip(adapters, states, strict=True):
+                    call = Call(adapter, state, data, loss, {})
+                    if self._programs is None:
+                        found.append(trainer.run_together(self.base, [call]))
+                        optim_step(adapter, state, adam)
+                    else:
+                        found.append(self._programs.queue([call]))
+                        queue_step(self._programs, adapter, state, adam)
+        outcomes = [one.result() if isinstance(one, Pending) else one for one in found]
+        for i, (outcome,) in enumerate(outcomes):
+            if isinstance(outcome, ForwardBackwardOutput) is (i // 2 == 1):
+                raise AssertionError(f"call {i}: expected each second one alone to be refused, got {outcome}")
+            if isinstance(outcome, ForwardBackwardOutput):
+                yield f"ahead, call {i}: loss", torch.tensor([outcome.metrics["loss:sum"]])
+        for adapter in adapters:
+            yield f"ahead, rank {adapter.rank}: weights", adapter.params
 
     def _decode(self) -> Iterator[tuple[str, Tensor]]:
         """Two prompts and three decode steps of each: the base model's and an adapter's."""

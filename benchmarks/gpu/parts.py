@@ -41,6 +41,7 @@ def parts(*, dry: bool, arch: int) -> list[Part]:
     small = models[0]
     found += [
         Part("step-256", 15, lambda b, _: steps.small(b, small)),
+        Part("ahead", 15, lambda b, _: steps.ahead(b, small)),
         Part("products", 10, lambda b, _: ops.products(b, middle)),
         Part("loss", 15, lambda b, _: ops.loss(b, middle)),
         Part("ops", 60, lambda b, _: ops.floors(b, middle)),

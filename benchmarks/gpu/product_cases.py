@@ -113,7 +113,7 @@ def optimizer_case(bench: Bench, model: str) -> Case:
         wide = t["p"].dtype is torch.float64
         border, where = places(torch.float64 if wide else bench.dtype)
         kernels.adamw_places_(t["p"], t["g"], t["m"], t["v"], t["hyper"], where, face=face)
-        return t["p"], t["m"], t["v"], border
+        return t["p"], t["g"], t["m"], t["v"], border
 
     moved = (32.0 + bench.dtype.itemsize) * n
-    return Case("AdamW into the border", state, run, moved=moved, writes=("p", "g", "m", "v"))
+    return Case("AdamW into the border", state, run, moved=moved, writes=names)

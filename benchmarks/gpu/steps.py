@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -11,15 +12,14 @@ import torch
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.models import LENGTH, RANK, SHARE, batch, config, decoder, hf_config
-from mint_engine import trainer
 from mint_engine.adapters import Adapter, TrainState
 from mint_engine.calls import Call
 from mint_engine.datums import CheckedDatum
-from mint_engine.gpu.run import Programs
+from mint_engine.gpu.run import Programs, programs
 from mint_engine.kernels import force_face
 from mint_engine.losses import get_loss
 from mint_engine.models.decoder import Decoder
-from mint_engine.optimizer import optim_step, step_within
+from mint_engine.optimizer import queue_step
 from mint_engine.types import AdamParams, LoraConfig
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -36,30 +36,40 @@ def flop_per_token(name: str) -> float:
     return 2.0 * (c.num_layers * (2 * layer + 3 * adapter) + head)
 
 
-def step_of(bench: Bench, base: Decoder, shares: Sequence[Sequence[CheckedDatum]]) -> Callable[[], Any]:
-    """A step of one adapter per share; on a GPU in programs, recorded at their second use."""
+def queued_of(
+    bench: Bench, base: Decoder, shares: Sequence[Sequence[CheckedDatum]]
+) -> Callable[[], Callable[[], list[float]]]:
+    """Queues a step of one adapter per share and gives what reads its losses; in programs, recorded at their second
+    use."""
     loss = get_loss("cross_entropy")
     adapters = [Adapter(base.groups, LoraConfig(rank=RANK, seed=i), base.device) for i in range(len(shares))]
     states = [TrainState(adapter) for adapter in adapters]
-    programs = Programs(base) if bench.dry else None
+    found = Programs(base) if bench.dry else programs(base)
+    assert found is not None
     adam = AdamParams(learning_rate=1e-4)
 
-    def step() -> Any:
+    def queue() -> Callable[[], list[float]]:
         calls = [Call(a, s, data, loss, {}) for a, s, data in zip(adapters, states, shares, strict=True)]
-        with torch.no_grad():
-            if programs is None:
-                out = trainer.run_together(base, calls, masked_logprobs=False)
-            else:
-                with force_face("reference"):  # interpreted in `agreement`
-                    out = programs.run_together(calls, masked_logprobs=False)
-            for adapter, state in zip(adapters, states, strict=True):
-                if programs is None:
-                    optim_step(adapter, state, adam, base)
-                else:
-                    step_within(programs, adapter, state, adam)
-        return [o.metrics["loss:sum"] for o in out if not isinstance(o, Exception)]
+        # A dry run interprets kernels in `agreement`.
+        with torch.no_grad(), force_face("reference") if bench.dry else nullcontext():
+            passes = found.queue(calls, masked_logprobs=False)
+            steps = [queue_step(found, adapter, state, adam) for adapter, state in zip(adapters, states, strict=True)]
 
-    return step
+        def read() -> list[float]:
+            outcomes = passes.result()
+            for step in steps:
+                step.result()
+            return [o.metrics["loss:sum"] for o in outcomes if not isinstance(o, Exception)]
+
+        return read
+
+    return queue
+
+
+def step_of(bench: Bench, base: Decoder, shares: Sequence[Sequence[CheckedDatum]]) -> Callable[[], Any]:
+    """Such a step, read before anything else is queued."""
+    queue = queued_of(bench, base, shares)
+    return lambda: queue()()
 
 
 def ours(bench: Bench, model: str, tokens: int, length: int, sharers: int = 1) -> Callable[[], Any]:
@@ -121,6 +131,34 @@ def versus(bench: Bench, model: str, *, liger: bool = False, compiled: bool = Fa
 def small(bench: Bench, model: str) -> dict[str, Any]:
     tokens = 256 if not bench.dry else 32
     return measured(bench, model, tokens, {"ours": partial(ours, bench, model, tokens, tokens)})
+
+
+def ahead(bench: Bench, model: str) -> dict[str, Any]:
+    """Steps that are queued while the one before runs, as the engine does it, against steps that are awaited."""
+    tokens, length, count = (8192, LENGTH, 8) if not bench.dry else (64, 32, 2)
+    found: dict[str, Any] = {}
+    for size in (tokens, 256) if not bench.dry else (tokens,):
+        base = decoder(bench, model)
+        queue = queued_of(bench, base, [batch(base.config, size, min(size, length))])
+
+        def awaited(queue: Callable[[], Callable[[], Any]] = queue) -> None:
+            for _ in range(count):
+                queue()()
+
+        def following(queue: Callable[[], Callable[[], Any]] = queue) -> None:
+            read = queue()
+            for _ in range(count - 1):
+                last, read = read, queue()
+                last()
+            read()
+
+        ms = bench.walls({"awaited": awaited, "ahead": following}, max(3, bench.rounds // 3))
+        found[f"{size} tokens"] = {
+            "awaited_ms": ms["awaited"] / count, "ahead_ms": ms["ahead"] / count, "speed": ms["awaited"] / ms["ahead"]
+        }  # fmt: skip
+        del base, queue, awaited, following
+        bench.free()
+    return found
 
 
 def sharing(bench: Bench, model: str) -> dict[str, Any]:

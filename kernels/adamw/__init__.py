@@ -63,11 +63,11 @@ def adamw_(
 def hyperparameters(
     *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, grad_scale: float = 1.0
 ) -> tuple[float, ...]:
-    """The eight numbers a step is made of, for `adamw_places_`. Differences near 1 are formed here, in float64."""
+    """The eight numbers a step is made of and a 1, for `adamw_places_`. Differences near 1 are formed in float64."""
     if step < 1:
         raise ValueError(f"step: expected 1 or more, got {step} (adamw)")
     root, rate = (1.0 - beta2**step) ** -0.5, lr / (1.0 - beta1**step)
-    return grad_scale, 1.0 - lr * weight_decay, 1.0 - beta1, beta2, 1.0 - beta2, root, eps, rate
+    return grad_scale, 1.0 - lr * weight_decay, 1.0 - beta1, beta2, 1.0 - beta2, root, eps, rate, 1.0
 
 
 def adamw_places_(
@@ -82,11 +82,14 @@ def adamw_places_(
 ) -> None:
     """``adamw_``; each new parameter rounded to the compute dtype into its place in a border; ``grad`` emptied.
 
-    The step's numbers are data on the device, so that a captured launch can be replayed with others.
+    The step's numbers are data on the device, so that a captured launch can be replayed with others; so is whether
+    there is a step at all, so that what decides it need not have been seen by the host.
 
     Args:
-        param, grad, exp_avg, exp_avg_sq: as in ``adamw_``, but ``grad`` is zero afterwards.
-        hyper: ``[8]`` of the dtype of param, on its device: what `hyperparameters` gives.
+        param, exp_avg, exp_avg_sq: as in ``adamw_``.
+        grad: as in ``adamw_``; zero afterwards.
+        hyper: ``[9]`` of the dtype of param, on its device: what `hyperparameters` gives. The last says what is done:
+            1 the step, -1 gradients are emptied and nothing else, 0 nothing.
         places: where the elements go.
         face: run this face ("triton", "cpu", "reference") or raise.
 
@@ -98,7 +101,7 @@ def adamw_places_(
     n, dtype = param.numel(), args.statistics_dtype(param.dtype)
     for name, t in (("param", param), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         args.tensor("adamw_places_", name, t, (n,), dtype)
-    args.tensor("adamw_places_", "hyper", hyper, (8,), dtype)
+    args.tensor("adamw_places_", "hyper", hyper, (9,), dtype)
     if places.size != n:
         raise ValueError(f"places: expected {n} elements, got {places.size} (adamw_places_)")
     _op.pick(face, param, grad, exp_avg, exp_avg_sq, hyper).adamw_places_(

@@ -39,10 +39,14 @@ def adamw_places_(
     hyper: torch.Tensor,
     places: Places,
 ) -> None:
-    native.adamw_places(
-        NATIVE_DTYPES[places.dtype], param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
-        places.table.data_ptr(), len(places.table), BLOCK, *hyper.tolist(),
-    )  # fmt: skip
+    *numbers, what = hyper.tolist()
+    if what > 0:
+        native.adamw_places(
+            NATIVE_DTYPES[places.dtype], param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
+            places.table.data_ptr(), len(places.table), BLOCK, *numbers,
+        )  # fmt: skip
+    elif what:
+        grad.zero_()
 
 
 def adamw_statistics(grad: torch.Tensor, param: torch.Tensor) -> tuple[float, float, float]:

@@ -43,8 +43,3 @@ class Places:
         self.size = start
         self.dtype = dtypes.pop() if dtypes else torch.bfloat16
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 6).to(device)
-
-    def write(self, flat: Tensor) -> None:
-        """Copy ``flat`` to all places, in plain torch."""
-        for part, view in self.views:
-            view.copy_(flat[part].view(view.shape))

@@ -36,14 +36,16 @@ def adamw_places_(
     hyper: torch.Tensor,
     places: Places,
 ) -> None:
-    scale, keep, new1, beta2, new2, root, eps, rate = hyper
+    scale, keep, new1, beta2, new2, root, eps, rate, what = hyper
     g = grad * scale
-    param.mul_(keep)
-    exp_avg.add_(new1 * (g - exp_avg))
-    exp_avg_sq.mul_(beta2).add_(new2 * g * g)
-    param.sub_(rate * exp_avg / (exp_avg_sq.sqrt() * root + eps))
-    grad.zero_()
-    places.write(param)
+    m = exp_avg + new1 * (g - exp_avg)
+    v = exp_avg_sq * beta2 + new2 * g * g
+    p = param * keep - rate * m / (v.sqrt() * root + eps)
+    for old, new in ((param, p), (exp_avg, m), (exp_avg_sq, v)):
+        old.copy_(torch.where(what > 0, new, old))
+    for part, view in places.views:
+        view.copy_(torch.where(what > 0, param[part].view(view.shape).to(view.dtype), view))
+    grad.masked_fill_(what != 0, 0.0)
 
 
 def adamw_statistics(grad: torch.Tensor, param: torch.Tensor) -> tuple[float, float, float]:

@@ -51,14 +51,16 @@ def _places(param, grad, exp_avg, exp_avg_sq, hyper, table, BLOCK: tl.constexpr,
     columns, stride, address = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
     at = first + tl.arange(0, BLOCK)
     inside = at < end
+    what = tl.load(hyper + 8).to(tl.int32)
+    step = inside & (what > 0)
     p = _update(
-        param, grad, exp_avg, exp_avg_sq, at, inside, tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2),
+        param, grad, exp_avg, exp_avg_sq, at, step, tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2),
         tl.load(hyper + 3), tl.load(hyper + 4), tl.load(hyper + 5), tl.load(hyper + 6), tl.load(hyper + 7),
     )  # fmt: skip
-    tl.store(grad + at, tl.zeros((BLOCK,), tl.float32), mask=inside)
     place = at - origin
     where = address.to(tl.pointer_type(TYPE)) + place // columns * stride + place % columns
-    tl.store(where, p.to(TYPE), mask=inside & (address != 0))
+    tl.store(where, p.to(TYPE), mask=step & (address != 0))
+    tl.store(grad + at, 0.0, mask=inside & (what != 0))
 
 
 def adamw_(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from mint_engine import trainer
 from mint_engine.calls import Call
@@ -15,8 +15,11 @@ from mint_engine.engine.residents import Model, Residents
 from mint_engine.joint import Joint
 from mint_engine.losses import get_loss
 from mint_engine.models.decoder import Decoder
+from mint_engine.pending import Pending
 from mint_engine.stats import Recorder
 from mint_engine.types import Datum, ForwardBackwardOutput
+
+Outcomes: TypeAlias = Sequence[ForwardBackwardOutput | BaseException]
 
 # A pass of more tokens gains nothing by being one, and others wait for its end. Every rank in company is a column more
 # for all rows in the unembedding, and widens the borders, which stay in memory (benchmarks/packed_clients.py).
@@ -70,14 +73,20 @@ class TrainingCall(Joint):
             chosen.append(other)
         return chosen
 
-    def run(self, company: Sequence[Joint]) -> Sequence[ForwardBackwardOutput | BaseException]:
+    def run(self, company: Sequence[Joint]) -> Outcomes | Pending[Outcomes]:
         begun = time.perf_counter()
         calls = [self, *(other for other in company if isinstance(other, TrainingCall))]
-        outcomes = _run(calls, self._engine.masked_logprobs)
-        seconds = time.perf_counter() - begun
-        for call, outcome in zip(calls, outcomes, strict=True):
-            call.record(seconds, ok=not isinstance(outcome, BaseException))
-        return outcomes
+
+        def record(outcomes: Outcomes) -> Outcomes:
+            seconds = time.perf_counter() - begun
+            for call, outcome in zip(calls, outcomes, strict=True):
+                call.record(seconds, ok=not isinstance(outcome, BaseException))
+            return outcomes
+
+        running = _run(calls, self._engine.masked_logprobs)
+        if isinstance(running, Pending):
+            return Pending(running.wait, lambda: record(running.finish()))
+        return record(running)
 
     @property
     def model(self) -> Model | None:
@@ -103,27 +112,39 @@ class TrainingCall(Joint):
         self._engine.recorder.record(kind, seconds, self.tokens or 0 if ok else 0, ok)
 
 
-def _run(calls: Sequence[TrainingCall], masked_logprobs: bool) -> list[ForwardBackwardOutput | BaseException]:
+def _run(calls: Sequence[TrainingCall], masked_logprobs: bool) -> Outcomes | Pending[Outcomes]:
     """The result or the exception of each call on one base model, in shared passes."""
-    outcomes: dict[int, ForwardBackwardOutput | BaseException] = {}
+    refused: dict[int, BaseException] = {}
     checked: dict[int, Call] = {}
     for i, call in enumerate(calls):
         try:
             decoder, checked[i] = call.checked()
         except Exception as error:
-            outcomes[i] = error
-    if checked:
-        outcomes.update(zip(checked, _passes(decoder, list(checked.values()), masked_logprobs), strict=True))
-    return [outcomes[i] for i in range(len(calls))]
+            refused[i] = error
+
+    def everyone(found: Outcomes) -> Outcomes:
+        outcomes = {**refused, **dict(zip(checked, found, strict=True))}
+        return [outcomes[i] for i in range(len(calls))]
+
+    if not checked:
+        return everyone([])
+    running = _passes(decoder, list(checked.values()), masked_logprobs)
+    if isinstance(running, Pending):
+        return Pending(running.wait, lambda: everyone(running.finish()))
+    return everyone(running)
 
 
-def _passes(
-    decoder: Decoder, calls: Sequence[Call], masked_logprobs: bool
-) -> Sequence[ForwardBackwardOutput | BaseException]:
+def _passes(decoder: Decoder, calls: Sequence[Call], masked_logprobs: bool) -> Outcomes | Pending[Outcomes]:
     try:
-        return trainer.run_together(decoder, calls, masked_logprobs=masked_logprobs)
+        return trainer.begin_together(decoder, calls, masked_logprobs=masked_logprobs)
     except Exception as error:
         if len(calls) == 1:
             return [error]
     # Something broke that belongs to nobody yet, such as memory that was not there for all of them: each alone.
-    return [outcome for call in calls for outcome in _passes(decoder, [call], masked_logprobs)]
+    outcomes: list[ForwardBackwardOutput | BaseException] = []
+    for call in calls:
+        try:
+            outcomes += trainer.run_together(decoder, [call], masked_logprobs=masked_logprobs)
+        except Exception as error:
+            outcomes.append(error)
+    return outcomes

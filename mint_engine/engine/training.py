@@ -16,7 +16,8 @@ from mint_engine.engine.core import EngineCore, Steps
 from mint_engine.engine.residents import Model
 from mint_engine.engine.together import Together, TrainingCall
 from mint_engine.losses import get_loss
-from mint_engine.optimizer import optim_step
+from mint_engine.optimizer import begin_step
+from mint_engine.pending import Pending
 from mint_engine.state import load_adapter
 from mint_engine.store import Store
 from mint_engine.types import (
@@ -121,9 +122,9 @@ class Training(EngineCore):
     def optim_step(self, model_id: str, adam_params: AdamParams) -> Future[OptimStepResponse]:
         """AdamW with the gradients since the last step, which are zero afterwards."""
 
-        def run() -> OptimStepResponse:
+        def run() -> OptimStepResponse | Pending[OptimStepResponse]:
             model: Model = self._residents.model(model_id)
-            return optim_step(model.adapter, model.state, adam_params, model.base.decoder)
+            return begin_step(model.adapter, model.state, adam_params, model.base.decoder)
 
         return self._residents.lane(model_id).submit(self._recorder.brief("optim_step", run), brief=True)
 

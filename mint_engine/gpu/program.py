@@ -29,7 +29,7 @@ Record = Callable[[Callable[[], None]], Capture]
 
 
 @dataclass(frozen=True)
-class Pending:
+class Results:
     """Results of a pass on their way to the host: fp32 [rows or scored rows, K] each."""
 
     parts: Sequence[Part]
@@ -72,7 +72,7 @@ class Program:
         take = self._decoder.space.take
         return [take(("collected", i), tuple(a.params.shape), torch.float32) for i, a in enumerate(self._adapters)]
 
-    def run(self, parts: Sequence[Part]) -> Pending:
+    def run(self, parts: Sequence[Part]) -> Results:
         """Queue a pass over ``parts``. Gradients are in :attr:`gradients` until the next one."""
         with self._turns.next() as slot:
             self._stage(parts, slot)
@@ -87,7 +87,7 @@ class Program:
                 self._generation = space.generation
         else:
             self._capture()
-        return Pending(parts, self._shape, download(self._logprobs), download(self._values))
+        return Results(parts, self._shape, download(self._logprobs), download(self._values))
 
     def _stage(self, parts: Sequence[Part], slot: int) -> None:
         buffers = [self._tokens, self._positions, self._targets, self._scored, self._rest, *self._inputs.values()]
@@ -165,6 +165,15 @@ class Program:
             self._values.index_copy_(0, scored, values)
         p.cu_seqlens = self._bounds
         backward(dh, scored, saved, p, grads)
+        if shape.masked:
+            targets, values = self._targets.device, self._values
+        self._spoil(values, targets, self._seating if shape.masked else self._head)
+
+    def _spoil(self, values: Tensor, targets: Tensor, seating: Seating) -> None:
+        """Put a NaN into the gradients of a call whose loss is not finite: what refuses the ones refuses the others."""
+        nothing = values.masked_fill(targets < 0, 0.0).mul_(0.0)  # or NaN; what fills a shape up has no targets
+        for segment, flat in zip(seating.segments, self.gradients, strict=True):
+            flat[:1].add_(nothing[segment.start : segment.stop].sum())
 
     def _score(self, x: Tensor, rows: Tensor | None, seating: Seating) -> None:
         """Log-probabilities and losses of ``rows`` (None: of all) into the results; ``x``: the head's input."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -47,6 +47,20 @@ class Turns:
         if self._cuda:
             event = self._done[slot] = torch.cuda.Event()
             event.record()
+
+
+def mark(device: torch.device) -> Callable[[], None]:
+    """A function that waits, on any thread, until ``device`` has done what has been queued so far."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event(blocking=True)  # who waits sleeps
+    event.record()
+
+    def wait() -> None:
+        with torch.cuda.device(device):  # a thread's own; else the first GPU would get a context
+            event.synchronize()
+
+    return wait
 
 
 def download(tensor: Tensor) -> Tensor:

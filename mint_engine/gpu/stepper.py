@@ -1,15 +1,16 @@
-"""optim_step on a GPU: two groups of launches, recorded like a program's, with one wait between them.
+"""optim_step on a GPU: one group of launches, recorded like a program's, in which nobody waits for the host.
 
-The first gathers what the host must see before anything is changed: the gradients' norm, the smallest and the largest
-weight. The second is AdamW over the flat buffers, which writes each new weight into its place in the border too, and
-empties the gradients: where the adapter sits in the border, the next pass finds it up to date. The step's numbers are
-eight floats on the device.
+First what decides the step: the gradients' norm, the smallest and the largest weight. Then, on the device, whether it
+is taken and how the gradients are clipped, by the host's arithmetic in float64. Then AdamW over the flat buffers, which
+writes each new weight into its place in the border too and empties the gradients: where the adapter sits in the border,
+the next pass finds it up to date. The step's numbers are data; what was decided is sent to the host, for its answer.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,6 +25,22 @@ from mint_engine.kernels import adamw_places_
 Record = Callable[[Callable[[], None]], Capture]
 STEPPERS = 64  # kept, least recently used first out
 CHUNK = 1 << 16
+HYPER = 9  # numbers that `kernels.adamw_places_` takes
+TAKEN, DROPPED, REFUSED = 1.0, -1.0, 0.0  # its last one: the step is taken; gradients are dropped; nothing is done
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a step depends on that the host has not seen yet.
+
+    The gradients' ``clip``: their largest norm, infinity for any. The step is refused unless the largest weight, times
+    ``growth`` and plus ``update``, is below ``limit``.
+    """
+
+    clip: float
+    growth: float
+    update: float
+    limit: float
 
 
 def statistics(grads: Tensor, params: Tensor) -> Tensor:
@@ -45,40 +62,46 @@ class Stepper:
     def __init__(self, adapter: Adapter, borders: Borders, offset: int | None, record: Record) -> None:
         self._record, device = record, adapter.params.device
         self._places = borders.places(adapter, offset)
-        self._found = torch.zeros(3, dtype=torch.float64, device=device)
-        self._hyper = Staged((8,), torch.float32, device)
+        self._found = torch.zeros(4, dtype=torch.float64, device=device)
+        self._given = Staged((HYPER + 4,), torch.float64, device)
+        self._hyper = torch.zeros(HYPER, dtype=torch.float32, device=device)
         self._turns = Turns(device)
-        self._captures: dict[str, Capture | None] = {}
+        self._capture: Capture | None = None
+        self._runs = 0
 
-    def statistics(self, adapter: Adapter, state: TrainState) -> tuple[float, float, float]:
-        """What :func:`statistics` gives. The one wait of a step."""
-        self._run("statistics", partial(self._gather, adapter.params, state.grads))
-        found = download(self._found)
-        if self._found.is_cuda:
-            torch.cuda.current_stream().synchronize()
-        norm, low, high = found.tolist()
-        return norm, low, high
+    def queue(self, adapter: Adapter, state: TrainState, hyper: tuple[float, ...], conditions: Conditions) -> Tensor:
+        """One step with the numbers of `kernels.hyperparameters` if ``conditions`` are met; no gradients afterwards.
 
-    def step(self, adapter: Adapter, state: TrainState, hyper: tuple[float, ...]) -> None:
-        """One step with the numbers of `kernels.hyperparameters`, and no gradients afterwards. Nobody waits for it."""
+        The answer is on its way to the host, float64 [4]: what :func:`statistics` gives, and what was done.
+        """
         with self._turns.next() as slot:
-            self._hyper.host(slot)[:] = hyper
-            self._hyper.upload(slot)
-        self._run("step", partial(self._step, adapter.params, state.grads, state.exp_avg, state.exp_avg_sq))
-
-    def _gather(self, params: Tensor, grads: Tensor) -> None:
-        self._found.copy_(statistics(grads, params))
+            c = conditions
+            self._given.host(slot)[:] = (*hyper, c.clip, c.growth, c.update, c.limit)
+            self._given.upload(slot)
+        self._run(partial(self._step, adapter.params, state.grads, state.exp_avg, state.exp_avg_sq))
+        return download(self._found)
 
     def _step(self, params: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-        adamw_places_(params, grads, exp_avg, exp_avg_sq, self._hyper.device, self._places)
+        given, hyper = self._given.device, self._hyper
+        norm, low, high, what = self._found.unbind()
+        clip, growth, update, limit = given[HYPER:].unbind()
+        self._found[:3].copy_(statistics(grads, params))
+        bounded = torch.maximum(-low, high) * growth + update < limit  # not so if it is NaN
+        what.copy_(torch.where(norm < torch.inf, bounded.double(), DROPPED))
+        hyper.copy_(given[:HYPER])
+        hyper[0].copy_((clip / (norm + 1e-6)).clamp(max=1.0))
+        hyper[HYPER - 1].copy_(what)
+        adamw_places_(params, grads, exp_avg, exp_avg_sq, hyper, self._places)
 
-    def _run(self, name: str, launch: Callable[[], None]) -> None:
+    def _run(self, launch: Callable[[], None]) -> None:
         """Launch by launch the first time, which compiles; the second recorded too, and replayed from then on."""
-        if (capture := self._captures.get(name)) is not None:
-            capture()
+        if self._capture is not None:
+            self._capture()
             return
         NoGraph(launch)()
-        self._captures[name] = self._record(launch) if name in self._captures else None
+        self._runs += 1
+        if self._runs > 1:
+            self._capture = self._record(launch)
 
 
 class Steppers:

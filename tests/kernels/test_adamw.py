@@ -62,17 +62,34 @@ def test_the_step_goes_to_its_places_in_the_same_pass(face: str, dtype: torch.dt
     places, n = Places(pieces, wide.device), 2311
     param = normal(n, seed=0)
     got = [param.clone(), torch.zeros(n), torch.zeros(n)]
-    hyper, grads = torch.empty(8), [normal(n, seed=i + 1, scale=0.1) for i in range(10)]
-    scaled = [g * 0.5 for g in grads]
+    hyper, grads = torch.empty(9), [normal(n, seed=i + 1, scale=0.1) for i in range(10)]
     for i, g in enumerate(grads):
         hyper.copy_(torch.tensor(hyperparameters(**HYPER, step=i + 1, grad_scale=0.5)))
-        adamw_places_(got[0], g, got[1], got[2], hyper, places, face=face)
+        emptied = g.clone()
+        adamw_places_(got[0], emptied, got[1], got[2], hyper, places, face=face)
+        assert not emptied.any()
+    scaled = [g * 0.5 for g in grads]
     exact, plain = torch_steps(param.double(), scaled), torch_steps(param, scaled)
     for name, x, y, z in zip(("param", "exp_avg", "exp_avg_sq"), got, exact, plain, strict=True):
         within_budget(name, x, y, z)
     assert torch.equal(a, got[0][:700].view(7, 100).to(dtype))
     assert torch.equal(b, got[0][2200:].view(37, 3).to(dtype))
     assert int(wide.isnan().sum()) == wide.numel() - 811
+
+
+@pytest.mark.parametrize("what", [0.0, -1.0])
+def test_a_step_that_is_not_taken_moves_nothing_but_gradients(face: str, what: float) -> None:
+    """Whatever the gradients and the numbers are: they are why it is not taken."""
+    border = torch.full((7, 100), 3.0)
+    state = [normal(900, seed=i) for i in range(4)]
+    state[1][::7] = torch.inf
+    before = [t.clone() for t in state]
+    hyper = torch.tensor([*hyperparameters(**HYPER, step=3, grad_scale=float("nan"))[:-1], what])
+    adamw_places_(*state, hyper, Places([(700, border), (200, None)], "cpu"), face=face)
+    for i in (0, 2, 3):
+        assert torch.equal(state[i], before[i])
+    assert torch.equal(state[1], before[1] if what == 0 else torch.zeros(900))
+    assert torch.equal(border, torch.full((7, 100), 3.0))
 
 
 def test_places_that_do_not_fit_are_named() -> None:
@@ -83,7 +100,7 @@ def test_places_that_do_not_fit_are_named() -> None:
         Places([(24, view), (24, view.bfloat16())], "cpu")
     t = torch.zeros(9)
     with pytest.raises(ValueError, match="places: expected 9 elements, got 24"):
-        adamw_places_(t, t, t, t, torch.zeros(8), Places([(24, view)], "cpu"))
+        adamw_places_(t, t, t, t, torch.zeros(9), Places([(24, view)], "cpu"))
 
 
 def test_the_gradients_are_empty_after_the_step(face: str) -> None:

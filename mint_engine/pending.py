@@ -1,0 +1,27 @@
+"""Work that a device has been given and has not done yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class Pending(Generic[T_co]):
+    """An operation queued on a device behind all that was queued before: whatever is queued next finds it done.
+
+    ``wait`` returns when the device has come so far, on any thread. After it ``finish``, once and on the device's
+    thread, makes the answer of what came back, or raises why there is none. Pending operations are finished in the
+    order in which they were queued.
+    """
+
+    wait: Callable[[], None]
+    finish: Callable[[], T_co]
+
+    def result(self) -> T_co:
+        """Wait here and finish."""
+        self.wait()
+        return self.finish()
