@@ -127,7 +127,7 @@ Tiling tiling(int64_t m, int64_t n, int64_t k, bool in_place) {
 // The product of gemm, straight: panels of B, rows of A.
 template <class S, class T, class Out>
 void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
-                   int64_t k, Out out, Target target) {
+                   int64_t k, Out out) {
     using Q = Panel<S, T>;
     const Tiling tile = tiling<S, T>(m, n, k, Q::kInPlace && a_k == 1);
     const int64_t block = tile.depth * Q::kStep, col_tiles = ceil_div(n, tile.cols);
@@ -228,7 +228,7 @@ void gemm_turned(const T* a, int64_t a_row, const T* b, int64_t b_col, int64_t m
 
 // C = A * B: A is [m, k] with element (i, kk) at a[i * a_row + kk * a_k], B is [k, n] with element (kk, j) at
 // b[j * b_col + kk * b_k]. Each finished piece of a row goes to out(i, j, count, values), values padded to a vector;
-// target, if known, is where that writes.
+// target, if known, is where that writes: tiles fetch it before.
 template <class S, class T, class Out>
 void gemm(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
           int64_t k, Out out, Target target = {}) {
@@ -238,7 +238,7 @@ void gemm(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int
             return gemm_turned<S, T>(a, a_row, b, b_col, m, n, k, out, target);
         gemm_tiles<S, T>(a, a_row, a_k, b, b_col, b_k, m, n, k, out, target);
     } else {
-        gemm_straight<S, T>(a, a_row, a_k, b, b_col, b_k, m, n, k, out, target);
+        gemm_straight<S, T>(a, a_row, a_k, b, b_col, b_k, m, n, k, out);
     }
 }
 
