@@ -1,4 +1,5 @@
-// The blocked driver of products in tiles (simd/amx.h): rows of A stay in L1 while panels of B stream past them from L2.
+// The blocked driver of products in tiles (simd/amx.h): rows of A stay in L1 while panels of B stream past them from
+// L2.
 //
 // A step of 32 x 32 sums loads 4 KB in the 64 cycles that its multiplications take. From L2 alone that is too much: 32
 // rows of A over one block of k (kTileSteps) are kept in L1, where the panels, loaded with tileloaddt1, leave them.
