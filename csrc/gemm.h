@@ -4,8 +4,7 @@
 // which also keeps rounding errors from growing with k; in tiles 32 of k after the other, simd/amx.h): it does not
 // depend on the tiling, the number of threads, or the other rows and columns of the product.
 #pragma once
-#include "panels.h"
-#include "prefetch.h"
+#include "gemm_tiles.h"
 
 namespace mint {
 
@@ -112,17 +111,15 @@ template <class S, class T>
 Tiling tiling(int64_t m, int64_t n, int64_t k, bool in_place) {
     using Q = Panel<S, T>;
     constexpr int64_t kFewRows = 64;
-    // Tiles: rows of 800 KB, beside which their panels and sums fit in an L2 of 2 MB.
-    const int64_t depth = min64(max64(Q::depth(k), 1), Q::kTiles ? 512 : 8 * kDepth);
-    const int64_t most_rows = Q::kTiles ? (int64_t(800) << 10) / (4 * depth) : 512;
+    const int64_t depth = min64(max64(Q::depth(k), 1), 8 * kDepth), most_rows = 512;
     const int64_t threads = omp_get_max_threads(), panels = ceil_div(n, Q::kCols);
     int64_t row_tiles = ceil_div(m, most_rows);
     if (panels * row_tiles < 2 * threads)
         row_tiles = max64(row_tiles, min64(ceil_div(2 * threads, panels), ceil_div(m, kFewRows)));
-    // Two panels a tile, so that rows are fetched half as often, four where each tile packs its rows too, more where
-    // the rows of the next block of k push out those of this one; fewer where that would leave threads idle at the end.
+    // Two panels a tile, so that rows are fetched half as often, four where each tile packs its rows too; fewer where
+    // that would leave threads idle at the end.
     const auto busiest = [=](int64_t p) { return ceil_div(ceil_div(panels, p) * row_tiles, threads) * p; };
-    int64_t wide = Q::kTiles && Q::depth(k) > depth ? 6 : in_place ? 2 : 4;
+    int64_t wide = in_place ? 2 : 4;
     while (wide > 1 && busiest(wide) * 25 > busiest(1) * 26) --wide;
     return {ceil_div(ceil_div(m, row_tiles), Q::kRows) * Q::kRows, wide * Q::kCols, depth};
 }
@@ -130,7 +127,7 @@ Tiling tiling(int64_t m, int64_t n, int64_t k, bool in_place) {
 // The product of gemm, straight: panels of B, rows of A.
 template <class S, class T, class Out>
 void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
-                   int64_t k, Out out, Target target) {
+                   int64_t k, Out out) {
     using Q = Panel<S, T>;
     const Tiling tile = tiling<S, T>(m, n, k, Q::kInPlace && a_k == 1);
     const int64_t block = tile.depth * Q::kStep, col_tiles = ceil_div(n, tile.cols);
@@ -168,8 +165,6 @@ void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b
                 for (int64_t i = 0; i < rows; i += Q::kRows) {
                     const int64_t count = min64(Q::kRows, rows - i);
                     float* ci = one_block ? c : c + i * tile.cols;
-                    if (Q::kTiles && last)
-                        next.writes = target.lines(i0 + i, j0, count, cols, prefetch_calls<S, T>(count, cols, depth));
                     multiply_rows<S, T>(left.at(i), count, pb, cols, depth, ci, tile.cols, k0 > 0, &next);
                     if (last)
                         for (int64_t r = 0; r < count; ++r) out(i0 + i + r, j0, cols, ci + r * tile.cols);
@@ -233,7 +228,7 @@ void gemm_turned(const T* a, int64_t a_row, const T* b, int64_t b_col, int64_t m
 
 // C = A * B: A is [m, k] with element (i, kk) at a[i * a_row + kk * a_k], B is [k, n] with element (kk, j) at
 // b[j * b_col + kk * b_k]. Each finished piece of a row goes to out(i, j, count, values), values padded to a vector;
-// target, if known, is where that writes.
+// target, if known, is where that writes: tiles fetch it before.
 template <class S, class T, class Out>
 void gemm(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
           int64_t k, Out out, Target target = {}) {
@@ -241,8 +236,10 @@ void gemm(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int
     if constexpr (Panel<S, T>::kTiles) {
         if (a_k == 1 && b_k == 1 && better_turned<S, T>(m, n, k))
             return gemm_turned<S, T>(a, a_row, b, b_col, m, n, k, out, target);
+        gemm_tiles<S, T>(a, a_row, a_k, b, b_col, b_k, m, n, k, out, target);
+    } else {
+        gemm_straight<S, T>(a, a_row, a_k, b, b_col, b_k, m, n, k, out);
     }
-    gemm_straight<S, T>(a, a_row, a_k, b, b_col, b_k, m, n, k, out, target);
 }
 
 }  // namespace mint

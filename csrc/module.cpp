@@ -111,6 +111,9 @@ PYBIND11_MODULE(_native, m) {
     m.def(
         "one_thread", [] { omp_set_num_threads(1); },
         "From now on OpenMP regions that the calling thread begins have no team.");
+    m.def(
+        "dismiss_team", [] { return omp_pause_resource(omp_pause_soft, omp_get_initial_device()) == 0; },
+        "End the idle threads of the calling thread's OpenMP team; False inside a parallel region.");
 #define MINT_DEF(op) mint::def(m, #op, &mint::Table::op##_f32, &mint::Table::op##_bf16);
     MINT_OPS(MINT_DEF)
 #undef MINT_DEF

@@ -28,13 +28,11 @@ MINT_INLINE Range my_rows(int64_t n) {
 }
 
 // Calls body(t, next) for every t < n that this thread gets, one at a time as threads come free; next (n or more: none)
-// is the one it has already claimed, so that it can fetch what that will read. `claimed` starts at 0 and is the team's.
+// is the one it will get if all are equally fast, so that it can fetch what that will read. It is not claimed: the
+// others may be faster. `claimed` starts at 0 and is the team's.
 template <class Body>
 MINT_INLINE void for_claimed(int64_t n, std::atomic<int64_t>& claimed, Body body) {
-    for (int64_t t = claimed++, next; t < n; t = next) {
-        next = claimed++;
-        body(t, next);
-    }
+    for (int64_t t; (t = claimed++) < n;) body(t, t + omp_get_num_threads());
 }
 
 // Where a team meets many times in a millisecond. OpenMP's barrier spins for longer than a time slice: on a machine

@@ -34,7 +34,7 @@ from mint_engine.errors import EngineClosedError
 from mint_engine.fair_share import FairShare
 from mint_engine.in_flight import InFlight
 from mint_engine.joint import Joint, Operation, Queued
-from mint_engine.kernels.op import without_team
+from mint_engine.kernels.op import dismiss_team, without_team
 from mint_engine.pending import Pending
 from mint_engine.turns import Turns
 
@@ -130,6 +130,7 @@ class Executor:
         if (error := self.inherited()) is not None:
             future.set_exception(error)
             return future
+        self._leave_cores()
         with self._wake:
             if self._closed:
                 future.set_exception(EngineClosedError("the engine is closed"))
@@ -150,9 +151,15 @@ class Executor:
 
     def notify(self) -> None:
         """Wake the thread: a stepper has work."""
+        self._leave_cores()
         with self._wake:
             self._signalled = True
             self._wake.notify()
+
+    def _leave_cores(self) -> None:
+        """Whoever asks for work ends its idle OpenMP threads first, beside which the device's would be slow."""
+        if threading.current_thread() is not self._thread:
+            dismiss_team()
 
     def inherited(self) -> EngineClosedError | None:
         """The reason why a forked child cannot use this executor: its thread stayed in the parent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -216,5 +217,20 @@ def test_calls_off_the_device_thread_have_no_openmp_team_that_could_spin_beside_
 
         assert executor.lane().submit(operation).result(10) == (1, 3)
         assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_asking_for_work_ends_the_openmp_threads_that_idle_beside_the_device(executor: Executor) -> None:
+    """With more of them than cores libgomp no longer spins: each parallel region of a step would wake its team."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        alone = len(os.listdir("/proc/self/task"))
+        torch.ones(1 << 20).add_(1.0)  # parallel: this thread has a team now
+        assert len(os.listdir("/proc/self/task")) > alone
+        assert executor.lane().submit(lambda: 7).result(10) == 7
+        assert len(os.listdir("/proc/self/task")) <= alone
+        assert torch.ones(1 << 20).add_(1.0).sum() == 1 << 21  # and can have one again
     finally:
         torch.set_num_threads(before)

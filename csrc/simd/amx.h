@@ -36,6 +36,12 @@ struct Amx : Avx512Bf16 {
         for (int i = 0; i < 16; ++i) reads(static_cast<const char*>(p) + i * stride, 64);
         asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(R) : "memory");
     }
+    // The same for what is used once and streams through L1: it does not push out what stays there.
+    template <int R>
+    MINT_INLINE void load_tile_once(const void* p, int64_t stride) {
+        for (int i = 0; i < 16; ++i) reads(static_cast<const char*>(p) + i * stride, 64);
+        asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(R) : "memory");
+    }
     template <int R>
     MINT_INLINE void store_tile(void* p, int64_t stride) {
         for (int i = 0; i < 16; ++i) writes(static_cast<char*>(p) + i * stride, 64);
@@ -54,10 +60,10 @@ struct Amx : Avx512Bf16 {
     template <int M, int N>
     MINT_INLINE void multiply_step(const char* a, int64_t a_stride, const uint32_t* b, int64_t b_stride) {
         load_tile<4>(a, a_stride);
-        load_tile<6>(b, b_stride);
+        load_tile_once<6>(b, b_stride);
         multiply_tile<0, 4, 6>();
         if constexpr (N == 2) {
-            load_tile<7>(b + 16, b_stride);
+            load_tile_once<7>(b + 16, b_stride);
             multiply_tile<1, 4, 7>();
         }
         if constexpr (M == 2) {

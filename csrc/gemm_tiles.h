@@ -1,0 +1,97 @@
+// The blocked driver of products in tiles (simd/amx.h): rows of A stay in L1 while panels of B stream past them from
+// L2.
+//
+// A step of 32 x 32 sums loads 4 KB in the 64 cycles that its multiplications take. From L2 alone that is too much: 32
+// rows of A over one block of k (kTileSteps) are kept in L1, where the panels, loaded with tileloaddt1, leave them.
+#pragma once
+#include "panels.h"
+#include "prefetch.h"
+
+namespace mint {
+
+constexpr int64_t kTileSteps = 20;  // of 32 k in a block: 40 of L1's 48 KB for 32 rows
+
+// How the product is cut: `rows` x `cols` results at a time, `depth` elements of k after another.
+struct TileCut {
+    int64_t rows, cols, depth;
+};
+
+template <class S, class T>
+TileCut tile_cut(int64_t m, int64_t n, int64_t k) {
+    using Q = Panel<S, T>;
+    constexpr int64_t kWide = 12, kFewRows = 64;
+    const int64_t steps = max64(Q::depth(k) / Q::kUnit, 1), blocks = ceil_div(steps, kTileSteps);
+    const int64_t depth = ceil_div(steps, blocks) * Q::kUnit;
+    // The rows, the panels and, with several blocks of k, the sums of a tile lie in an L2 of 2 MB together.
+    const int64_t row_bytes = 4 * depth + (blocks > 1 ? kWide * Q::kCols * 4 : 0);
+    const int64_t most_rows = max64((int64_t(900) << 10) / row_bytes, kFewRows);
+    const int64_t threads = omp_get_max_threads(), panels = ceil_div(n, Q::kCols);
+    int64_t row_tiles = ceil_div(m, most_rows);
+    if (panels * row_tiles < 2 * threads)
+        row_tiles = max64(row_tiles, min64(ceil_div(2 * threads, panels), ceil_div(m, kFewRows)));
+    // As many panels a tile as there is room for; fewer where that would leave threads idle at the end.
+    const auto busiest = [=](int64_t p) { return ceil_div(ceil_div(panels, p) * row_tiles, threads) * p; };
+    int64_t wide = kWide;
+    while (wide > 1 && busiest(wide) * 25 > busiest(1) * 26) --wide;
+    return {ceil_div(ceil_div(m, row_tiles), Q::kRows) * Q::kRows, wide * Q::kCols, depth};
+}
+
+// The product of gemm (gemm.h).
+template <class S, class T, class Out>
+void gemm_tiles(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
+                int64_t k, Out out, Target target) {
+    using Q = Panel<S, T>;
+    constexpr int64_t kR = Q::kRows, kC = Q::kCols;
+    const TileCut cut = tile_cut<S, T>(m, n, k);
+    const int64_t block = cut.depth * Q::kStep, col_tiles = ceil_div(n, cut.cols);
+    const int64_t tiles = ceil_div(m, cut.rows) * col_tiles;
+    const bool one_block = k <= block;
+    const int64_t kept = one_block ? kR * kC : cut.rows * cut.cols;  // sums: blocks of kR x kC, one after the other
+    std::atomic<int64_t> claimed{0};
+#pragma omp parallel if (tiles > 1 && m * n * k > kSerialWork * 16)
+    {
+        const typename S::Tiles registers;
+        Rows left{};
+        int64_t packed_row = -1, packed_col = -1;  // of one block: which tile's rows and panels this thread has
+        for_claimed(tiles, claimed, [&](int64_t t, int64_t following) {
+            const int64_t i0 = t / col_tiles * cut.rows, j0 = t % col_tiles * cut.cols;
+            const int64_t rows = min64(cut.rows, m - i0), cols = min64(cut.cols, n - j0);
+            auto* pb = panel_scratch<S, T>(Slot::kPanelsB, cut.cols * cut.depth);
+            float* sums = static_cast<float*>(scratch(Slot::kTile, size_t(kept) * 4));
+            if (k == 0) std::memset(sums, 0, size_t(kept) * 4);  // an empty sum; scratch is undefined
+            for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += block) {
+                const int64_t step = min64(block, k - k0), depth = Q::depth(step);
+                const bool last = k0 + step == k;
+                if (!one_block || packed_row != i0)
+                    left = left_rows<S, T>(a + i0 * a_row + k0 * a_k, a_row, a_k, rows, step, Slot::kPanelsA);
+                if (!one_block || packed_col != j0)
+                    pack_panels<S, T>(b + j0 * b_col + k0 * b_k, b_col, b_k, cols, step, pb);
+                packed_row = i0, packed_col = j0;
+                const int64_t calls = ceil_div(rows, kR) * ceil_div(cols, kC) * (depth / Q::kUnit);
+                Prefetch next;
+                if (!last || following < tiles) {
+                    const int64_t j1 = last ? following % col_tiles * cut.cols : j0, k1 = last ? 0 : k0 + step;
+                    next.reads = panels_ahead(b + j1 * b_col + k1 * b_k, b_col, b_k, min64(cut.cols, n - j1),
+                                              min64(block, k - k1), calls);
+                }
+                float* c = sums;
+                for (int64_t i = 0; i < rows; i += kR) {
+                    const Rows some = left.at(i);
+                    const int64_t count = min64(kR, rows - i);
+                    for (int64_t j = 0; j < cols; j += kC) {
+                        const int64_t wide = min64(kC, cols - j);
+                        if (last) next.writes = target.lines(i0 + i, j0 + j, count, wide, depth / Q::kUnit);
+                        S::multiply_tiles(count, wide, some.data, some.stride, some.tail, pb + j * depth, kC, c, kC,
+                                          depth / Q::kUnit, k0 > 0,
+                                          [&]() __attribute__((always_inline)) { next.some(); });
+                        if (last)
+                            for (int64_t r = 0; r < count; ++r) out(i0 + i + r, j0 + j, wide, c + r * kC);
+                        if (!one_block) c += kR * kC;
+                    }
+                }
+            }
+        });
+    }
+}
+
+}  // namespace mint
