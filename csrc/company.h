@@ -6,6 +6,7 @@
 #include "grouped_linear.h"
 #include "lora_gradients.h"
 #include "matmul.h"
+#include "narrow.h"
 #include "shrink.h"
 
 namespace mint {
@@ -38,6 +39,12 @@ struct Seats {
     const Seat* seats;
     int64_t count, tail, joined;
 
+    // Multiply-adds of each row's rank with n others.
+    int64_t work(int64_t n) const {
+        int64_t sum = 0;
+        for (int64_t i = 0; i < count; ++i) sum += seats[i].rows() * seats[i].rank * n;
+        return sum;
+    }
     // Columns of the border that the base's product goes on over.
     template <class T>
     int64_t border(const Bordered<T>& w) const {
@@ -85,75 +92,90 @@ void swiglu_and_shrink(const Bordered<T>& w, const Seats& seats, const T* gate_u
     shrink<S, T>(w, seats, a, stride);
 }
 
-// run(seat, j, first row of module j, its rows) for every seat and module, shared between the threads.
-template <class T, class Run>
-void for_modules(const Bordered<T>& w, const Seats& seats, Run run) {
-    int64_t work = 0;
-    for (int64_t i = 0; i < seats.count; ++i) work += seats.seats[i].rows() * seats.seats[i].rank * w.n;
-    for_products(seats.count * w.modules, work, [&](int64_t index) {
-        const int64_t j = index % w.modules;
-        int64_t row = 0;
-        for (int64_t before = 0; before < j; ++before) row += w.rows[before];
-        run(index / w.modules, j, row, w.rows[j]);
-    });
-}
+// Columns of a result that a thread adds to at a time.
+constexpr int64_t kAddedColumns = 384;
 
 // out [rows, n] += S B^T.
 template <class S, class T>
 void expand(const Bordered<T>& w, const Seats& seats, const T* x, int64_t stride, T* out) {
-    for_modules(w, seats, [&](int64_t i, int64_t j, int64_t row, int64_t n) {
-        const Seat& s = seats.seats[i];
-        small_product<S, T>(x + s.start * stride + w.k + j * s.rank, stride, w.b(s.offset, s.rank, row, j), w.stride, 1,
-                            out + s.start * w.n + row, w.n, s.rows(), n, s.rank, 1.0f, true);
+    int64_t pieces = 0;  // of all modules
+    for (int64_t j = 0; j < w.modules; ++j) pieces += ceil_div(w.rows[j], kAddedColumns);
+    for_products(seats.count * pieces, seats.work(w.n), [&](int64_t index) {
+        const Seat& s = seats.seats[index / pieces];
+        int64_t j = 0, row = 0, piece = index % pieces;
+        for (; piece >= ceil_div(w.rows[j], kAddedColumns); row += w.rows[j++])
+            piece -= ceil_div(w.rows[j], kAddedColumns);
+        const int64_t begin = piece * kAddedColumns, n = min64(kAddedColumns, w.rows[j] - begin);
+        add_narrow<S, T>(x + s.start * stride + w.k + j * s.rank, stride, w.b(s.offset, s.rank, row + begin, j),
+                         w.stride, 1, out + s.start * w.n + row + begin, w.n, s.rows(), n, s.rank);
     });
 }
 
 // out [rows, k] += dS A.
 template <class S, class T>
 void expand_gradient(const Bordered<T>& w, const Seats& seats, const T* dy, int64_t stride, T* out) {
-    for (int64_t i = 0; i < seats.count; ++i) {
-        const Seat& s = seats.seats[i];
-        small_product<S, T>(dy + s.start * stride + w.n, stride, w.a(s.offset), 1, w.stride, out + s.start * w.k, w.k,
-                            s.rows(), w.k, w.modules * s.rank, 1.0f, true);
-    }
+    const int64_t pieces = ceil_div(w.k, kAddedColumns);
+    for_products(seats.count * pieces, seats.work(w.modules * w.k), [&](int64_t index) {
+        const Seat& s = seats.seats[index / pieces];
+        const int64_t begin = index % pieces * kAddedColumns, n = min64(kAddedColumns, w.k - begin);
+        add_narrow<S, T>(dy + s.start * stride + w.n, stride, w.a(s.offset) + begin, 1, w.stride,
+                         out + s.start * w.k + begin, w.k, s.rows(), n, w.modules * s.rank);
+    });
 }
 
-// A seat's gradients: dA [modules * rank, k] at the address grads[i], behind it dB_j [rows of module j, rank].
-MINT_INLINE float* gradient_a(const int64_t* grads, int64_t i) { return reinterpret_cast<float*>(grads[i]); }
+// The adapters' gradients: of seat i dA [modules * rank, k] at the address grads[i], behind it dB_j [rows of j, rank].
+template <class T>
+struct SeatJobs {
+    const Bordered<T>& w;
+    const Seats& seats;
+    T* dy;
+    int64_t dy_stride;
+    const T* s;
+    int64_t s_stride;
+    const T* x;
+    int64_t x_stride;
+    const int64_t* grads;
+    int64_t count = seats.count;
+
+    int64_t rows_of(int64_t j) const { return w.rows[j]; }
+    int64_t first_row(int64_t j) const {
+        int64_t row = 0;
+        for (int64_t l = 0; l < j; ++l) row += w.rows[l];
+        return row;
+    }
+    GradientJob<T> job(int64_t i) const {
+        const Seat& seat = seats.seats[i];
+        T* mine = dy + seat.start * dy_stride;
+        const T* of_s = s == nullptr ? nullptr : s + seat.start * s_stride;
+        const T* of_x = x == nullptr ? nullptr : x + seat.start * x_stride;
+        auto* da = reinterpret_cast<float*>(grads[i]);
+        return {mine, of_s, mine + w.n, of_x, da, seat.rows(), seat.rank, float(seat.scale)};
+    }
+    Factor<const T> b(int64_t i, int64_t j) const {
+        const Seat& seat = seats.seats[i];
+        return {w.b(seat.offset, seat.rank, first_row(j), j), w.stride};
+    }
+    Factor<float> db(int64_t i, int64_t j) const {
+        const int64_t rank = seats.seats[i].rank;
+        return {reinterpret_cast<float*>(grads[i]) + rank * (w.modules * w.k + first_row(j)), rank};
+    }
+    GradientShape shape() const { return {dy_stride, s_stride, dy_stride, x_stride, w.k, w.k, w.modules}; }
+};
 
 // dS into the tail of dy [rows, n + tail], dB_j += dY_j^T S_j, and with x [rows, k] dA += dS^T X. s: S of the forward.
 template <class S, class T>
 void gradients(const Bordered<T>& w, const Seats& seats, T* dy, int64_t stride, const T* s, int64_t s_stride,
                const T* x, int64_t x_stride, const int64_t* grads) {
-    for (int64_t i = 0; i < seats.count; ++i) {
-        const Seat& seat = seats.seats[i];
-        float* da = gradient_a(grads, i);
-        float* db = da + w.modules * seat.rank * w.k;
-        int64_t modules[3 * 5];
-        for (int64_t j = 0, row = 0; j < w.modules; row += w.rows[j++]) {
-            int64_t* field = modules + j * 5;
-            field[0] = w.rows[j];
-            field[1] = reinterpret_cast<int64_t>(w.b(seat.offset, seat.rank, row, j));
-            field[2] = w.stride;
-            field[3] = reinterpret_cast<int64_t>(db + row * seat.rank);
-            field[4] = seat.rank;
-        }
-        T* mine = dy + seat.start * stride;
-        lora_gradients<S, T>(mine, stride, s + seat.start * s_stride, s_stride, mine + w.n, stride, modules, w.modules,
-                             float(seat.scale), x == nullptr ? nullptr : x + seat.start * x_stride, x_stride, w.k,
-                             x == nullptr ? nullptr : da, w.k, seat.rows(), seat.rank);
-    }
+    const SeatJobs<T> jobs{w, seats, dy, stride, s, s_stride, x, x_stride, grads};
+    if (seats.count != 0) AdapterGradients<S, T>(jobs.shape()).narrow_and_b(jobs);
 }
 
 // dA += dS^T X.
 template <class S, class T>
-void accumulate_a(const Bordered<T>& w, const Seats& seats, const T* dy, int64_t stride, const T* x, int64_t x_stride,
+void accumulate_a(const Bordered<T>& w, const Seats& seats, T* dy, int64_t stride, const T* x, int64_t x_stride,
                   const int64_t* grads) {
-    for (int64_t i = 0; i < seats.count; ++i) {
-        const Seat& s = seats.seats[i];
-        outer_accumulate<S, T>(dy + s.start * stride + w.n, stride, x + s.start * x_stride, x_stride,
-                               gradient_a(grads, i), w.k, s.rows(), w.modules * s.rank, w.k, 1.0f);
-    }
+    const SeatJobs<T> jobs{w, seats, dy, stride, nullptr, 0, x, x_stride, grads};
+    if (seats.count != 0) AdapterGradients<S, T>(jobs.shape()).only_a(jobs);
 }
 
 // out [rows, n] from x [rows, k + tail], whose tail is filled.

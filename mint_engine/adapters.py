@@ -159,6 +159,7 @@ class TrainState:
 
     def __init__(self, adapter: Adapter) -> None:
         self.grads = torch.zeros_like(adapter.params)
+        self.factors = adapter.views(self.grads)
         self.exp_avg = torch.zeros_like(adapter.params)
         self.exp_avg_sq = torch.zeros_like(adapter.params)
         self.step = 0

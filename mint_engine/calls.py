@@ -109,8 +109,10 @@ class Collecting(Work):
 
     def gradients(self) -> dict[str, GroupFactors]:
         """Where a backward adds this call's gradients. Only for a call that wants some."""
-        assert self.scratch is not None
-        return self.call.adapter.views(self.scratch)
+        state, scratch = self.call.state, self.scratch
+        assert state is not None
+        assert scratch is not None
+        return state.factors if scratch is state.grads else self.call.adapter.views(scratch)
 
     def finish(self) -> ForwardBackwardOutput | NonFiniteError:
         """The call's result, or why it was refused. Only now its gradients count."""

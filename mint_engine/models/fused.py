@@ -7,7 +7,7 @@ a layer, which are those that layer.py takes, under the same names.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from mint_engine.models import linear
 
 if TYPE_CHECKING:
     from mint_engine.models.layer import DecoderLayer, Pass, Saved
+
+# Of layer.Saved the tensors.
+Kept: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Weights:
@@ -119,8 +122,8 @@ def _address(t: Tensor | None) -> int:
 
 def forward(
     layer: DecoderLayer, delta: Tensor, h: Tensor | None, p: Pass, save: bool, rows: Tensor | None, shared: Shared
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None]:
-    """What `layer.forward` returns, of Saved the tensors."""
+) -> tuple[Tensor, Tensor, Kept | None]:
+    """What `layer.forward` returns."""
     m, some, at = len(delta), shared.count, layer.index if save else -1
     tail_qkv, tail_o, tail_gate_up, tail_down = shared.tails
     n_q, d, hidden, ffn = p.config.num_heads, p.config.head_dim, layer.qkv.k, layer.down.k
