@@ -10,8 +10,9 @@ by an optimiser step still meet. Nobody loses a turn by it: who was not taken al
 
 What an operation only queues on a GPU (`pending.py`) is answered when the GPU has done it; meanwhile the thread packs
 and queues what comes next, one set of passes ahead. In the same lane that may be a joint or a brief operation, which is
-queued behind; others read what the first one leaves, and wait for its answer. Decode steps are never queued behind
-passes: they would be charged with the passes' time.
+queued behind; others read what the first one leaves, and wait for its answer. Nothing is queued ahead of clients that
+are at work and could share its passes when they ask again. Decode steps are never queued behind passes: they would be
+charged with the passes' time.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Lane:
         self._executor, self.owner = executor, owner
         self.waiting: deque[Queued] = deque()
         self.busy = False  # it has its turn, or waits for it
-        self.in_flight: list[bool] = []  # operations that a device is at: whether they are joint
+        self.in_flight: list[Joint | None] = []  # operations that a device is at; None: a brief one
 
     @property
     def may_start(self) -> bool:
@@ -74,7 +75,7 @@ class Lane:
         if not self.waiting or not self.in_flight:
             return bool(self.waiting)
         queued = self.waiting[0]
-        return isinstance(queued.operation, Joint) or (queued.brief and all(self.in_flight))
+        return isinstance(queued.operation, Joint) or (queued.brief and None not in self.in_flight)
 
     def submit(self, operation: Operation, *, brief: bool = False) -> Future:
         """Queue an operation. Its result or its exception reaches exactly the future returned here."""
@@ -103,7 +104,8 @@ class Executor:
         self._closed = False
         self._draining = False  # closed, but what was accepted is still done
         self._in_flight = InFlight(name, self._resume)
-        self._passes = 0  # joint operations in flight
+        self._at_work: list[Lane] = []  # whose operations are in flight, each as often as it has some
+        self._passes = 0  # sets of joint operations in flight
         self._charged = 0.0  # up to when the device's time is charged to operations, while some are in flight
         self._pid = os.getpid()
         # Daemon threads of our own: those of concurrent.futures are gone before an exit handler can drain the queue.
@@ -207,9 +209,26 @@ class Executor:
 
     def _may_start(self) -> bool:
         """Whether there is an operation to start, and room for it on the device. The lock is held."""
-        if not self._ready or (self._closed and not self._draining) or self._passes >= AHEAD:
+        if not self._ready or (self._closed and not self._draining):
             return False
-        return not (self._samplers_wait() and self._share.samplers_turn)
+        if self._samplers_wait() and self._share.samplers_turn:
+            return False
+        return not self._at_work or (self._passes < AHEAD and not self._company_comes()) or self._brief_one_waits()
+
+    def _brief_one_waits(self) -> bool:
+        """Whether an operation can be queued behind what is in flight whoever else waits."""
+        return bool(self._at_work) and any(lane.waiting[0].brief for lane in self._ready)
+
+    def _company_comes(self) -> bool:
+        """Whether the next joint operation waits for clients that are at work, and could share their next one."""
+        joints = (joint for lane in self._ready.in_turn() if (joint := lane.next_joint()) is not None)
+        first = next(joints, None)
+        if first is None or not first.patience:
+            return False
+        gone = [lane for lane in self._at_work if lane.next_joint() is None]
+        theirs = [joint for lane in gone for joint in lane.in_flight if joint is not None]
+        # A client whose call is done and whose step is not will be answered in a moment.
+        return any(not any(lane.in_flight) for lane in gone) or bool(first.choose(theirs))
 
     def _samplers_wait(self) -> bool:
         """Whether decode steps wait for what is in flight."""
@@ -228,15 +247,19 @@ class Executor:
                 self._charge(begun)  # they know what they are owed
             steppers = [] if self._closed or held else list(self._steppers)
             sample = bool(steppers) and (self._share.samplers_turn or not self._may_start())
-            lane = self._ready.pop() if self._may_start() and not sample else None
+            brief = self._may_start() and not sample and self._brief_one_waits()
+            lane = self._ready.pop() if self._may_start() and not (sample or brief) else None
             waiting = bool(self._ready)
+        if brief:
+            self._run_brief_ones()
         if lane is not None:
             self._start_next(lane)
-        if came_back or lane is not None:
+        started = brief or lane is not None
+        if came_back or started:
             self._charge(begun)
             begun = time.perf_counter()
         if not sample:
-            return came_back or lane is not None
+            return came_back or started
         worked = [self._step(stepper) for stepper in steppers]
         if any(worked):
             self._share.sampled(time.perf_counter() - begun, others_waited=waiting)
@@ -274,7 +297,7 @@ class Executor:
             self._settle(lane, future, error=error)
             return
         if isinstance(result, Pending):
-            self._follow(result, [(lane, future)])
+            self._follow(result, [(None, lane, future)])
             self._finish(lane)
         elif isinstance(result, Generator):
             self._advance(lane, future, result, lambda: next(result))
@@ -306,22 +329,24 @@ class Executor:
         except BaseException as error:
             outcomes = [error] * len(joints)
         if isinstance(outcomes, Pending):
-            self._passes += 1
-            self._follow(outcomes, [(one, future) for _, one, future in running], together=True)
+            self._follow(outcomes, running)
         else:
             settle_all([future for _, _, future in running], outcomes)
         for one in (lane, *(other for _, other in company)):
             self._finish(one)
 
-    def _follow(self, pending: Pending, running: list[tuple[Lane, Future]], *, together: bool = False) -> None:
+    def _follow(self, pending: Pending, running: Sequence[tuple[Joint | None, Lane, Future]]) -> None:
         """Answer when the device has done it. Meanwhile the lanes go on with what may follow it there."""
+        together = running[0][0] is not None
         with self._wake:
             self._off_thread += 1
-            for lane, _ in running:
-                lane.in_flight.append(together)
+            self._passes += together
+            for joint, lane, _ in running:
+                lane.in_flight.append(joint)
+                self._at_work.append(lane)
 
         def done(error: BaseException | None) -> None:
-            futures = [future for _, future in running]
+            futures = [future for _, _, future in running]
             try:
                 if error is not None:
                     raise error
@@ -330,10 +355,11 @@ class Executor:
             except BaseException as failure:
                 outcomes = [failure] * len(futures)
             settle_all(futures, outcomes)
-            self._passes -= together
             with self._wake:
-                for lane, _ in running:
+                self._passes -= together
+                for _, lane, _ in running:
                     lane.in_flight.pop(0)
+                    self._at_work.remove(lane)
                     if not lane.busy:
                         self._finish(lane)
 
@@ -374,7 +400,7 @@ class Executor:
                 settle(queued.future, error=error)
             else:
                 if isinstance(result, Pending):
-                    self._follow(result, [(lane, queued.future)])
+                    self._follow(result, [(None, lane, queued.future)])
                 else:
                     settle(queued.future, result)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -25,3 +26,17 @@ class Pending(Generic[T_co]):
         """Wait here and finish."""
         self.wait()
         return self.finish()
+
+
+def joined(parts: Sequence[Sequence[T] | Pending[Sequence[T]]]) -> Sequence[T] | Pending[Sequence[T]]:
+    """The answers of all parts, one after the other; they are pending if some part's are."""
+
+    def finish() -> list[T]:
+        return [answer for part in parts for answer in (part.finish() if isinstance(part, Pending) else part)]
+
+    def wait() -> None:
+        for part in parts:
+            if isinstance(part, Pending):
+                part.wait()
+
+    return Pending(wait, finish) if any(isinstance(part, Pending) for part in parts) else finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 from helpers import make_data
@@ -24,6 +25,23 @@ def open_engine(home: Path, dtype: str = "float32", deterministic: bool | None =
         yield engine
     finally:
         engine.close()
+
+
+@contextmanager
+def held(engine: Engine) -> Iterator[None]:
+    """The device thread waits until the block ends, so that all that is asked in it is ready at once."""
+    begun, go = Event(), Event()
+
+    def hold() -> None:
+        begun.set()
+        assert go.wait(30)
+
+    engine._executor.lane().submit(hold)
+    assert begun.wait(30)
+    try:
+        yield
+    finally:
+        go.set()
 
 
 def new_model(engine: Engine, session: str, base: Path, **lora) -> str:

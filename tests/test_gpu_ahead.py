@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from engine_helpers import ADAM, VOCAB, logprobs, new_model, open_engine, sampled
+from engine_helpers import ADAM, VOCAB, held, logprobs, new_model, open_engine, sampled
 from helpers import make_data, relative
 
 from mint_engine.engine import Engine
@@ -33,6 +33,7 @@ class Device:
     def __init__(self) -> None:
         self._marks: list[threading.Event] = []
         self._free = False
+        self.takes: Callable[[], float] = lambda: 0.0  # seconds for an operation
         self._more = threading.Condition()
         self.broken: set[int] = set()  # waits that fail
 
@@ -47,6 +48,7 @@ class Device:
 
         def wait() -> None:
             assert event.wait(30)
+            time.sleep(self.takes())
             if number in self.broken:
                 raise RuntimeError("the device is gone")
 
@@ -55,8 +57,8 @@ class Device:
     def has(self, count: int) -> bool:
         """Whether so many operations have been queued, and no more, however long one waits."""
         with self._more:
-            self._more.wait_for(lambda: len(self._marks) >= count, 10)
-            return not self._more.wait_for(lambda: len(self._marks) > count, 0.1)
+            reached = self._more.wait_for(lambda: len(self._marks) >= count, 10)
+            return reached and not self._more.wait_for(lambda: len(self._marks) > count, 0.1)
 
     def reach(self, count: int) -> None:
         """Be done with the first ``count`` operations."""
@@ -321,25 +323,137 @@ def test_a_decode_step_is_not_queued_behind_passes(engine: Engine, tiny_tied: Pa
     assert drawn.result(30) == wanted
 
 
-def test_clients_share_a_pass_that_is_queued_ahead(tiny_tied: Path, tmp_path: Path, device: Device) -> None:
-    """While one call is under way those that are ready together are queued together."""
-    with open_engine(tmp_path, deterministic=False) as engine:
-        decoder = engine._bases.get(str(tiny_tied)).decoder
+@pytest.fixture
+def sharing(tmp_path: Path, tiny_tied: Path, device: Device) -> Iterator[tuple[Engine, list[int]]]:
+    """An engine whose clients may share passes, and how many did in each."""
+    with open_engine(tmp_path / "sharing", deterministic=False) as made:
+        decoder = made._bases.get(str(tiny_tied)).decoder
         decoder.programs = programs = Programs(decoder, mark=device.mark)
-        models = [model_of(engine, tiny_tied, seed) for seed in range(4)]
-        queued: list[int] = []
+        counts: list[int] = []
         queue = programs.queue
-        programs.queue = lambda calls, **kwargs: queued.append(len(calls)) or queue(calls, **kwargs)  # type: ignore
-        first = [ask(engine, models[0]), ask(engine, models[0], 1)]
-        assert device.has(2)
-        others = [ask(engine, model) for model in models[1:]]
-        ends = [engine.optim_step(model, ADAM) for model in models[1:]]
-        assert device.has(2)
-        device.reach(1)
-        assert device.has(3)
-        assert queued == [1, 1, 3]
-        device.reach(2)
-        assert device.has(6)  # and their steps
+
+        def counted(calls: Any, **kwargs: Any) -> Any:
+            counts.append(len(calls))
+            return queue(calls, **kwargs)
+
+        programs.queue = counted  # type: ignore[method-assign]
+        yield made, counts
         device.go_on()
-        for future in (*first, *others, *ends):
-            future.result(30)
+
+
+def test_clients_that_are_ready_together_are_queued_together(
+    sharing: tuple[Engine, list[int]], tiny_tied: Path, device: Device
+) -> None:
+    """Behind a call of a client that has asked again, and so cannot be waited for; their steps follow at once."""
+    engine, counts = sharing
+    models = [model_of(engine, tiny_tied, seed) for seed in range(4)]
+    futures: list[Future[Any]] = [ask(engine, models[0])]
+    assert device.has(1)
+    with held(engine):
+        futures += [ask(engine, model, seed) for seed in (1, 2) for model in models]
+        futures += [engine.optim_step(model, ADAM) for model in models]
+    assert device.has(2)
+    assert counts == [1, 4]
+    device.reach(1)
+    assert device.has(7)
+    assert counts == [1, 4, 4]
+    device.go_on()
+    for future in futures:
+        future.result(30)
+
+
+def test_who_is_at_work_is_waited_for_if_the_next_pass_can_be_shared(
+    sharing: tuple[Engine, list[int]], tiny_tied: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its step is queued meanwhile. Where a pass would be too large for both nobody waits."""
+    engine, counts = sharing
+    models = [model_of(engine, tiny_tied, seed) for seed in range(2)]
+    calls = [ask(engine, models[0])]
+    assert device.has(1)
+    monkeypatch.setattr("mint_engine.engine.together.PATIENCE_S", 10.0)
+    calls.append(ask(engine, models[1]))
+    steps = [engine.optim_step(models[0], ADAM)]
+    assert device.has(2)
+    device.reach(1)
+    calls[0].result(30)
+    assert device.has(2)
+    device.reach(2)
+    steps[0].result(30)
+    calls.append(ask(engine, models[0]))
+    assert device.has(3)
+    assert counts == [1, 2]
+    device.go_on()
+    for call in calls:
+        call.result(30)
+    monkeypatch.setattr("mint_engine.engine.together.PATIENCE_S", 0.001)
+    monkeypatch.setattr("mint_engine.engine.together.MAX_TOKENS", 21)
+    device.hold()
+    calls = [ask(engine, model) for model in models]
+    assert device.has(2)
+    device.go_on()
+    for call in calls:
+        call.result(30)
+
+
+def test_clients_that_wait_for_each_answer_fall_into_step(
+    sharing: tuple[Engine, list[int]], tiny_tied: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, counts = sharing
+    monkeypatch.setattr("mint_engine.engine.together.PATIENCE_S", 0.5)
+    device.go_on()
+    models = [model_of(engine, tiny_tied, seed) for seed in range(4)]
+
+    def train(model: str) -> None:
+        for step in range(6):
+            ask(engine, model, step)
+            engine.optim_step(model, ADAM).result(30)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(train, models))
+    assert sum(counts) == 24
+    assert len(counts) <= 12, "not one after the other"
+    assert max(counts) == 4
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_of_operations_gives_what_it_gives_one_after_the_other(
+    engine: Engine, sharing: tuple[Engine, list[int]], plain: Engine, tiny_tied: Path, device: Device, share: bool,
+    seed: int,
+) -> None:  # fmt: skip
+    """Three clients that wait for nothing, on a device that takes its time; refused calls and steps among theirs."""
+    random, mine = np.random.default_rng(seed), sharing[0] if share else engine
+    kinds = ["call", "call", "call", "offence", "step", "step", "too much", "forward", "save", "custom", "wrong"]
+    work = [(int(random.integers(3)), str(random.choice(kinds)), i) for i in range(50)]
+    device.takes = lambda: float(random.choice([0.0, 0.003]))
+    device.go_on()
+
+    def square(data: Any, found: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        return torch.stack([(lp * lp).sum() for lp in found]).sum(), {}
+
+    def begin(one: Engine, model: str, kind: str, i: int) -> Future[Any]:
+        data = make_data("cross_entropy", (7,), VOCAB, i)
+        return {
+            "call": lambda: ask(one, model, i),
+            "offence": lambda: offend(one, model),
+            "step": lambda: one.optim_step(model, AdamParams(learning_rate=1e-3)),
+            "too much": lambda: one.optim_step(model, AdamParams(learning_rate=1e38)),
+            "forward": lambda: one.forward(model, data, "cross_entropy"),
+            "save": lambda: one.save_weights(model, f"{kind}-{i}"),
+            "custom": lambda: one.forward_backward_custom(model, data, square),
+            "wrong": lambda: one.forward(model, [], "cross_entropy"),
+        }[kind]()
+
+    models = [[model_of(one, tiny_tied, i) for i in range(3)] for one in (mine, plain)]
+    found, expected = (
+        [begin(one, ids[who], kind, i) for who, kind, i in work] for one, ids in zip((mine, plain), models, strict=True)
+    )
+    for (_, kind, _), ours, theirs in zip(work, found, expected, strict=True):
+        assert type(ours.exception(30)) is type(theirs.exception(30)), kind
+        if theirs.exception() is None and kind != "save":
+            assert ours.result().metrics == pytest.approx(theirs.result().metrics, rel=1e-3, abs=1e-3)
+    for ours, theirs in zip(*models, strict=True):
+        state, other = mine._models[ours].state, plain._models[theirs].state
+        assert (state.step, state.has_grads) == (other.step, other.has_grads)
+        assert relative(mine._models[ours].adapter.params, plain._models[theirs].adapter.params) < 1e-3
+        assert not other.has_grads or relative(state.grads, other.grads) < 1e-2

@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from engine_helpers import ADAM, VOCAB, logprobs, new_model, open_engine
+from engine_helpers import ADAM, VOCAB, held, logprobs, new_model, open_engine
 from helpers import checked, load_decoder, make_data, relative, trained_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -139,23 +137,6 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(trainer, "begin_together", spy)
     return seen
-
-
-@contextmanager
-def held(engine: Engine) -> Iterator[None]:
-    """The device thread waits until the block ends, so that all that is asked in it is ready at once."""
-    begun, go = Event(), Event()
-
-    def hold() -> None:
-        begun.set()
-        assert go.wait(30)
-
-    engine._executor.lane().submit(hold)
-    assert begun.wait(30)
-    try:
-        yield
-    finally:
-        go.set()
 
 
 def ask(engine: Engine, model: str, seed: int = 0, lengths: tuple[int, ...] = (5, 6)) -> Future[ForwardBackwardOutput]:

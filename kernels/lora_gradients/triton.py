@@ -60,9 +60,9 @@ def _pass(
 
 
 @triton.jit
-def _add(parts, count, out, out_row, elements, r, scale, START: tl.constexpr, BLOCK: tl.constexpr):
+def _total(block, parts, count, out, out_row, elements, r, scale, START: tl.constexpr, BLOCK: tl.constexpr):
     """``out [.., r] = scale * sum of parts [count, .., r]`` in order, on top of what is there if START."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(count):
@@ -75,11 +75,17 @@ def _add(parts, count, out, out_row, elements, r, scale, START: tl.constexpr, BL
     tl.store(where, total.to(out.dtype.element_ty), mask=inside)
 
 
-def _sum(parts: Tensor, out: Tensor, scale: float, start: bool) -> None:
-    meta, elements = ADD.meta(architecture()), out.numel()
-    _add[(triton.cdiv(elements, meta["BLOCK"]),)](
-        parts, len(parts), out, out.stride(0), elements, out.shape[1], scale, START=start, **meta
-    )
+@triton.jit
+def _add(
+    ds_parts, sides, ds, ds_row, ds_elements, ds_blocks, db_parts, tiles, db, db_row, db_elements, r, scale,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What programs left, summed: ``ds``, then on top of what is there ``db``."""
+    block = tl.program_id(0)
+    if block < ds_blocks:
+        _total(block, ds_parts, sides, ds, ds_row, ds_elements, r, scale, False, BLOCK)
+    else:
+        _total(block - ds_blocks, db_parts, tiles, db, db_row, db_elements, r, 1.0, True, BLOCK)
 
 
 def _module(dy: Tensor, s: Tensor, b: Tensor, scale: float, ds: Tensor, db: Tensor) -> None:
@@ -106,8 +112,12 @@ def _module(dy: Tensor, s: Tensor, b: Tensor, scale: float, ds: Tensor, db: Tens
         dy, dy.stride(0), s, s.stride(0), b, b.stride(0), ds_parts, db_parts, m, n, r, part, R=power_of_2(r, 16),
         UPCAST=UPCAST, **meta,
     )  # fmt: skip
-    _sum(ds_parts, ds, float(scale), False)
-    _sum(db_parts, db, 1.0, True)
+    meta = ADD.meta(architecture())
+    ds_blocks, db_blocks = (triton.cdiv(t.numel(), meta["BLOCK"]) for t in (ds, db))
+    _add[(ds_blocks + db_blocks,)](
+        ds_parts, parts, ds, ds.stride(0), ds.numel(), ds_blocks, db_parts, tiles, db, db.stride(0), db.numel(), r,
+        float(scale), **meta,
+    )  # fmt: skip
 
 
 def lora_gradients(

@@ -15,7 +15,7 @@ from mint_engine.engine.residents import Model, Residents
 from mint_engine.joint import Joint
 from mint_engine.losses import get_loss
 from mint_engine.models.decoder import Decoder
-from mint_engine.pending import Pending
+from mint_engine.pending import Pending, joined
 from mint_engine.stats import Recorder
 from mint_engine.types import Datum, ForwardBackwardOutput
 
@@ -141,10 +141,4 @@ def _passes(decoder: Decoder, calls: Sequence[Call], masked_logprobs: bool) -> O
         if len(calls) == 1:
             return [error]
     # Something broke that belongs to nobody yet, such as memory that was not there for all of them: each alone.
-    outcomes: list[ForwardBackwardOutput | BaseException] = []
-    for call in calls:
-        try:
-            outcomes += trainer.run_together(decoder, [call], masked_logprobs=masked_logprobs)
-        except Exception as error:
-            outcomes.append(error)
-    return outcomes
+    return joined([_passes(decoder, [call], masked_logprobs) for call in calls])
