@@ -52,15 +52,20 @@ struct Seats {
     }
 };
 
+// write(rows) fills those rows of x [rows, k + tail], the input of w, and S follows into their tail.
+template <class S, class T, class Write>
+void with_s(const Bordered<T>& w, const Seats& seats, T* x, int64_t stride, int64_t rows, Write write) {
+    const auto job = [&](int64_t i) {
+        const Seat& s = seats.seats[i];
+        return ShrinkJob<T>{s.start, s.stop, w.a(s.offset), w.stride, w.modules * s.rank, float(s.scale)};
+    };
+    write_and_shrink<S, T>(rows, w.k, x, stride, x + w.k, stride, seats.count, job, write);
+}
+
 // S into the tail of x [rows, k + tail].
 template <class S, class T>
-void shrink(const Bordered<T>& w, const Seats& seats, T* x, int64_t stride) {
-    for (int64_t i = 0; i < seats.count; ++i) {
-        const Seat& s = seats.seats[i];
-        T* mine = x + s.start * stride;
-        matmul<S, T>(mine, stride, w.a(s.offset), w.stride, 1, nullptr, mine + w.k, stride, s.rows(),
-                     w.modules * s.rank, w.k, float(s.scale));
-    }
+void shrink(const Bordered<T>& w, const Seats& seats, T* x, int64_t stride, int64_t rows) {
+    if (seats.count != 0) with_s<S, T>(w, seats, x, stride, rows, [](Range) {});
 }
 
 // x [rows, k + tail], the input of w, from the stream delta + residual, which goes to h; S with it.
@@ -68,28 +73,17 @@ template <class S, class T>
 void norm_and_shrink(const Bordered<T>& w, const Seats& seats, const T* delta, const T* residual, T* h, const T* norm,
                      float eps, T* x, int64_t rows) {
     const int64_t width = w.k, stride = width + seats.tail;
-    if (seats.joined) {
-        const Seat& s = seats.seats[0];
-        rms_norm_shrink<S, T>(delta, width, residual, width, h, width, norm, eps, x, stride, w.a(s.offset), w.stride,
-                              float(s.scale), x + width, stride, rows, width, w.modules * s.rank);
-        return;
-    }
-    rms_norm<S, T>(delta, width, residual, width, h, width, norm, eps, x, stride, rows, width);
-    shrink<S, T>(w, seats, x, stride);
+    with_s<S, T>(w, seats, x, stride, rows, [=](Range some) {
+        norm_rows<S>(some, delta, width, residual, width, h, width, norm, eps, x, stride, width);
+    });
 }
 
 // a [rows, k + tail], the input of w = down, with S.
 template <class S, class T>
 void swiglu_and_shrink(const Bordered<T>& w, const Seats& seats, const T* gate_up, T* a, int64_t rows) {
     const int64_t width = w.k, stride = width + seats.tail;
-    if (seats.joined) {
-        const Seat& s = seats.seats[0];
-        swiglu_shrink<S, T>(gate_up, 2 * width, a, stride, w.a(s.offset), w.stride, float(s.scale), a + width, stride,
-                            rows, width, w.modules * s.rank);
-        return;
-    }
-    swiglu<S, T>(gate_up, 2 * width, a, stride, rows, width);
-    shrink<S, T>(w, seats, a, stride);
+    with_s<S, T>(w, seats, a, stride, rows,
+                 [=](Range some) { swiglu_rows<S>(some, gate_up, 2 * width, a, stride, width); });
 }
 
 // Columns of a result that a thread adds to at a time.

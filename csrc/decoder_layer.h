@@ -124,7 +124,7 @@ void decoder_layer(const int64_t* weights, const int64_t* pass, const int64_t* r
         o = r.o_some, h = r.h_some;
     }
     const int64_t some = p.some;
-    shrink<S, T>(w.o, p.o, o, o_stride);
+    shrink<S, T>(w.o, p.o, o, o_stride, some);
     forward<S, T>(w.o, p.o, o, o_stride, r.out, some);
 
     const int64_t x2_stride = hidden + p.gate_up.tail, a_stride = w.down.k + p.down.tail;

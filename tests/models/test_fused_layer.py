@@ -25,12 +25,12 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def step(
-    decoder: Decoder, adapters: list[Adapter], *, forwards: int = 0, masked_logprobs: bool = True
+    decoder: Decoder, adapters: list[Adapter], *, forwards: int = 0, masked_logprobs: bool = True, longest: int = 40
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Of each call the log-probabilities and the gradients; the last ``forwards`` calls have no backward."""
     calls = []
     for i, adapter in enumerate(adapters):
-        data = make_data("cross_entropy", (1, 40 + i, 9), 199, seed=i)
+        data = make_data("cross_entropy", (1, longest + i, 9), 199, seed=i)
         state = TrainState(adapter) if i < len(adapters) - forwards else None
         calls.append(Call(adapter, state, *checked(data, "cross_entropy", decoder)))
     with torch.no_grad(), own_products():
@@ -70,6 +70,40 @@ def test_one_adapter_has_the_bits_of_the_ops(
     assert bool(grads.abs().max() > 0)
     assert torch.equal(grads, grads2)
     torch.testing.assert_close(logprobs, logprobs2, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", op.native.isas() if op.native is not None else [])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bits_are_the_same_on_every_instruction_set(
+    tiny_tied: Path, dtype: torch.dtype, isa: str, layers: list[str]
+) -> None:
+    decoder, before = load_decoder(tiny_tied, dtype), op.native.isa()
+    adapter = trained_adapter(decoder, LoraConfig(rank=5, seed=0))
+    try:
+        op.native.set_isa(isa)
+        ((_, grads),) = step(decoder, [adapter])
+        with op_by_op():
+            ((_, grads2),) = step(decoder, [adapter])
+    finally:
+        op.native.set_isa(before)
+    assert len(layers) == 6
+    assert torch.equal(grads, grads2)
+
+
+def test_threads_change_no_bit(tiny_tied: Path) -> None:
+    decoder, threads = load_decoder(tiny_tied, torch.bfloat16), torch.get_num_threads()
+    adapters = [trained_adapter(decoder, LoraConfig(rank=r, seed=r)) for r in (16, 5)]
+    found = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(step(decoder, adapters, longest=450))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(
+            torch.equal(a, b) for one, two in zip(found[0], other, strict=True) for a, b in zip(one, two, strict=True)
+        )
 
 
 @pytest.mark.parametrize("train", [{"train_mlp": False}, {"train_attn": False}])
