@@ -61,8 +61,8 @@ def test_matches_float64(face: str, dtype: torch.dtype, case: tuple, with_x: boo
 @pytest.mark.parametrize("case", [*CASES, (50, (40, 100, 20), 9, 20), (300, (1100, 520, 600), 9, 16)])
 def test_modules_in_one_border_are_those_apart(face: str, dtype: torch.dtype, case: tuple) -> None:
     """As the decoder has them: B the diagonal blocks of a border, dB one after the other in a flat buffer."""
-    m, ns, k, r = case
-    dy, s, b, x = made(case, dtype)
+    m, ns, _, r = case
+    dy, s, b, _ = made(case, dtype)
     border, flat = poisoned(sum(ns), 4 + len(ns) * r, dtype)[:, 4:], normal(sum(ns) * r, seed=20)
     start, rows = flat.clone().view(-1, r).split(ns), border.split(ns)
     for j, (rows_j, b_j) in enumerate(zip(rows, b, strict=True)):
