@@ -7,6 +7,7 @@ its rows. What programs leave is scratch, which a second kernel adds up in order
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
@@ -19,6 +20,7 @@ from mint_engine.kernels.outer_accumulate.triton import outer_accumulate
 from mint_engine.kernels.triton_common import UPCAST, architecture, dot, power_of_2, processors
 from mint_engine.kernels.triton_common import triton_reason as supports  # noqa: F401
 
+MODULES = 3  # q, k and v
 WIDEST = 64  # ranks of a module that fit beside the tiles; more go through the kernels of the parts
 
 
@@ -34,23 +36,34 @@ ADD = Tunable("lora_gradients.add", {"BLOCK": (256, 512, 1024), "warps": (4, 8),
 
 
 @triton.jit
+def _between(j, zero, one, two):
+    return tl.where(j == 0, zero, tl.where(j == 1, one, two))
+
+
+@triton.jit(do_not_specialize=["side1", "side2"])
 def _pass(
-    dy, dy_row, s, s_row, b, b_row, ds_parts, db_parts, m, n, r, part,
+    dy, dy_row, s, s_row, b, b_row, ds_parts, db_parts, m, n, r, part, n1, n2, side1, side2,
     BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """``ds_parts [parts of columns, M, r]`` and ``db_parts [tiles of rows, N, r]``, fp32."""
+    """``ds_parts [parts of columns, M, r]`` and ``db_parts [tiles of rows, N, r]``, fp32.
+
+    Modules begin at columns 0, ``n1`` and ``n2`` of dY, with parts 0, ``side1`` and ``side2``; no part has two.
+    """
     tile, side = tl.program_id(0), tl.program_id(1)
+    j = (side >= side1).to(tl.int32) + (side >= side2).to(tl.int32)
+    first = _between(j, 0, n1, n2) + (side - _between(j, 0, side1, side2)) * part
+    last = min(first + part, _between(j, n1, n2, n))
     row, rank = tile * BM + tl.arange(0, BM), tl.arange(0, R)
     inside, ranks = row < m, rank < r
     at = row.to(tl.int64)[:, None]
-    s_tile = tl.load(s + at * s_row + rank[None, :], mask=inside[:, None] & ranks[None, :], other=0.0)
+    s_tile = tl.load(s + at * s_row + j * r + rank[None, :], mask=inside[:, None] & ranks[None, :], other=0.0)
     acc = tl.zeros((BM, R), tl.float32)
-    for start in range(side * part, min(side * part + part, n), BN):
+    for start in range(first, last, BN):
         column = start + tl.arange(0, BN)
-        known = column < n
+        known = column < last
         tile_dy = tl.load(dy + at * dy_row + column[None, :], mask=inside[:, None] & known[None, :], other=0.0)
         where = column.to(tl.int64)[:, None]
-        tile_b = tl.load(b + where * b_row + rank[None, :], mask=known[:, None] & ranks[None, :], other=0.0)
+        tile_b = tl.load(b + where * b_row + j * r + rank[None, :], mask=known[:, None] & ranks[None, :], other=0.0)
         acc = dot(tile_dy, tile_b, acc, UPCAST)
         db = dot(tl.trans(tile_dy), s_tile, tl.zeros((BN, R), tl.float32), UPCAST)
         place = db_parts + (tile.to(tl.int64) * n + where) * r + rank[None, :]
@@ -75,28 +88,29 @@ def _total(block, parts, count, out, out_row, elements, r, scale, START: tl.cons
     tl.store(where, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["side1", "side2", "sides"])
 def _add(
-    ds_parts, sides, ds, ds_row, ds_elements, ds_blocks, db_parts, tiles, db, db_row, db_elements, r, scale,
-    BLOCK: tl.constexpr,
+    ds_parts, side1, side2, sides, ds, ds_row, ds_elements, ds_blocks, modules, db_parts, tiles, db, db_row,
+    db_elements, r, scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What programs left, summed: ``ds``, then on top of what is there ``db``."""
+    """What programs left, summed: ``ds`` of each module, ``ds_elements`` in ``ds_blocks``; on top of what is there
+    ``db`` of all."""
     block = tl.program_id(0)
-    if block < ds_blocks:
-        _total(block, ds_parts, sides, ds, ds_row, ds_elements, r, scale, False, BLOCK)
+    if block < ds_blocks * modules:
+        j = block // ds_blocks
+        first = _between(j, 0, side1, side2)
+        _total(
+            block % ds_blocks, ds_parts + first.to(tl.int64) * ds_elements, _between(j, side1, side2, sides) - first,
+            ds + j * r, ds_row, ds_elements, r, scale, False, BLOCK,
+        )  # fmt: skip
     else:
-        _total(block - ds_blocks, db_parts, tiles, db, db_row, db_elements, r, 1.0, True, BLOCK)
+        _total(block - ds_blocks * modules, db_parts, tiles, db, db_row, db_elements, r, 1.0, True, BLOCK)
 
 
-def _module(dy: Tensor, s: Tensor, b: Tensor, scale: float, ds: Tensor, db: Tensor) -> None:
-    (m, n), r = dy.shape, b.shape[1]
-    if not (m and n and r):
-        ds.zero_()
-        return
-    if r > WIDEST:
-        expand_backward(dy, b, scale, ds)
-        outer_accumulate(dy, s, db, 1.0)
-        return
+def _modules(dy: Tensor, s: Tensor, b: Tensor, widths: Sequence[int], scale: float, ds: Tensor, db: Tensor) -> None:
+    """Of modules stacked on N, ``widths`` columns of dY each. Module j's B is in columns ``j r`` and on of ``b``, from
+    its row of N on, and its dB that many rows of ``db [N, r]``."""
+    (m, n), r = dy.shape, db.shape[1]
     meta = PASS.meta(architecture(), power_of_2(r, 16))
     meta["BM"] = min(meta["BM"], power_of_2(m, 16))
     if dy.dtype is torch.float32:  # for tests: twice as wide
@@ -105,19 +119,40 @@ def _module(dy: Tensor, s: Tensor, b: Tensor, scale: float, ds: Tensor, db: Tens
     # Parts of columns: enough programs for every multiprocessor, each with more than one step to load ahead.
     parts = max(1, min(4 * processors(dy.device) // tiles, n // (4 * meta["BN"])))
     part = triton.cdiv(triton.cdiv(n, parts), meta["BN"]) * meta["BN"]
-    parts = triton.cdiv(n, part)
-    ds_parts = torch.empty((parts, m, r), dtype=torch.float32, device=dy.device)
+    ends = list(accumulate(widths)) + [n] * (MODULES - len(widths))
+    sides = list(accumulate([triton.cdiv(width, part) for width in widths]))
+    sides += sides[-1:] * (MODULES - len(widths))
+    ds_parts = torch.empty((sides[-1], m, r), dtype=torch.float32, device=dy.device)
     db_parts = torch.empty((tiles, n, r), dtype=torch.float32, device=dy.device)
-    _pass[(tiles, parts)](
-        dy, dy.stride(0), s, s.stride(0), b, b.stride(0), ds_parts, db_parts, m, n, r, part, R=power_of_2(r, 16),
-        UPCAST=UPCAST, **meta,
+    _pass[(tiles, sides[-1])](
+        dy, dy.stride(0), s, s.stride(0), b, b.stride(0), ds_parts, db_parts, m, n, r, part, *ends[:2], *sides[:2],
+        R=power_of_2(r, 16), UPCAST=UPCAST, **meta,
     )  # fmt: skip
     meta = ADD.meta(architecture())
-    ds_blocks, db_blocks = (triton.cdiv(t.numel(), meta["BLOCK"]) for t in (ds, db))
-    _add[(ds_blocks + db_blocks,)](
-        ds_parts, parts, ds, ds.stride(0), ds.numel(), ds_blocks, db_parts, tiles, db, db.stride(0), db.numel(), r,
+    ds_blocks, db_blocks = (triton.cdiv(elements, meta["BLOCK"]) for elements in (m * r, n * r))
+    _add[(ds_blocks * len(widths) + db_blocks,)](
+        ds_parts, *sides, ds, ds.stride(0), m * r, ds_blocks, len(widths), db_parts, tiles, db, db.stride(0), n * r, r,
         float(scale), **meta,
     )  # fmt: skip
+
+
+def _one_border(b: Sequence[Tensor], db: Sequence[Tensor]) -> Tensor | None:
+    """dB of all modules as one matrix, if their B are the diagonal blocks of one border and their dB one after the
+    other in memory, as the decoder's are."""
+    r, row = b[0].shape[1], 0
+    if len(b) > MODULES or db[0].stride() != (r, 1):
+        return None
+    for j, (b_j, db_j) in enumerate(zip(b, db, strict=True)):
+        if not _follows(b[0], b_j, row * b[0].stride(0) + j * r) or not _follows(db[0], db_j, row * r):
+            return None
+        row += len(b_j)
+    return db[0].as_strided((row, r), (r, 1))
+
+
+def _follows(first: Tensor, other: Tensor, elements: int) -> bool:
+    """Whether ``other`` lies in the same memory, so many elements behind ``first``, with the same strides."""
+    same = first.untyped_storage()._cdata == other.untyped_storage()._cdata and first.stride() == other.stride()
+    return same and other.storage_offset() == first.storage_offset() + elements
 
 
 def lora_gradients(
@@ -130,10 +165,22 @@ def lora_gradients(
     x: Tensor | None,
     da: Tensor | None,
 ) -> None:
-    row, r = 0, b[0].shape[1]
-    for j, (b_j, db_j) in enumerate(zip(b, db, strict=True)):
-        columns = slice(j * r, (j + 1) * r)
-        _module(dy[:, row : row + len(b_j)], s[:, columns], b_j, scale, ds[:, columns], db_j)
-        row += len(b_j)
+    (m, n), r, row = dy.shape, b[0].shape[1], 0
+    if not (m and n and r):
+        ds.zero_()
+    elif r <= WIDEST and (stacked := _one_border(b, db)) is not None:
+        _modules(dy, s, b[0], [len(b_j) for b_j in b], scale, ds, stacked)
+    else:
+        for j, (b_j, db_j) in enumerate(zip(b, db, strict=True)):
+            columns = slice(j * r, (j + 1) * r)
+            part = dy[:, row : row + len(b_j)], s[:, columns], b_j, ds[:, columns]
+            row += len(b_j)
+            if not len(b_j):
+                part[3].zero_()
+            elif r <= WIDEST:
+                _modules(*part[:3], [len(b_j)], scale, part[3], db_j)
+            else:
+                expand_backward(part[0], b_j, scale, part[3])
+                outer_accumulate(part[0], part[1], db_j, 1.0)
     if x is not None and da is not None:
         outer_accumulate(ds, x, da, 1.0)

@@ -39,7 +39,8 @@ def shrinks(ranks: int) -> None:
 def lora(rank: int) -> None:
     """dS and dB of gate and up, dA of both."""
     dy, s, ds = bf16(ROWS, 2 * FFN + BORDER), bf16(ROWS, 2 * rank), bf16(ROWS, 2 * rank)
-    b, db = [bf16(FFN, rank)] * 2, [fp32(FFN, rank)] * 2
+    border, db = bf16(2 * FFN, HIDDEN + 2 * rank)[:, HIDDEN:], fp32(2 * FFN, rank).split(FFN)
+    b = border[:FFN, :rank], border[FFN:, rank:]
     kernels.lora_gradients(
         dy[:, : 2 * FFN], s, b, 2.0, ds=ds, db=db, x=bf16(ROWS, HIDDEN), da=fp32(2 * rank, HIDDEN), face="triton"
     )  # fmt: skip

@@ -58,6 +58,26 @@ def test_matches_float64(face: str, dtype: torch.dtype, case: tuple, with_x: boo
         assert torch.equal(da, da_start)
 
 
+@pytest.mark.parametrize("case", [*CASES, (50, (40, 100, 20), 9, 20), (300, (1100, 520, 600), 9, 16)])
+def test_modules_in_one_border_are_those_apart(face: str, dtype: torch.dtype, case: tuple) -> None:
+    """As the decoder has them: B the diagonal blocks of a border, dB one after the other in a flat buffer."""
+    m, ns, _, r = case
+    dy, s, b, _ = made(case, dtype)
+    border, flat = poisoned(sum(ns), 4 + len(ns) * r, dtype)[:, 4:], normal(sum(ns) * r, seed=20)
+    start, rows = flat.clone().view(-1, r).split(ns), border.split(ns)
+    for j, (rows_j, b_j) in enumerate(zip(rows, b, strict=True)):
+        rows_j[:, j * r : (j + 1) * r] = b_j
+    placed = [rows_j[:, j * r : (j + 1) * r] for j, rows_j in enumerate(rows)]
+    ds, db = poisoned(m, len(ns) * r, dtype), list(flat.view(-1, r).split(ns))
+    lora_gradients(strided(dy), strided(s), placed, SCALE, ds=ds, db=db, face=face)
+    assert surroundings_untouched(ds)
+    exact_ds, exact_db = plain(dy.double(), s.double(), [t.double() for t in b])
+    within_budget("ds", ds, exact_ds, plain(dy, s, b)[0])
+    _, fp32_db = plain(dy.float(), s.float(), [t.float() for t in b], ds)
+    for j, t in enumerate(start):
+        within_budget(f"db[{j}]", db[j], t.double() + exact_db[j], t + fp32_db[j])
+
+
 def test_a_nan_stays_in_its_row_of_ds(face: str, dtype: torch.dtype) -> None:
     dy, s, b, _ = made((40, (96, 32), 8, 16), dtype)
     dy[3, 5] = float("nan")
