@@ -79,14 +79,14 @@ def shared_batch(engine: Engine, count: int, tokens: int, rank: int) -> dict[str
             adapter = Adapter(base.decoder.groups, LoraConfig(rank=rank, seed=i))
             calls.append(Call(adapter, TrainState(adapter), check_data(share, loss, {}, base.limits), loss, {}))
 
-        @torch.no_grad()
         def run() -> None:
             for call in calls:
                 assert call.state is not None
                 call.state.has_grads = False  # as after an optimiser step; the numbers do not matter here
             trainer.run_together(base.decoder, calls)
 
-        return run
+        lane = engine._executor.lane()  # the device's thread: a second one that computes makes libgomp's teams sleep
+        return lambda: lane.submit(run).result()
 
     return {"8 adapters": step([[one] for one in data]), "1 adapter": step([data])}
 
