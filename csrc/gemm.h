@@ -102,34 +102,14 @@ int64_t prefetch_calls(int64_t rows, int64_t cols, int64_t depth) {
     return ceil_div(rows, Q::kRows) * ceil_div(cols, Q::kCols) * ceil_div(depth, Q::kTiles ? Q::kUnit : kDepth);
 }
 
-// How a product is cut: tiles of `rows` x `cols`, each with its own panels, and `depth` elements of k at a time.
-struct Tiling {
-    int64_t rows, cols, depth;
-};
-
-template <class S, class T>
-Tiling tiling(int64_t m, int64_t n, int64_t k, bool in_place) {
-    using Q = Panel<S, T>;
-    constexpr int64_t kFewRows = 64;
-    const int64_t depth = min64(max64(Q::depth(k), 1), 8 * kDepth), most_rows = 512;
-    const int64_t threads = omp_get_max_threads(), panels = ceil_div(n, Q::kCols);
-    int64_t row_tiles = ceil_div(m, most_rows);
-    if (panels * row_tiles < 2 * threads)
-        row_tiles = max64(row_tiles, min64(ceil_div(2 * threads, panels), ceil_div(m, kFewRows)));
-    // Two panels a tile, so that rows are fetched half as often, four where each tile packs its rows too; fewer where
-    // that would leave threads idle at the end.
-    const auto busiest = [=](int64_t p) { return ceil_div(ceil_div(panels, p) * row_tiles, threads) * p; };
-    int64_t wide = in_place ? 2 : 4;
-    while (wide > 1 && busiest(wide) * 25 > busiest(1) * 26) --wide;
-    return {ceil_div(ceil_div(m, row_tiles), Q::kRows) * Q::kRows, wide * Q::kCols, depth};
-}
-
 // The product of gemm, straight: panels of B, rows of A.
 template <class S, class T, class Out>
 void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
                    int64_t k, Out out) {
     using Q = Panel<S, T>;
-    const Tiling tile = tiling<S, T>(m, n, k, Q::kInPlace && a_k == 1);
+    // Two panels a tile, so that rows are fetched half as often; four where each tile packs its rows too.
+    const int64_t most = min64(max64(Q::depth(k), 1), 8 * kDepth), widest = Q::kInPlace && a_k == 1 ? 2 : 4;
+    const Tiling tile = tiles_of<Q>(m, n, most, 512, widest);
     const int64_t block = tile.depth * Q::kStep, col_tiles = ceil_div(n, tile.cols);
     const int64_t tiles = ceil_div(m, tile.rows) * col_tiles;
     const bool one_block = k <= block;  // then the sums of kRows rows at a time are all that is kept
@@ -137,7 +117,6 @@ void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b
     std::atomic<int64_t> claimed{0};
 #pragma omp parallel if (tiles > 1 && m * n * k > kSerialWork * 16)
     {
-        const typename S::Tiles registers;
         Rows left{};
         int64_t packed_row = -1, packed_col = -1;  // of one block: which tile's rows and panels this thread has
         for_claimed(tiles, claimed, [&](int64_t t, int64_t following) {

@@ -11,29 +11,34 @@ namespace mint {
 
 constexpr int64_t kTileSteps = 20;  // of 32 k in a block: 40 of L1's 48 KB for 32 rows
 
-// How the product is cut: `rows` x `cols` results at a time, `depth` elements of k after another.
-struct TileCut {
+// How a product is cut: tiles of `rows` x `cols`, each with its own panels, and `depth` elements of k at a time.
+struct Tiling {
     int64_t rows, cols, depth;
 };
 
-template <class S, class T>
-TileCut tile_cut(int64_t m, int64_t n, int64_t k) {
-    using Q = Panel<S, T>;
-    constexpr int64_t kWide = 12, kFewRows = 64;
-    const int64_t steps = max64(Q::depth(k) / Q::kUnit, 1), blocks = ceil_div(steps, kTileSteps);
-    const int64_t depth = ceil_div(steps, blocks) * Q::kUnit;
-    // The rows, the panels and, with several blocks of k, the sums of a tile lie in an L2 of 2 MB together.
-    const int64_t row_bytes = 4 * depth + (blocks > 1 ? kWide * Q::kCols * 4 : 0);
-    const int64_t most_rows = max64((int64_t(900) << 10) / row_bytes, kFewRows);
+// Tiles of at most most_rows rows and `widest` panels; fewer panels where that would leave threads idle at the end.
+template <class Q>
+Tiling tiles_of(int64_t m, int64_t n, int64_t depth, int64_t most_rows, int64_t widest) {
+    constexpr int64_t kFewRows = 64;
     const int64_t threads = omp_get_max_threads(), panels = ceil_div(n, Q::kCols);
-    int64_t row_tiles = ceil_div(m, most_rows);
+    int64_t row_tiles = ceil_div(m, max64(most_rows, kFewRows));
     if (panels * row_tiles < 2 * threads)
         row_tiles = max64(row_tiles, min64(ceil_div(2 * threads, panels), ceil_div(m, kFewRows)));
-    // As many panels a tile as there is room for; fewer where that would leave threads idle at the end.
     const auto busiest = [=](int64_t p) { return ceil_div(ceil_div(panels, p) * row_tiles, threads) * p; };
-    int64_t wide = kWide;
+    int64_t wide = widest;
     while (wide > 1 && busiest(wide) * 25 > busiest(1) * 26) --wide;
     return {ceil_div(ceil_div(m, row_tiles), Q::kRows) * Q::kRows, wide * Q::kCols, depth};
+}
+
+// Blocks of k of equal size; the rows, the panels and, with several blocks, the sums of a tile in an L2 of 2 MB
+// together.
+template <class Q>
+Tiling tile_cut(int64_t m, int64_t n, int64_t k) {
+    constexpr int64_t kWide = 12;
+    const int64_t steps = max64(Q::depth(k) / Q::kUnit, 1), blocks = ceil_div(steps, kTileSteps);
+    const int64_t depth = ceil_div(steps, blocks) * Q::kUnit;
+    const int64_t row_bytes = 4 * depth + (blocks > 1 ? kWide * Q::kCols * 4 : 0);
+    return tiles_of<Q>(m, n, depth, (int64_t(900) << 10) / row_bytes, kWide);
 }
 
 // The product of gemm (gemm.h).
@@ -42,7 +47,7 @@ void gemm_tiles(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_co
                 int64_t k, Out out, Target target) {
     using Q = Panel<S, T>;
     constexpr int64_t kR = Q::kRows, kC = Q::kCols;
-    const TileCut cut = tile_cut<S, T>(m, n, k);
+    const Tiling cut = tile_cut<Q>(m, n, k);
     const int64_t block = cut.depth * Q::kStep, col_tiles = ceil_div(n, cut.cols);
     const int64_t tiles = ceil_div(m, cut.rows) * col_tiles;
     const bool one_block = k <= block;
