@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from mint_engine.engine import Engine, get_engine
 from mint_engine.server import Settings, create_app
+from mint_engine.server.serve import http_config
 from mint_engine.server.state import ServerState
 
 
@@ -49,8 +50,6 @@ def live_server(engine: Engine | None = None, **settings: Any) -> Iterator[LiveS
     app = create_app(engine, chosen)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
     failed: list[BaseException] = []
     started = threading.Event()
 
@@ -61,7 +60,7 @@ def live_server(engine: Engine | None = None, **settings: Any) -> Iterator[LiveS
             finally:
                 started.set()
 
-    server = Watched(config)
+    server = Watched(http_config(app))
 
     def run() -> None:
         try:

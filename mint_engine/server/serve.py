@@ -16,6 +16,7 @@ from types import FrameType
 
 import torch
 import uvicorn
+from fastapi import FastAPI
 
 from mint_engine.engine import Engine
 from mint_engine.errors import MintError, UserError
@@ -75,16 +76,22 @@ def run(settings: Settings) -> int:
                 engine.tokenizer(name)
         app = create_app(engine, settings)
         url = _url(settings, listener)
-        config = uvicorn.Config(
-            app, http=Protocol, log_config=None, access_log=False, server_header=False, ws="none", lifespan="on",
-            backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=HTTP_GRACE_S,
-        )  # fmt: skip
         sys.setswitchinterval(SWITCH_S)
         gc.collect()
         gc.freeze()  # the modules and models stay: looking through them would stop every request for half a second
-        server = _Server(config, app.state.mint, lambda: print(banner(engine, settings, url, keys=keys), flush=True))
+        server = _Server(
+            http_config(app), app.state.mint, lambda: print(banner(engine, settings, url, keys=keys), flush=True)
+        )
         server.run(sockets=[listener])
     return 0
+
+
+def http_config(app: FastAPI) -> uvicorn.Config:
+    """How the app is served."""
+    return uvicorn.Config(
+        app, http=Protocol, log_config=None, access_log=False, server_header=False, ws="none", lifespan="on",
+        backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=HTTP_GRACE_S,
+    )  # fmt: skip
 
 
 def check_address(settings: Settings, keys: bool) -> None:

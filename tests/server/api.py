@@ -73,7 +73,7 @@ class Api:
 
 def until(condition: Callable[[], bool]) -> None:
     """Wait for what a server does by itself."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
