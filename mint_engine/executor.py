@@ -18,14 +18,12 @@ charged with the passes' time.
 from __future__ import annotations
 
 import os
-import queue
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, InvalidStateError
-from itertools import islice
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import torch
@@ -34,12 +32,13 @@ from mint_engine.errors import EngineClosedError
 from mint_engine.fair_share import FairShare
 from mint_engine.in_flight import InFlight
 from mint_engine.joint import Joint, Operation, Queued
-from mint_engine.kernels.op import dismiss_team, without_team
+from mint_engine.kernels.op import dismiss_team
+from mint_engine.lanes import BRIEF_ONES, Lane
+from mint_engine.off_thread import OffThread
 from mint_engine.pending import Pending
+from mint_engine.settling import settle, settle_all
 from mint_engine.turns import Turns
 
-OFF_THREADS = 4  # calls run off the device thread at once
-BRIEF_ONES = 2  # of one lane that go before their turn: many brief ones are not brief
 AHEAD = 2  # sets of passes on a GPU: one that runs, one behind it
 
 
@@ -58,34 +57,6 @@ class Stepper(Protocol):
 
     def close(self, error: BaseException) -> None:
         """The same, and refuse whatever comes later."""
-
-
-class Lane:
-    """The operations of one model, run in the order of the calls. ``owner``: whose turn it takes."""
-
-    def __init__(self, executor: Executor, owner: str = "") -> None:
-        self._executor, self.owner = executor, owner
-        self.waiting: deque[Queued] = deque()
-        self.busy = False  # it has its turn, or waits for it
-        self.in_flight: list[Joint | None] = []  # operations that a device is at; None: a brief one
-
-    @property
-    def may_start(self) -> bool:
-        """Whether the next operation may. Of two optimiser steps the second needs to know what came of the first."""
-        if not self.waiting or not self.in_flight:
-            return bool(self.waiting)
-        queued = self.waiting[0]
-        return isinstance(queued.operation, Joint) or (queued.brief and None not in self.in_flight)
-
-    def submit(self, operation: Operation, *, brief: bool = False) -> Future:
-        """Queue an operation. Its result or its exception reaches exactly the future returned here."""
-        return self._executor.enqueue(self, operation, brief)
-
-    def next_joint(self) -> Joint | None:
-        """The operation that is next, after brief ones, if it can run in company."""
-        near = islice(self.waiting, BRIEF_ONES + 1)
-        queued = next((q for q in near if not q.brief), None)
-        return queued.operation if queued is not None and isinstance(queued.operation, Joint) else None
 
 
 class Executor:
@@ -108,18 +79,12 @@ class Executor:
         self._passes = 0  # sets of joint operations in flight
         self._charged = 0.0  # up to when the device's time is charged to operations, while some are in flight
         self._pid = os.getpid()
-        # Daemon threads of our own: those of concurrent.futures are gone before an exit handler can drain the queue.
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._call_threads = [
-            threading.Thread(target=self._serve_calls, name=f"{name}-io-{i}", daemon=True) for i in range(OFF_THREADS)
-        ]
-        for thread in self._call_threads:
-            thread.start()
+        self._calls = OffThread(name)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def lane(self, owner: str = "") -> Lane:
-        return Lane(self, owner)
+        return Lane(self.enqueue, owner)
 
     def add_stepper(self, stepper: Stepper) -> None:
         with self._wake:
@@ -178,17 +143,7 @@ class Executor:
         if threading.current_thread() is not self._thread:
             self._thread.join()  # it waits for the calls off its thread
         self._in_flight.close()
-        for _ in self._call_threads:
-            self._calls.put(None)
-        for thread in self._call_threads:
-            if thread is not threading.current_thread():
-                thread.join()
-
-    def _serve_calls(self) -> None:
-        without_team()
-        while (call := self._calls.get()) is not None:
-            call()
-            del call  # it holds the future and its result, and this thread may sleep long
+        self._calls.close()
 
     def _run(self) -> None:
         with torch.no_grad():
@@ -458,23 +413,3 @@ class Executor:
                 settle(queued.future, error=closed)
         for stepper in steppers:
             stepper.close(closed)
-
-
-def settle_all(futures: Sequence[Future], outcomes: Sequence[Any]) -> None:
-    """Complete each future with its result, or with the exception that is its outcome."""
-    for future, outcome in zip(futures, outcomes, strict=True):
-        if isinstance(outcome, BaseException):
-            settle(future, error=outcome)
-        else:
-            settle(future, outcome)
-
-
-def settle(future: Future, result: Any = None, error: BaseException | None = None) -> None:
-    """Complete a future that its owner may have cancelled meanwhile."""
-    try:
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-    except InvalidStateError:
-        pass

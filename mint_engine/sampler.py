@@ -19,7 +19,6 @@ from torch import Tensor
 from mint_engine.batch import pack
 from mint_engine.borders import Seating
 from mint_engine.errors import NonFiniteError, SampleCancelledError, UserError
-from mint_engine.executor import settle
 from mint_engine.kernels import plan
 from mint_engine.kv_cache import KVCache, blocks_for
 from mint_engine.models.decoder import Decoder
@@ -28,6 +27,7 @@ from mint_engine.sampling import alternatives, sample
 from mint_engine.sampling_pass import Piece, decode, draw_at_once, prefill
 from mint_engine.sampling_rows import Job, Row, adapter_order
 from mint_engine.schedule import MAX_ALL_ROWS, MAX_ROWS, Schedule
+from mint_engine.settling import settle
 from mint_engine.speculation import drafts
 from mint_engine.types import SampledSequence, StopReason
 

@@ -15,9 +15,10 @@ from mint_engine.bases import BaseModels
 from mint_engine.device import resolve
 from mint_engine.engine.residents import Model, Residents, SamplerEntry, session_of
 from mint_engine.errors import UserError
-from mint_engine.executor import Executor, Lane
+from mint_engine.executor import Executor
 from mint_engine.fair_share import DEFAULT_SAMPLING_SHARE, FairShare
 from mint_engine.kv_cache import default_bytes
+from mint_engine.lanes import Lane
 from mint_engine.stats import Recorder
 from mint_engine.store import Store
 

@@ -15,7 +15,7 @@ from mint_engine.engine.core import Steps, failed
 from mint_engine.engine.residents import Model, SamplerEntry, kind_of
 from mint_engine.engine.sampling import Sampling
 from mint_engine.errors import NotFoundError
-from mint_engine.executor import Lane
+from mint_engine.lanes import Lane
 from mint_engine.parking import park_model, parked_base, revive_model
 from mint_engine.state import load_adapter, save_adapter
 

@@ -10,7 +10,7 @@ from typing import Literal
 from mint_engine.adapters import Adapter, TrainState
 from mint_engine.bases import Base
 from mint_engine.errors import NotFoundError, UserError
-from mint_engine.executor import Lane
+from mint_engine.lanes import Lane
 
 Kind = Literal["train", "sample"]
 
