@@ -15,8 +15,8 @@ from benchmarks import kernel_cases as small
 from benchmarks import report
 from benchmarks.training import __main__ as command
 from benchmarks.training import measure, render
-from benchmarks.training.contenders import KINDS
-from benchmarks.training.gate import EXACT, GateClosedError, Result, budget, check, error
+from benchmarks.training.contenders import ALL, FINEST, KINDS
+from benchmarks.training.gate import EXACT, ROUNDING, GateClosedError, Result, budget, check, error
 from benchmarks.training.targets import Target, targets
 from benchmarks.training.workloads import Workload, tiny
 
@@ -70,28 +70,56 @@ def test_bf16_is_measured_by_the_peer_in_bf16() -> None:
         budget("bfloat16", None, exact)
 
 
-class FakeProcess:
-    """A contender that answers with a loss and one gradient, or dies."""
+def test_in_float64_the_roundings_of_the_peer_can_be_seen(work: Workload) -> None:
+    """Sequence by sequence, and with a loss that is not rounded to float32: the same gradients, but closer."""
+    finest = Result(*ALL[FINEST].make(work).gradients())
+    assert {tensor.dtype for tensor in finest.grads.values()} == {torch.float64}
+    for name in ("PEFT float32", "ours float32"):
+        of_loss, of_grads = error(Result(*KINDS[name].make(work).gradients()), finest)
+        assert 0 < of_loss < 1e-6
+        assert 1e-8 < of_grads < 1e-5
 
-    def __init__(self, loss: float | None) -> None:
-        self.loss, self.ended = loss, False
+
+class FakeProcess:
+    """A contender that answers with a loss and two gradients, times ``scale``; or dies."""
+
+    def __init__(self, loss: float | None, scale: float = 1.0) -> None:
+        self.loss, self.scale, self.ended = loss, scale, False
 
     def ask(self, command: str, *arguments: Any) -> dict[str, Any]:
         if self.loss is None:
             raise measure.ContenderError("out of memory")
         assert command == "gradients", "nothing may be timed before the gate"
-        save_file(GRADS, arguments[0])
+        save_file({name: tensor * self.scale for name, tensor in GRADS.items()}, arguments[0])
         return {"loss": self.loss}
 
     def end(self) -> None:
         self.ended = True
 
 
+def not_needed() -> Result:
+    raise AssertionError("float64 takes minutes")
+
+
+@pytest.mark.parametrize(("theirs", "ours", "passes"), [(2.0, 5.0, True), (2.0, 7.0, False), (0.1, 1.4, False)])
+def test_where_float32_is_too_coarse_float64_is_the_measure(theirs: float, ours: float, passes: bool) -> None:
+    """Errors in units of EXACT, on opposite sides."""
+    running: dict[str, Any] = {
+        "ours float32": FakeProcess(1.0, 1 + ours * EXACT), "PEFT float32": FakeProcess(1.0, 1 - theirs * EXACT)
+    }  # fmt: skip
+    assert (ours <= max(1, ROUNDING * theirs)) == passes
+    if passes:
+        measure._gate(running, {}, lambda: Result(1.0, GRADS))
+        return
+    with pytest.raises(GateClosedError, match="ours float32: gradients differ from PEFT's in float64"):
+        measure._gate(running, {}, lambda: Result(1.0, GRADS))
+
+
 def test_a_peer_that_fails_or_differs_is_left_out() -> None:
     others: dict[str, Any] = {"PEFT float32, packed": FakeProcess(3.0), "PEFT bf16 autocast": FakeProcess(None)}
     running: dict[str, Any] = {"ours float32": FakeProcess(1.0), "PEFT float32": FakeProcess(1.0), **others}
     out: dict[str, str] = {}
-    measure._gate(running, out)
+    measure._gate(running, out, not_needed)
     assert list(running) == ["ours float32", "PEFT float32"]
     assert set(out) == set(others)
     assert all(process.ended for process in others.values())
@@ -102,7 +130,8 @@ def test_the_run_ends_without_a_number_when_ours_is_wrong(
     loss: float | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], work: Workload
 ) -> None:
     def fake(workload: str, contenders: list[str], rounds: int, threads: int, say: Any) -> Any:
-        measure._gate({"ours float32": FakeProcess(loss), "PEFT float32": FakeProcess(1.0)}, {})  # type: ignore[dict-item]
+        running: Any = {"ours float32": FakeProcess(loss), "PEFT float32": FakeProcess(1.0)}
+        measure._gate(running, {}, lambda: Result(1.0, GRADS))
         return {}, {}
 
     monkeypatch.setattr(command, "measure", fake)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 EXACT = 1e-4  # float32, relative, as in "parity with PEFT to 1e-4"
 FACTOR = 2.0  # bf16: our error at most so many times that of PEFT in bf16 (tests/test_bf16.py)
+ROUNDING = 3.0  # float32, where PEFT's own roundings are as large as EXACT: so many times its error from float64
 
 
 class GateClosedError(RuntimeError):
@@ -38,6 +39,20 @@ def check(name: str, got: Result, exact: Result, budget: tuple[float, float]) ->
     for what, found, most in zip(("loss", "gradients"), error(got, exact), budget, strict=True):
         if not found <= most:
             raise GateClosedError(f"{name}: {what} differ from PEFT's in float32 by {found:.2e}, allowed {most:.2e}")
+
+
+def check_rounding(name: str, got: Result, rounded: Result, finest: Result) -> None:
+    """What :func:`check` does, against PEFT in float64, for a batch on which float32 cannot be EXACT.
+
+    On some sequences (of random tokens, mostly) roundings grow a thousandfold, PEFT's as ours. ``rounded``: PEFT's
+    result in float32.
+    """
+    for what, found, theirs in zip(("loss", "gradients"), error(got, finest), error(rounded, finest), strict=True):
+        if not found <= max(EXACT, ROUNDING * theirs):
+            raise GateClosedError(
+                f"{name}: {what} differ from PEFT's in float64 by {found:.2e}, allowed {EXACT:.0e} or {ROUNDING:.0f} "
+                f"times the {theirs:.2e} of PEFT in float32"
+            )
 
 
 def budget(dtype: str, rounded: Result | None, exact: Result) -> tuple[float, float]:

@@ -36,13 +36,13 @@ class Worker:
         import transformers
 
         import mint  # noqa: F401
-        from benchmarks.training.contenders import KINDS
+        from benchmarks.training.contenders import ALL
         from benchmarks.training.workloads import WORKLOADS
 
         transformers.utils.logging.disable_progress_bar()
         work = WORKLOADS[workload]()
         self._empty = _status("VmRSS")
-        self._contender, self._long = KINDS[contender].make(work), work.long
+        self._contender, self._long = ALL[contender].make(work), work.long
         _trim()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 
