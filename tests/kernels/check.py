@@ -65,6 +65,14 @@ def within_budget(name: str, got: torch.Tensor, exact: torch.Tensor, plain: torc
     assert error(got, exact) <= allowed, f"{name}: error {error(got, exact):.3e}, allowed {allowed:.3e}"
 
 
+def chained(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """``x @ w.T``, each sum a chain in fp32, rounded once: a plain product without vectors. Libraries may be closer."""
+    sums = torch.zeros(len(x), len(w))
+    for k in range(x.shape[1]):
+        sums += x[:, k, None].float() * w[:, k].float()
+    return sums.to(x.dtype)
+
+
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
     """Reproducible normal values, rounded to ``dtype``, on the default device (conftest.py)."""
     values = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu") * scale
