@@ -96,6 +96,8 @@ def test_logprobs_are_tempered_and_the_filters_do_not_renormalise_them(
 def test_rows_of_every_kind_match_the_reference(face: str, vocab: int) -> None:
     """Logits that repeat: filters end among entries that are alike."""
     kinds = [(t, k, p) for t in (0.0, 0.3, 1.0, 2.0) for k in (-1, 1, 3, 40) for p in (1.0, 0.9, 0.3, 0.0)]
+    if face == "triton" and vocab > 2:
+        kinds = kinds[::5]  # slow in the interpreter; five passes through each value in other company
     temperature, top_k, top_p = (torch.tensor(values, dtype=torch.float64) for values in zip(*kinds, strict=True))
     logits = (normal(len(kinds), vocab, seed=vocab, scale=2.0) * 4).round() / 4
     uniforms = torch.rand(len(kinds), dtype=torch.float64, generator=torch.Generator().manual_seed(vocab))
@@ -107,7 +109,7 @@ def test_rows_of_every_kind_match_the_reference(face: str, vocab: int) -> None:
 
 def test_a_large_vocabulary_matches_the_reference(face: str) -> None:
     """A real head's size, where bins and blocks are many; logits that repeat, as bf16 activations make them."""
-    rows = 2 if face == "triton" else 6  # a second a row in the interpreter
+    rows = 1 if face == "triton" else 6  # a second a row in the interpreter
     logits = (normal(rows, 49153, seed=3, scale=3.0) * 8).round() / 8
     for temperature, top_k, top_p in ((1.0, -1, 1.0), (0.8, 50, 1.0), (1.0, -1, 0.95), (0.6, 1000, 0.99), (0.0, -1, 1)):
         got, expected = (draw(logits, temperature, top_k, top_p, face=f) for f in (face, "reference"))
