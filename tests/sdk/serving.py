@@ -105,7 +105,7 @@ class _Output:
 
 def drive(
     environment: Environment, driver: str, out: Path, server: Server, base_model: str, *arguments: str,
-    timeout: float = 300.0,
+    timeout: float = 600.0,
 ) -> dict[str, Any]:  # fmt: skip
     """Run `drivers/<driver>.py` in an environment; its report, if it wrote one."""
     package = "mint" if environment.name.startswith("mindlab") else "tinker"

@@ -52,7 +52,7 @@ def run(sdk: str, running: LiveServer, url: str, base: Path, out: Path) -> dict[
     }
 
 
-@pytest.mark.parametrize("sdk", ["tinker-0.38.0", "tinker-0.22.0", "mindlab-toolkit-0.2.0"])
+@pytest.mark.parametrize("sdk", ["tinker-0.38.0", "mindlab-toolkit-0.2.0"])
 def test_faults_do_not_change_a_bit(sdk: str, tiny_base: Path, tmp_path: Path) -> None:
     with server(tiny_base, tmp_path / "quiet") as running:
         quiet = run(sdk, running, running.url, tiny_base, tmp_path / "out")

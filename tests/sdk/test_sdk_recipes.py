@@ -59,15 +59,14 @@ def logged(metrics: list[dict[str, Any]], name: str) -> list[float]:
 
 def test_cookbook_supervised_nll_falls_by_a_third(server, smollm2, tmp_path):
     nll = logged(cookbook("sft", tmp_path, server, smollm2), "train_mean_nll")
-    assert len(nll) == 30
+    assert len(nll) == 20
     assert np.mean(nll[-5:]) < 2 / 3 * np.mean(nll[:5]), nll
 
 
-@pytest.mark.parametrize("loss_fn", ["importance_sampling", "ppo"])
-def test_cookbook_reinforcement_learning_starts_on_policy(float32_server, smollm2, tmp_path, loss_fn):
+def test_cookbook_reinforcement_learning_starts_on_policy(float32_server, smollm2, tmp_path):
     """What the sampler said is what the trainer says. (In bfloat16 two roundings of a log-probability are about 0.04
     apart, so that the mean over a few hundred tokens, which is what the cookbook calls KL v1, is noise of 0.003.)"""
-    metrics = cookbook(f"rl-{loss_fn}", tmp_path, float32_server, smollm2)
+    metrics = cookbook("rl-ppo", tmp_path, float32_server, smollm2)
     assert len(logged(metrics, "env/all/reward/total")) == 3, metrics
     for version in ("v1", "v2"):
         kl = logged(metrics, f"optim/kl_sample_train_{version}")
@@ -88,8 +87,8 @@ def test_mint_quickstart(server, smollm2, tmp_path):
     report = serving.drive(environment, "quickstart", tmp_path, server, str(smollm2))
     assert not report["failures"], "\n".join(report["failures"])
     values = report["values"]
-    assert len(values["losses"]) == len(values["rewards"]) == 10
+    assert (len(values["losses"]), len(values["rewards"])) == (10, 5)
     assert values["losses"][-1] < 2 / 3 * values["losses"][0], values["losses"]
     assert all(values["finite"])
-    assert sum(values["advantages"]) > 100, values["advantages"]  # of 640 samples, those that were trained on
+    assert sum(values["advantages"]) > 25, values["advantages"]  # of 160 samples, those that were trained on
     assert values["final checkpoint"].endswith("/weights/quickstart-rl-final")

@@ -1,5 +1,5 @@
-"""tinker-cookbook's own training loops: `python cookbook.py request.json JOB`, JOB one of sft, rl-importance_sampling,
-rl-ppo, dpo.
+"""tinker-cookbook's own training loops: `python cookbook.py request.json JOB`, JOB one of sft, rl-LOSS (the name of a
+policy loss), dpo.
 
 Nothing of the cookbook is changed but its download of Tinker's price list, for which there is no network here: it finds
 no prices, and says so. Its metrics are in `<out>/<JOB>/metrics.jsonl`.
@@ -33,17 +33,17 @@ def no_prices(url: str, timeout: float) -> list[dict[str, object]]:
 
 def common(ctx: context.Context, batch_size: int) -> ChatDatasetBuilderCommonConfig:
     return ChatDatasetBuilderCommonConfig(
-        model_name_for_tokenizer=ctx.base_model, renderer_name=RENDERER, max_length=256, batch_size=batch_size
+        model_name_for_tokenizer=ctx.base_model, renderer_name=RENDERER, max_length=128, batch_size=batch_size
     )
 
 
 def sft(ctx: context.Context, log: Path) -> None:
-    """30 steps on the conversations that come with the cookbook."""
+    """20 steps on the conversations that come with the cookbook."""
     conversations = resources.files("tinker_cookbook") / "example_data" / "conversations.jsonl"
     config = supervised.Config(
         log_path=str(log), model_name=ctx.base_model, recipe_name="sl_basic", renderer_name=RENDERER,
         dataset_builder=FromConversationFileBuilder(file_path=str(conversations), common_config=common(ctx, 8)),
-        learning_rate=1e-3, lr_schedule="linear", num_epochs=2, max_steps=30, save_every=15, eval_every=0,
+        learning_rate=1e-3, lr_schedule="linear", num_epochs=2, max_steps=20, save_every=10, eval_every=0,
         infrequent_eval_every=0, base_url=ctx.url,
     )  # fmt: skip
     asyncio.run(supervised.main(config))
