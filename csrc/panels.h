@@ -104,9 +104,7 @@ void pack_panel(const T* src, int64_t stride_c, int64_t stride_k, int64_t n, int
                 if constexpr (Q::kInPlace) {
                     S::transpose(cols + kk * Q::kStep, stride_c * int64_t(sizeof(T)), dst + kk * C + j0, C);
                 } else {
-                    alignas(64) float wide[S::W * S::W];
-                    for (int j = 0; j < S::W; ++j) S::store(wide + j * S::W, S::load(cols + j * stride_c + kk));
-                    S::transpose(wide, S::W * 4, dst + kk * C + j0, C);
+                    S::widen_transposed(cols + kk, stride_c, dst + kk * C + j0, C);
                 }
             }
             for (; kk < depth; ++kk)

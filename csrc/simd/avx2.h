@@ -120,6 +120,27 @@ struct Avx2 {
             _mm256_storeu_ps(dst + (i + 4) * dst_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
         }
     }
+
+    // In halves of a vector: older AMD cores split a whole one in two, and take eight steps to swap its halves.
+    MINT_INLINE void widen_transposed(const bf16* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+        const __m128i zero = _mm_setzero_si128();
+        for (int half = 0; half < 8; half += 4) {  // rows of src, which become columns
+            __m128i r[4];
+            for (int i = 0; i < 4; ++i)
+                r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + (half + i) * src_stride));
+            const __m128i pairs[4] = {_mm_unpacklo_epi16(r[0], r[1]), _mm_unpacklo_epi16(r[2], r[3]),
+                                      _mm_unpackhi_epi16(r[0], r[1]), _mm_unpackhi_epi16(r[2], r[3])};
+            for (int c = 0; c < 8; c += 4) {
+                const __m128i a = pairs[c / 2], b = pairs[c / 2 + 1];
+                const __m128i fours[2] = {_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b)};
+                for (int i = 0; i < 2; ++i) {
+                    float* to = dst + (c + 2 * i) * dst_stride + half;
+                    _mm_storeu_ps(to, _mm_castsi128_ps(_mm_unpacklo_epi16(zero, fours[i])));
+                    _mm_storeu_ps(to + dst_stride, _mm_castsi128_ps(_mm_unpackhi_epi16(zero, fours[i])));
+                }
+            }
+        }
+    }
 };
 
 }  // namespace mint

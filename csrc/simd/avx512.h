@@ -103,6 +103,12 @@ struct Avx512 {
         return _mm512_scalef_ps(p, x);  // times 2^floor(x)
     }
 
+    MINT_INLINE void widen_transposed(const bf16* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+        alignas(64) float wide[W * W];
+        for (int r = 0; r < W; ++r) store(wide + r * W, load(src + r * src_stride));
+        transpose(wide, W * 4, dst, dst_stride);
+    }
+
     MINT_INLINE void transpose(const void* source, int64_t src_bytes, void* target, int64_t dst_stride) {
         const char* src = static_cast<const char*>(source);
         float* dst = static_cast<float*>(target);

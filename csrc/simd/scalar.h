@@ -70,6 +70,8 @@ struct Scalar {
 
     // W x W transpose of 32-bit words: dst[c * dst_stride + r] = word c at src + r * src_bytes (any alignment).
     MINT_INLINE void transpose(const void* src, int64_t, void* dst, int64_t) { std::memcpy(dst, src, 4); }
+    // The same of bf16, src_stride apart, widened: dst[c * dst_stride + r] = src[r * src_stride + c].
+    MINT_INLINE void widen_transposed(const bf16* src, int64_t, float* dst, int64_t) { *dst = to_float(*src); }
 };
 
 }  // namespace mint
