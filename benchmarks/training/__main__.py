@@ -3,10 +3,11 @@
     OPENBLAS_NUM_THREADS=1 python -m benchmarks.training [--only demo] [--short] [--rounds 7] [--save]
 
 Every contender is a process of its own and trains the same modules of the same model on the same batch from the same
-adapter. First the gate: losses and gradients of ours against PEFT's in float32; if they differ, nothing is timed and
-the exit status is 1. Then rounds A B C A B C; all but the one that computes are stopped. A turn on a short batch is two
-steps, of which the second counts: in a training loop nobody else empties the caches. Memory is the peak beyond the
-libraries and the base model's weights. Last line: one JSON document.
+adapter. First the gate: losses and gradients of ours against PEFT's in float32 (in float64, where float32 is too
+coarse); if they differ, nothing is timed and the exit status is 1. Then rounds A B C A B C; all but the one that
+computes are stopped. A turn on a short batch is two steps, of which the second counts: in a training loop nobody else
+empties the caches. Memory is the peak beyond the libraries and the base model's weights. Last line: one JSON
+document.
 """
 
 from __future__ import annotations
