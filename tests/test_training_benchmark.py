@@ -71,7 +71,7 @@ def test_bf16_is_measured_by_the_peer_in_bf16() -> None:
 
 
 def test_in_float64_the_roundings_of_the_peer_can_be_seen(work: Workload) -> None:
-    """Sequence by sequence, and with a loss that is not rounded to float32: the same gradients, but closer."""
+    """Sequence by sequence, and with a loss that is not rounded to float32: the same up to what float32 rounds."""
     finest = Result(*ALL[FINEST].make(work).gradients())
     assert {tensor.dtype for tensor in finest.grads.values()} == {torch.float64}
     for name in ("PEFT float32", "ours float32"):

@@ -62,6 +62,8 @@ def repair() -> None:
         for operand in (a, b):
             if operand.dtype.scalar == tl.bfloat16:
                 raise TypeError("tl.dot: bfloat16 operands are wrong in the interpreter; widen them (UPCAST)")
+            if operand.dtype.scalar.is_fp8():  # they lie there as bytes
+                raise TypeError("tl.dot: expected operands of 16 or more bits, got fp8; widen them")
         product = np.matmul(a.data, b.data, dtype=np.float64)
         return interpreter.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
