@@ -50,35 +50,57 @@ void adamw(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, i
     }
 }
 
-// The same for the blocks of a table, which also empties the gradients and writes each new parameter, rounded to T, to
-// its place in a border while it is in L1. A block is a row of six: its first element, the end of the piece it is of
-// (a block has at most `block` elements), the piece's first element, the columns, the row stride and the address of the
-// view the piece goes to (address 0: nowhere).
+// A block of elements of a flat buffer, and the view its piece goes to: a row of the tables that kernels/adamw/places.py
+// makes.
+struct Place {
+    int64_t first, end, origin, columns, stride, address;  // end and origin: of the piece; address 0: it goes nowhere
+
+    // Elements of the block: at most `block`.
+    int64_t count(int64_t block) const { return min64(block, end - first); }
+};
+
+// The block's elements of `param`, rounded to T, to their place.
+template <class S, class T>
+MINT_INLINE void to_place(const float* param, const Place& place, int64_t block) {
+    if (place.address == 0) return;
+    const int64_t end = place.first + place.count(block);
+    for (int64_t i = place.first; i < end;) {
+        const int64_t line = (i - place.origin) / place.columns, column = (i - place.origin) % place.columns;
+        const int64_t count = min64(place.columns - column, end - i);
+        T* to = reinterpret_cast<T*>(place.address) + line * place.stride + column;
+        for_vectors<S>(count, [&](int64_t v, int lanes) __attribute__((always_inline)) {
+            S::store_n(to + v, S::load_n(param + i + v, lanes), lanes);
+        });
+        i += count;
+    }
+}
+
+// The parameters of all blocks of a table to their places.
+template <class S, class T>
+void write_places(const float* param, const int64_t* table, int64_t blocks, int64_t block) {
+    check::at_least("write_places", "block", block, 1);
+    const auto* places = reinterpret_cast<const Place*>(table);
+#pragma omp parallel for schedule(static) if (blocks * block > kSerialWork)
+    for (int64_t t = 0; t < blocks; ++t) to_place<S, T>(param, places[t], block);
+}
+
+// AdamW for the blocks of a table, which also empties the gradients and writes each new parameter to its place while it
+// is in L1.
 template <class S, class T>
 void adamw_places(float* param, float* grad, float* exp_avg, float* exp_avg_sq, const int64_t* table, int64_t blocks,
                   int64_t block, float grad_scale, float decay, float c1, float beta2, float c2, float root, float eps,
                   float rate) {
     check::at_least("adamw_places", "block", block, 1);
-    constexpr int64_t kFields = 6;
     const AdamNumbers numbers = {grad_scale, decay, c1, beta2, c2, root, eps, rate};
+    const auto* places = reinterpret_cast<const Place*>(table);
 #pragma omp parallel for schedule(static) if (blocks * block > kSerialWork)
     for (int64_t t = 0; t < blocks; ++t) {
-        const int64_t* row = table + t * kFields;
-        const int64_t end = min64(row[0] + block, row[1]), origin = row[2], columns = row[3];
-        adam_elements<S>(param, grad, exp_avg, exp_avg_sq, row[0], end, numbers);
-        for_vectors<S>(end - row[0], [&](int64_t i, int lanes) __attribute__((always_inline)) {
-            S::store_n(grad + row[0] + i, S::zero(), lanes);
+        const int64_t first = places[t].first, count = places[t].count(block);
+        adam_elements<S>(param, grad, exp_avg, exp_avg_sq, first, first + count, numbers);
+        for_vectors<S>(count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+            S::store_n(grad + first + i, S::zero(), lanes);
         });
-        if (row[5] == 0) continue;
-        for (int64_t i = row[0]; i < end;) {
-            const int64_t line = (i - origin) / columns, column = (i - origin) % columns;
-            const int64_t count = min64(columns - column, end - i);
-            T* to = reinterpret_cast<T*>(row[5]) + line * row[4] + column;
-            for_vectors<S>(count, [&](int64_t v, int lanes) __attribute__((always_inline)) {
-                S::store_n(to + v, S::load_n(param + i + v, lanes), lanes);
-            });
-            i += count;
-        }
+        to_place<S, T>(param, places[t], block);
     }
 }
 

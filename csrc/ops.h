@@ -28,6 +28,7 @@
     X(adamw)                  \
     X(adamw_places)           \
     X(adamw_statistics)       \
+    X(write_places)           \
     X(attention)              \
     X(attention_backward)     \
     X(decode_step)            \

@@ -1,6 +1,13 @@
 """The engine's kernels: one folder per op, each with a plain-torch reference and faster faces (see ``op.py``)."""
 
-from mint_engine.kernels.adamw import Places, adamw_, adamw_places_, adamw_statistics, hyperparameters
+from mint_engine.kernels.adamw import (
+    Places,
+    adamw_,
+    adamw_places_,
+    adamw_statistics,
+    hyperparameters,
+    write_places_,
+)
 from mint_engine.kernels.attention import attention, attention_backward
 from mint_engine.kernels.bordered_by_tile import bordered_by_tile, bordered_by_tile_backward
 from mint_engine.kernels.bordered_linear import (
@@ -83,4 +90,5 @@ __all__ = [
     "target_logprob_backward",
     "target_logprob_with_gradient",
     "top_logprobs",
+    "write_places_",
 ]

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from mint_engine.adapters import Adapter, LinearGroup
-from mint_engine.kernels import Places
+from mint_engine.kernels import Places, write_places_
+
+Shape: TypeAlias = tuple[int, tuple[str, ...]]  # of an adapter: its rank, and the groups it trains
 
 DEFAULT_RANKS = 16  # room made at load time; the border grows when more is asked for
 
@@ -174,6 +176,8 @@ class Borders:
         self.weights = weights
         self.capacity = ranks
         self._seated: dict[int, tuple[int, int, int]] = {}  # rank offset -> (adapter uid, version, rank)
+        self._laid: dict[int, Shape] = {}  # rank offset -> what has been laid out there: its zeros are in place
+        self._at_zero: dict[Shape, tuple[Places, list[int]]] = {}  # places at offset 0, and how far each moves a rank
         self._places = WeakKeyDictionary[Adapter, tuple[int | None, Places]]()
         self.before_move: Callable[[], None] = lambda: None  # called before the buffers are replaced by wider ones
 
@@ -191,7 +195,7 @@ class Borders:
             # Company comes and goes: room for up to twice as many at once, not a copy of all weights per newcomer.
             room = ranks if len(adapters) == 1 else 1 << (ranks - 1).bit_length()
             self.before_move()
-            self._places.clear()  # they are in the old buffers
+            self._places.clear(), self._at_zero.clear(), self._laid.clear()  # they are in the old buffers
             for w in self.weights:
                 w.widen(room)
             self.capacity, self._seated = room, {}
@@ -212,21 +216,24 @@ class Borders:
         """Where the pieces of the adapter's flat buffer sit (no ``offset``: nowhere). The last ones made are kept."""
         kept = self._places.get(adapter)
         if kept is None or kept[0] != offset:
-            kept = self._places[adapter] = offset, Places(self._pieces(adapter, offset), adapter.params.device)
+            kept = self._places[adapter] = offset, self._places_at(adapter, offset)
         return kept[1]
 
-    def _pieces(self, adapter: Adapter, offset: int | None) -> list[tuple[int, Tensor | None]]:
-        """Of the adapter's flat buffer, piece by piece: how many elements, and where they go.
-
-        The seat's other columns and rows, of modules that the adapter does not train, hold the zeros they got there.
-        """
+    def _places_at(self, adapter: Adapter, offset: int | None) -> Places:
+        """The seat's other columns and rows, of modules that it does not train, hold the zeros they got there."""
         if offset is None:
-            return [(adapter.params.numel(), None)]
-        weights, found = {w.group.name: w for w in self.weights}, list[tuple[int, Tensor | None]]()
-        for group in adapter.groups:
-            w = weights[group.name]
-            found += [(view.numel(), view) for view in (w.a(offset, adapter.rank), *w.b(offset, adapter.rank))]
-        return found
+            return Places([(adapter.params.numel(), None)], adapter.params.device)
+        shape = _shape(adapter)
+        if shape not in self._at_zero:
+            weights, pieces, steps = {w.group.name: w for w in self.weights}, list[tuple[int, Tensor | None]](), []
+            for group in adapter.groups:
+                w = weights[group.name]
+                a, b = w.a(0, adapter.rank), w.b(0, adapter.rank)
+                pieces += [(view.numel(), view) for view in (a, *b)]
+                steps += [w.m * a.stride(0), *(w.m for _ in b)]
+            self._at_zero[shape] = Places(pieces, adapter.params.device), steps
+        places, steps = self._at_zero[shape]
+        return places.moved([step * offset for step in steps])
 
     def written(self, adapter: Adapter, offset: int) -> None:
         """The adapter's present version has been written into its seat, piece by piece."""
@@ -238,9 +245,19 @@ class Borders:
             return
         stop = offset + adapter.rank
         self._seated = {at: s for at, s in self._seated.items() if at >= stop or at + s[2] <= offset}
-        for w in self.weights:
-            w.install(adapter, offset)
+        shape = _shape(adapter)
+        if self._laid.get(offset) == shape:
+            write_places_(adapter.params, self.places(adapter, offset))
+        else:
+            self._laid = {at: s for at, s in self._laid.items() if at >= stop or at + s[0] <= offset}
+            for w in self.weights:
+                w.install(adapter, offset)
+            self._laid[offset] = shape
         self._seated[offset] = seat
+
+
+def _shape(adapter: Adapter) -> Shape:
+    return adapter.rank, tuple(group.name for group in adapter.groups)
 
 
 def _merged(rows: Iterable[tuple[Adapter | None, int, int]]) -> list[tuple[Adapter, int, int]]:

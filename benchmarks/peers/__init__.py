@@ -41,16 +41,19 @@ class Peer:
 
     def __init__(self, peers: Path, name: str, *arguments: str) -> None:
         """Raises FileNotFoundError if there is no such environment, PeerError if the driver does not start."""
-        python = peers / name / "bin" / "python"
+        home = (peers / name).absolute()
+        python = home / "bin" / "python"
         if not python.exists():
-            raise FileNotFoundError(f"no environment at {peers / name}")
+            raise FileNotFoundError(f"no environment at {home}")
         threads = str(torch.get_num_threads())
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
-        environment.pop("PYTHONPATH", None)  # it is ours, and vLLM would find our folder `kernels`
+        # vLLM starts Pythons of its own: neither our path nor, by the working directory, our folder `kernels` is theirs.
+        environment.pop("PYTHONPATH", None)
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the driver)
         self._process = subprocess.Popen(
             [str(python), str(DRIVERS / f"{name}_driver.py"), threads, *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,
+            cwd=home,
         )  # fmt: skip
         self.version = self._answer()["version"]
 

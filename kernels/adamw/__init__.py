@@ -1,6 +1,6 @@
 """AdamW over one flat fp32 buffer, in place; with its result in the compute dtype where it is used, if asked for.
 
-`adamw_statistics` is what must be known before a step.
+`adamw_statistics` is what must be known before a step; `write_places_` puts parameters where a step would.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from mint_engine.kernels import args
 from mint_engine.kernels.adamw.places import Places
 from mint_engine.kernels.op import Op
 
-__all__ = ["Places", "adamw_", "adamw_places_", "adamw_statistics", "hyperparameters"]
+__all__ = ["Places", "adamw_", "adamw_places_", "adamw_statistics", "hyperparameters", "write_places_"]
 
 _op = Op("adamw")
 
@@ -107,6 +107,23 @@ def adamw_places_(
     _op.pick(face, param, grad, exp_avg, exp_avg_sq, hyper).adamw_places_(
         param, grad, exp_avg, exp_avg_sq, hyper, places
     )
+
+
+def write_places_(param: torch.Tensor, places: Places, *, face: str | None = None) -> None:
+    """Each parameter, rounded to the compute dtype, into its place in a border: what a step does last.
+
+    Args:
+        param: flat contiguous ``[n]`` float32 (the reference also takes float64), only read.
+        places: where the elements go.
+        face: run this face ("triton", "cpu", "reference") or raise.
+
+    Bytes moved: n elements of fp32 and n of the compute dtype.
+
+    Raises:
+        ValueError: the dtype does not match, ``places`` are of another size, or ``face`` cannot run.
+    """
+    args.tensor("write_places_", "param", param, (places.size,), args.statistics_dtype(param.dtype))
+    _op.pick(face, param).write_places_(param, places)
 
 
 def adamw_statistics(grad: torch.Tensor, param: torch.Tensor, *, face: str | None = None) -> tuple[float, float, float]:

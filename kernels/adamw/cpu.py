@@ -49,6 +49,12 @@ def adamw_places_(
         grad.zero_()
 
 
+def write_places_(param: torch.Tensor, places: Places) -> None:
+    native.write_places(
+        NATIVE_DTYPES[places.dtype], param.data_ptr(), places.table.data_ptr(), len(places.table), BLOCK
+    )
+
+
 def adamw_statistics(grad: torch.Tensor, param: torch.Tensor) -> tuple[float, float, float]:
     found = array("d", (0.0, 0.0, 0.0))
     native.adamw_statistics(0, grad.data_ptr(), param.data_ptr(), param.numel(), found.buffer_info()[0])

@@ -48,6 +48,11 @@ def adamw_places_(
     grad.masked_fill_(what != 0, 0.0)
 
 
+def write_places_(param: torch.Tensor, places: Places) -> None:
+    for part, view in places.views:
+        view.copy_(param[part].view(view.shape))
+
+
 def adamw_statistics(grad: torch.Tensor, param: torch.Tensor) -> tuple[float, float, float]:
     low, high = torch.aminmax(param)
     bounds = (float(low), float(high)) if bool(torch.isfinite(low) & torch.isfinite(high)) else (torch.nan, torch.nan)

@@ -12,6 +12,7 @@ from mint_engine.kernels.triton_common import architecture, triton_reason
 
 STEP = Tunable("adamw.step", {"BLOCK": (512, 1024, 2048, 4096), "warps": (4, 8), "stages": (1,)})
 PLACES = Tunable("adamw.places", {"warps": (4, 8), "stages": (1,)})
+WRITE = Tunable("adamw.write", {"warps": (4, 8), "stages": (1,)})
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -45,10 +46,18 @@ def _step(
 
 
 @triton.jit
+def _to_place(values, row, at, inside, TYPE: tl.constexpr):
+    """The values of the elements ``at`` into the view of their piece, whose ``row`` of the table this is."""
+    origin, columns, stride, address = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    place = at - origin
+    where = address.to(tl.pointer_type(TYPE)) + place // columns * stride + place % columns
+    tl.store(where, values.to(TYPE), mask=inside & (address != 0))
+
+
+@triton.jit
 def _places(param, grad, exp_avg, exp_avg_sq, hyper, table, BLOCK: tl.constexpr, TYPE: tl.constexpr):
     row = table + tl.program_id(0) * 6
-    first, end, origin = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    columns, stride, address = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    first, end = tl.load(row), tl.load(row + 1)
     at = first + tl.arange(0, BLOCK)
     inside = at < end
     what = tl.load(hyper + 8).to(tl.int32)
@@ -57,10 +66,16 @@ def _places(param, grad, exp_avg, exp_avg_sq, hyper, table, BLOCK: tl.constexpr,
         param, grad, exp_avg, exp_avg_sq, at, step, tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2),
         tl.load(hyper + 3), tl.load(hyper + 4), tl.load(hyper + 5), tl.load(hyper + 6), tl.load(hyper + 7),
     )  # fmt: skip
-    place = at - origin
-    where = address.to(tl.pointer_type(TYPE)) + place // columns * stride + place % columns
-    tl.store(where, p.to(TYPE), mask=step & (address != 0))
+    _to_place(p, row, at, step, TYPE)
     tl.store(grad + at, 0.0, mask=inside & (what != 0))
+
+
+@triton.jit
+def _write(param, table, BLOCK: tl.constexpr, TYPE: tl.constexpr):
+    row = table + tl.program_id(0) * 6
+    at = tl.load(row) + tl.arange(0, BLOCK)
+    inside = at < tl.load(row + 1)
+    _to_place(tl.load(param + at, mask=inside, other=0.0), row, at, inside, TYPE)
 
 
 def adamw_(
@@ -100,3 +115,10 @@ def adamw_places_(
             param, grad, exp_avg, exp_avg_sq, hyper, places.table, BLOCK=BLOCK, TYPE=TYPES[places.dtype],
             **PLACES.meta(architecture()),
         )  # fmt: skip
+
+
+def write_places_(param: torch.Tensor, places: Places) -> None:
+    if len(places.table):
+        _write[(len(places.table),)](
+            param, places.table, BLOCK=BLOCK, TYPE=TYPES[places.dtype], **WRITE.meta(architecture())
+        )

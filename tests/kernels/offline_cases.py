@@ -78,7 +78,9 @@ def adamw_places() -> None:
     """A and B of one linear, written into its border."""
     p, buf = fp32(RANK * (HIDDEN + FFN)), bf16(FFN + BORDER, HIDDEN + BORDER)
     views = buf[FFN : FFN + RANK, :HIDDEN], buf[:FFN, HIDDEN : HIDDEN + RANK]
-    kernels.adamw_places_(p, p, p, p, fp32(9), kernels.Places([(v.numel(), v) for v in views], "meta"), face="triton")
+    places = kernels.Places([(v.numel(), v) for v in views], "meta")
+    kernels.adamw_places_(p, p, p, p, fp32(9), places, face="triton")
+    kernels.write_places_(p, places, face="triton")
 
 
 def embedding() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from check import normal, within_budget
 
-from mint_engine.kernels import Places, adamw_, adamw_places_, adamw_statistics, hyperparameters
+from mint_engine.kernels import Places, adamw_, adamw_places_, adamw_statistics, hyperparameters, write_places_
 
 HYPER = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -75,6 +75,22 @@ def test_the_step_goes_to_its_places_in_the_same_pass(face: str, dtype: torch.dt
     assert torch.equal(a, got[0][:700].view(7, 100).to(dtype))
     assert torch.equal(b, got[0][2200:].view(37, 3).to(dtype))
     assert int(wide.isnan().sum()) == wide.numel() - 811
+
+
+def test_parameters_go_to_their_places_and_to_those_moved(face: str, dtype: torch.dtype) -> None:
+    """More than a block of A rows and of B columns; where they go moves by other steps for either."""
+    wide = torch.full((120, 230), torch.nan, dtype=dtype)
+    pieces = [(2000, wide[60:80, :100]), (5, None), (1800, wide[:60, 110:140])]
+    places, param = Places(pieces, wide.device), normal(3805, seed=0)
+    moved = places.moved([20 * wide.stride(0), 0, 30])
+    for chosen, row, column in ((places, 60, 110), (moved, 80, 140)):
+        wide.fill_(torch.nan)
+        write_places_(param, chosen, face=face)
+        assert torch.equal(wide[row : row + 20, :100], param[:2000].view(20, 100).to(dtype))
+        assert torch.equal(wide[:60, column : column + 30], param[2005:].view(60, 30).to(dtype))
+        assert int(wide.isnan().sum()) == wide.numel() - 3800
+    with pytest.raises(ValueError, match=r"param: expected torch.float32 \[3805\], got torch.float32 \[3804\]"):
+        write_places_(param[1:], places, face=face)
 
 
 @pytest.mark.parametrize("what", [0.0, -1.0])
