@@ -50,8 +50,8 @@ void adamw(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, i
     }
 }
 
-// A block of elements of a flat buffer, and the view its piece goes to: a row of the tables that kernels/adamw/places.py
-// makes.
+// A block of elements of a flat buffer, and the view its piece goes to: a row of the tables that
+// kernels/adamw/places.py makes.
 struct Place {
     int64_t first, end, origin, columns, stride, address;  // end and origin: of the piece; address 0: it goes nowhere
 
@@ -97,9 +97,8 @@ void adamw_places(float* param, float* grad, float* exp_avg, float* exp_avg_sq, 
     for (int64_t t = 0; t < blocks; ++t) {
         const int64_t first = places[t].first, count = places[t].count(block);
         adam_elements<S>(param, grad, exp_avg, exp_avg_sq, first, first + count, numbers);
-        for_vectors<S>(count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-            S::store_n(grad + first + i, S::zero(), lanes);
-        });
+        for_vectors<S>(count, [&](int64_t i, int lanes)
+                                  __attribute__((always_inline)) { S::store_n(grad + first + i, S::zero(), lanes); });
         to_place<S, T>(param, places[t], block);
     }
 }

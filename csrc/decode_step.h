@@ -170,7 +170,7 @@ struct DecodeStep {
         const bool follows = w.scales == nullptr && w.b == static_cast<const T*>(w.w) + k && w.b_stride == w.stride;
         const int64_t wide = k + (follows ? m * adapters.reach(group) : 0);
         const auto fetch = [&](int64_t j) {
-            return w.rows().ahead(j, min64(C, (j < n ? n : 2 * n) - j), wide, X::prefetch_calls(k));
+            return w.rows().ahead(j, min64(C, (j < n ? n : 2 * n) - j), wide, X::prefetch_calls(count, k));
         };
         if (omp_get_thread_num() < panels && count > 0) {
             const X left(in, stride, k, groups, n_groups, w.scales != nullptr, 2);
@@ -222,7 +222,7 @@ struct DecodeStep {
         norm(l.attention_norm, !first);
         team->meeting.wait();
         product(l.qkv, 1, 3, x1, x1_stride, rows, qkv_width, hidden, false,
-                begin_of(l.o, hidden, q_width, X::prefetch_calls(hidden)),
+                begin_of(l.o, hidden, q_width, X::prefetch_calls(rows, hidden)),
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(l.qkv.bias, c, j, cols, projected, qkv_width, rows);
                 });
@@ -240,14 +240,14 @@ struct DecodeStep {
         paged_attention_share(attention, team->tasks, team->claimed, heads, heads_stride);
         meet();
         product(l.o, 2, 1, heads, heads_stride, rows, hidden, q_width, false,
-                begin_of(l.gate_up, ffn, hidden, X::prefetch_calls(q_width)),
+                begin_of(l.gate_up, ffn, hidden, X::prefetch_calls(rows, q_width)),
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(l.o.bias, c, j, cols, x, hidden, rows);
                 });
         norm(l.mlp_norm, true);
         team->meeting.wait();
         product(l.gate_up, 4, 2, x1, x1_stride, rows, ffn, hidden, true,
-                begin_of(l.down, hidden, ffn, X::prefetch_calls(hidden)),
+                begin_of(l.down, hidden, ffn, X::prefetch_calls(rows, hidden)),
                 [&](int64_t j, int64_t cols, const float* gate, const float* up) {
                     alignas(64) T both[2 * C];
                     for (int64_t i = 0; i < rows; ++i) {
@@ -256,8 +256,9 @@ struct DecodeStep {
                         swiglu_rows<S>({0, 1}, both, 2 * cols, a + i * a_stride + j, a_stride, cols);
                     }
                 });
-        const Prefetch after =
-            following == nullptr ? Prefetch() : begin_of(following->qkv, qkv_width, hidden, X::prefetch_calls(ffn));
+        const Prefetch after = following == nullptr
+                                   ? Prefetch()
+                                   : begin_of(following->qkv, qkv_width, hidden, X::prefetch_calls(rows, ffn));
         product(l.down, 8, 1, a, a_stride, rows, hidden, ffn, false, after,
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(nullptr, c, j, cols, x, hidden, rows);

@@ -2,55 +2,18 @@
 //
 // The sums are gemm's, in gemm's order (gemm.h): a row's bits depend neither on how many others share the call nor on
 // which of the two ran. What differs is the blocking. A panel of weight rows is transposed kDepth elements at a time
-// into L1, where all rows of x meet it, while the next panel is fetched a few lines at a time. In tiles
-// (few_rows_tiles.h) the weight is not even transposed.
+// into L1, where all rows of x meet it, while the next panel is fetched a few lines at a time. For more rows than a
+// register tile has (few_rows_in_place.h) and in tiles (few_rows_tiles.h) the weight is not even transposed.
 //
 // Rows may go on into a tail of their own: groups of neighbouring rows have the columns of their adapter's B after W
 // and their S after x, summed as if [W | B] lay in memory without gaps. A weight may be int8 with a scale for each row;
 // its sums are scaled before the tail is added.
 #pragma once
-#include <cstring>
-
-#include "gemm.h"
+#include "few_rows_in_place.h"
 
 namespace mint {
 
 constexpr int64_t kFewRows = 64;  // beyond, gemm's tiles are better
-
-// A weight whose rows are `stride` elements apart: T, or with `scales` int8 times a scale for each row.
-template <class T>
-struct WeightRows {
-    const void* data;
-    int64_t stride;
-    const float* scales;
-
-    // Elements [k, k + n) of row j in T; where they lie, or in `to`.
-    void copy(int64_t j, int64_t k, int64_t n, T* to) const {
-        if (scales == nullptr) {
-            std::memcpy(to, static_cast<const T*>(data) + j * stride + k, size_t(n) * sizeof(T));
-            return;
-        }
-        const int8_t* from = static_cast<const int8_t*>(data) + j * stride + k;
-        for (int64_t i = 0; i < n; ++i) put_exact(to + i, float(from[i]));
-    }
-    Prefetch ahead(int64_t j, int64_t n, int64_t k, int64_t calls) const {
-        const int64_t size = scales != nullptr ? 1 : int64_t(sizeof(T));
-        return Prefetch(static_cast<const char*>(data) + j * stride * size, n, stride * size, k * size, calls);
-    }
-
-  private:
-    // What int8 holds is exact in T.
-    MINT_INLINE void put_exact(float* p, float x) { *p = x; }
-    MINT_INLINE void put_exact(bf16* p, float x) { p->bits = uint16_t(float_to_bits(x) >> 16); }
-};
-
-// Rows [begin, end) of x; their weight goes on with `width` columns at b, row j of it at b + j * stride.
-template <class T>
-struct RowGroup {
-    int64_t begin, end;
-    const T* b;
-    int64_t stride, width;
-};
 
 template <class S, class T, bool Tiles = Panel<S, T>::kTiles>
 class FewRows;  // of tiles: few_rows_tiles.h
@@ -67,6 +30,10 @@ class FewRows<S, T, false> {
     // `groups` hold all rows, in order. With a tail, k is even. `buffers`: how many panels' sums are kept at once.
     FewRows(const T* x, int64_t stride, int64_t k, const RowGroup<T>* groups, int64_t n_groups, bool, int64_t buffers)
         : groups_(groups), n_groups_(n_groups), rows_(groups[n_groups - 1].end), k_(k) {
+        if (in_place(rows_)) {
+            in_place_.prepare(x, stride, k, groups, n_groups, buffers);
+            return;
+        }
         int64_t width = 0;
         for (int64_t g = 0; g < n_groups; ++g) width = max64(width, groups[g].width);
         x_ = left_rows<S, T>(x, stride, 1, rows_, k + width, Slot::kPanelsA);
@@ -75,11 +42,16 @@ class FewRows<S, T, false> {
         sums_ = static_cast<float*>(scratch(Slot::kTile, size_t(buffers * rows_ * C) * 4));
     }
 
-    float* sums(int64_t buffer = 0) const { return sums_ + buffer * rows_ * C; }
-    static int64_t prefetch_calls(int64_t k) { return ceil_div(Q::depth(k), S::W); }
+    float* sums(int64_t buffer = 0) const {
+        return in_place(rows_) ? in_place_.sums(buffer) : sums_ + buffer * rows_ * C;
+    }
+    static int64_t prefetch_calls(int64_t rows, int64_t k) {
+        return in_place(rows) ? FewRowsInPlace<S, T>::prefetch_calls(k) : ceil_div(Q::depth(k), S::W);
+    }
 
     // c[i * C + j] (fp32) = x row i . weight row first + j, for j < cols <= C; columns are padded to whole vectors.
     void multiply(const WeightRows<T>& w, int64_t first, int64_t cols, float* c, Prefetch* next) const {
+        if (in_place(rows_)) return in_place_.multiply(w, first, cols, c, next);
         const int64_t depth = Q::depth(k_), whole = depth / kDepth * kDepth;
         const bool odd = k_ % Q::kStep != 0;
         for (int64_t k0 = 0; k0 < whole; k0 += kDepth) {
@@ -113,6 +85,9 @@ class FewRows<S, T, false> {
 
   private:
     static constexpr int64_t kWide = S::W * Q::kStep;
+
+    // A tile's worth of rows is better multiplied with a transposed weight: then the weight's own columns fill lanes.
+    static bool in_place(int64_t rows) { return FewRowsInPlace<S, T>::kPossible && rows > S::kMr; }
 
     // `count` elements of k from k0 on, W at a time.
     void pack_weight(const WeightRows<T>& w, int64_t first, int64_t cols, int64_t k0, int64_t count,
@@ -149,6 +124,7 @@ class FewRows<S, T, false> {
     P* panel_;     // [2 kDepth][C]
     T* unpacked_;  // [C][kWide]
     float* sums_;
+    FewRowsInPlace<S, T> in_place_;
 };
 
 }  // namespace mint
@@ -173,7 +149,7 @@ void few_rows(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_
             for (int64_t p = mine.begin; p < mine.end; ++p) {
                 const int64_t j = p * X::C, ahead = j + X::C;
                 Prefetch next;
-                if (p + 1 < mine.end) next = weight.ahead(ahead, min64(X::C, n - ahead), k, X::prefetch_calls(k));
+                if (p + 1 < mine.end) next = weight.ahead(ahead, min64(X::C, n - ahead), k, X::prefetch_calls(rows, k));
                 left.multiply(weight, j, min64(X::C, n - j), left.sums(), &next);
                 for (int64_t i = 0; i < rows; ++i) out(i, j, min64(X::C, n - j), left.sums() + i * X::C);
             }

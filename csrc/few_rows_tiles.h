@@ -42,7 +42,7 @@ class FewRows<S, T, true> {
     }
 
     float* sums(int64_t buffer = 0) const { return sums_ + buffer * C * ld_; }
-    static int64_t prefetch_calls(int64_t k) { return ceil_div(k, kK); }
+    static int64_t prefetch_calls(int64_t, int64_t k) { return ceil_div(k, kK); }
 
     void multiply(const WeightRows<T>& w, int64_t first, int64_t cols, float* c, Prefetch* next) const {
         const int64_t steps = ceil_div(base_, kK), m = cols > 16 ? 32 : 16;

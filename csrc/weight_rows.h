@@ -1,0 +1,44 @@
+// The operands of products with few rows (few_rows.h): a weight by its rows, and whose rows of x go on with what.
+#pragma once
+#include <cstring>
+
+#include "prefetch.h"
+
+namespace mint {
+
+// A weight whose rows are `stride` elements apart: T, or with `scales` int8 times a scale for each row.
+template <class T>
+struct WeightRows {
+    const void* data;
+    int64_t stride;
+    const float* scales;
+
+    // Elements [k, k + n) of row j in T; where they lie, or in `to`.
+    void copy(int64_t j, int64_t k, int64_t n, T* to) const {
+        if (scales == nullptr) {
+            std::memcpy(to, static_cast<const T*>(data) + j * stride + k, size_t(n) * sizeof(T));
+            return;
+        }
+        const int8_t* from = static_cast<const int8_t*>(data) + j * stride + k;
+        for (int64_t i = 0; i < n; ++i) put_exact(to + i, float(from[i]));
+    }
+    Prefetch ahead(int64_t j, int64_t n, int64_t k, int64_t calls) const {
+        const int64_t size = scales != nullptr ? 1 : int64_t(sizeof(T));
+        return Prefetch(static_cast<const char*>(data) + j * stride * size, n, stride * size, k * size, calls);
+    }
+
+  private:
+    // What int8 holds is exact in T.
+    MINT_INLINE void put_exact(float* p, float x) { *p = x; }
+    MINT_INLINE void put_exact(bf16* p, float x) { p->bits = uint16_t(float_to_bits(x) >> 16); }
+};
+
+// Rows [begin, end) of x; their weight goes on with `width` columns at b, row j of it at b + j * stride.
+template <class T>
+struct RowGroup {
+    int64_t begin, end;
+    const T* b;
+    int64_t stride, width;
+};
+
+}  // namespace mint
