@@ -47,7 +47,7 @@ class Peer:
             raise FileNotFoundError(f"no environment at {home}")
         threads = str(torch.get_num_threads())
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
-        # vLLM starts Pythons of its own: neither our path nor, by the working directory, our folder `kernels` is theirs.
+        # vLLM starts Pythons of its own: neither by our path nor by the working directory may they find our `kernels`.
         environment.pop("PYTHONPATH", None)
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the driver)
         self._process = subprocess.Popen(
