@@ -41,11 +41,15 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def fma_peak(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter, rounds: int = 10) -> float:
-    """FLOP/s of independent multiply-adds on every thread (bf16 tiles or dots where the ISA has them): the roofline."""
-    best, per_round = 0.0, 200_000
+def fma_peak(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter, seconds: float = 0.5) -> float:
+    """FLOP/s of independent multiply-adds on every thread (bf16 tiles or dots where the ISA has them): the roofline.
+
+    The best round of ``seconds``: a new team of threads may share one core for its first hundredths, and then half of
+    the peak was found.
+    """
+    best, per_round, end = 0.0, 200_000, time.perf_counter() + seconds
     flop, sink = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=dtype)
-    for _ in range(rounds):
+    while not best or time.perf_counter() < end:
         flop.zero_()
         start = clock()
         native.peak(NATIVE_DTYPES[dtype], sink.data_ptr(), per_round, flop.data_ptr())
