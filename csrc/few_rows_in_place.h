@@ -10,7 +10,6 @@
 
 namespace mint {
 
-constexpr int64_t kInPlaceRows = 8;  // of the weight at a time: more streams of memory were slower
 constexpr int64_t kInPlaceStep = 8;  // elements of k between two chances to fetch ahead
 
 // to[r][ld] (+)= the products of R rows of a weight (a) with V vectors of packed x, after the sums at `from`, if any.
@@ -80,7 +79,7 @@ void in_place_rows(int64_t rows, int64_t nv, Rows a, const typename Panel<S, T>:
             in_place_tile<S, T, R, V>({a.data + r * a.stride, a.stride, a.half}, x, depth,
                                       from == nullptr ? nullptr : from + r * ld, to + r * ld, ld, accumulate, next);
     };
-    some(std::integral_constant<int, kInPlaceRows>());
+    some(std::integral_constant<int, S::kMr>());  // twelve rows, streams of memory, were slower than eight
     some(std::integral_constant<int, 1>());
 }
 
@@ -114,7 +113,7 @@ class FewRowsInPlace {
     }
 
     float* sums(int64_t buffer) const { return sums_ + buffer * kept_; }
-    static int64_t prefetch_calls(int64_t k) { return ceil_div(C, kInPlaceRows) * ceil_div(Q::depth(k), kInPlaceStep); }
+    static int64_t prefetch_calls(int64_t k) { return ceil_div(C, S::kMr) * ceil_div(Q::depth(k), kInPlaceStep); }
 
     // See FewRows.
     void multiply(const WeightRows<T>& w, int64_t first, int64_t cols, float* c, Prefetch* next) const {

@@ -22,7 +22,7 @@ from benchmarks import packed_clients
 from benchmarks.timing import fma_peak, machine, read_bandwidth, report, write
 from benchmarks.training import render
 from benchmarks.training.contenders import KINDS
-from benchmarks.training.gate import GateClosedError
+from benchmarks.training.gate import GateClosedError, Result
 from benchmarks.training.measure import Rows, measure, median, merge, quartiles
 from benchmarks.training.targets import targets
 from benchmarks.training.workloads import TITLES, WORKLOADS, Workload
@@ -68,10 +68,11 @@ def one(name: str, args: argparse.Namespace, peaks: dict[str, float]) -> dict[st
     rounds = args.rounds or (LONG_ROUNDS if work.long else ROUNDS)
     measured: Rows = {}
     out: dict[str, str] = {}
+    known: dict[str, Result] = {}
     for group in GROUPS[name]:
         chosen = [c for c in group if (c in SHORT or not args.short) and not (args.no_compile and KINDS[c].compiled)]
         try:
-            rows, left_out = measure(name, chosen, rounds, args.threads, say)
+            rows, left_out = measure(name, chosen, rounds, args.threads, say, known)
         except GateClosedError as closed:
             if not measured:
                 raise

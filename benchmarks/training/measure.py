@@ -21,9 +21,12 @@ Rows = dict[str, dict[str, Any]]
 
 
 def measure(
-    workload: str, contenders: list[str], rounds: int, threads: int, say: Callable[[str], None]
-) -> tuple[Rows, dict[str, str]]:
+    workload: str, contenders: list[str], rounds: int, threads: int, say: Callable[[str], None],
+    known: dict[str, Result] | None = None,
+) -> tuple[Rows, dict[str, str]]:  # fmt: skip
     """(by contender: seconds of each round, memory, profile; who was left out, and why).
+
+    ``known``: what the gate has found in other groups of the workload; this group's results are added.
 
     Raises:
         GateClosedError: a contender of ours is wrong, or PEFT's float32 is not there to compare with.
@@ -31,7 +34,7 @@ def measure(
     with processes(workload, contenders, threads) as made:
         out = {name: reason for name, reason in made.items() if isinstance(reason, str)}
         running = {name: process for name, process in made.items() if isinstance(process, Process)}
-        _gate(running, out, lambda: _finest(workload, threads))
+        _gate(running, out, lambda: _finest(workload, threads), {} if known is None else known)
         say(f"{workload}: {len(running)} contenders agree; timing")
         rows: Rows = {name: {"seconds": [], "cpu_seconds": []} for name in running}
         for _ in range(rounds):
@@ -47,7 +50,9 @@ def measure(
     return rows, out
 
 
-def _gate(running: dict[str, Process], out: dict[str, str], finest: Callable[[], Result]) -> None:
+def _gate(
+    running: dict[str, Process], out: dict[str, str], finest: Callable[[], Result], known: dict[str, Result]
+) -> None:
     """The first step of everybody, compared. A peer that fails or differs is left out; one of ours closes the gate.
 
     ``finest``: PEFT's result in float64, which takes a while; asked for where float32 differs from float32.
@@ -60,7 +65,8 @@ def _gate(running: dict[str, Process], out: dict[str, str], finest: Callable[[],
             _leave_out(name, str(failed), running, out)
     if ORACLE not in results:
         raise GateClosedError(f"{ORACLE} did not run: {out.get(ORACLE, 'it was not asked for')}")
-    exact, rounded = results[ORACLE], results.get(ROUNDED)
+    known |= results
+    exact, rounded = results[ORACLE], known.get(ROUNDED)
     for name, got in results.items():
         if name not in (ORACLE, ROUNDED):
             try:
