@@ -52,7 +52,7 @@ format: setup
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp
 
-# The ops, then a short form of the whole step with its chart; bench-full takes some twenty minutes and renews README's table.
+# The ops, then a short form of the whole step with its chart; bench-full takes some forty minutes and renews README's table.
 BENCH := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m
 
 bench: setup

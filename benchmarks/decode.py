@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -98,10 +99,11 @@ class Bench:
         return self._theirs[dtype]
 
     def row(self, name: str, work: Work, contenders: dict[str, Contender], target: float, rounds: int = 0,
-            steps: int = 0) -> None:  # fmt: skip
+            steps: int = 0, beside: Callable[[], None] | None = None) -> None:  # fmt: skip
         """Time the contenders, of which the first is ours, and set it against the best of the others.
 
-        Each is warmed with two tokens of the same work. ``steps``: ours, if not one a token of a sample.
+        Each is warmed with two tokens of the same work. ``steps``: ours, if not one a token of a sample. ``beside``:
+        done in every round, too.
         """
         rounds = rounds or self.args.rounds
         sampled = {}
@@ -115,7 +117,8 @@ class Bench:
         for contender in contenders.values():
             contender(replace(work, tokens=2))()
         runs = {who: noted(who, contender(work)) for who, contender in contenders.items()}
-        seconds = medians(interleaved(runs, rounds=rounds, warmup=0))
+        times = interleaved(runs | ({"": beside} if beside else {}), rounds=rounds, warmup=0)
+        seconds = medians({who: times[who] for who in contenders})
         speed = {who: sampled[who] / s for who, s in seconds.items()}
         mine = next(iter(contenders))
         against = max((who for who in speed if who != mine), key=speed.__getitem__)
@@ -193,8 +196,10 @@ def gate(bench: Bench) -> None:
 
 def batch1(bench: Bench, rounds: int = 0) -> None:
     name = "batch 1, 128 tokens"
-    bench.row(name, BATCH1, {OURS: bench.ours([bench.client()]), **bench.theirs(*BOTH)}, 2.7, rounds)
-    speed, floor = bench.rows[-1]["tokens_per_s"][OURS], 1 / bench.step_floor
+    bandwidths: list[float] = []  # as in the same minutes: on a shared machine it may change by a third
+    bench.row(name, BATCH1, {OURS: bench.ours([bench.client()]), **bench.theirs(*BOTH)}, 2.7, rounds,
+              beside=lambda: bandwidths.append(read_bandwidth()))  # fmt: skip
+    speed, floor = bench.rows[-1]["tokens_per_s"][OURS], statistics.median(bandwidths) / weight_bytes(bench.config)
     bench.add(name, {OURS: speed, "memory bandwidth": floor}, OURS, "memory bandwidth", speed / floor, 0.8)
 
 

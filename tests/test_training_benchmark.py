@@ -109,29 +109,39 @@ def test_where_float32_is_too_coarse_float64_is_the_measure(theirs: float, ours:
     }  # fmt: skip
     assert (ours <= max(1, ROUNDING * theirs)) == passes
     if passes:
-        measure._gate(running, {}, lambda: Result(1.0, GRADS))
+        measure._gate(running, {}, lambda: Result(1.0, GRADS), {})
         return
     with pytest.raises(GateClosedError, match="ours float32: gradients differ from PEFT's in float64"):
-        measure._gate(running, {}, lambda: Result(1.0, GRADS))
+        measure._gate(running, {}, lambda: Result(1.0, GRADS), {})
 
 
 def test_a_peer_that_fails_or_differs_is_left_out() -> None:
     others: dict[str, Any] = {"PEFT float32, packed": FakeProcess(3.0), "PEFT bf16 autocast": FakeProcess(None)}
     running: dict[str, Any] = {"ours float32": FakeProcess(1.0), "PEFT float32": FakeProcess(1.0), **others}
     out: dict[str, str] = {}
-    measure._gate(running, out, not_needed)
+    measure._gate(running, out, not_needed, {})
     assert list(running) == ["ours float32", "PEFT float32"]
     assert set(out) == set(others)
     assert all(process.ended for process in others.values())
+
+
+def test_the_peer_in_bf16_may_be_of_an_earlier_group() -> None:
+    known: dict[str, Result] = {}
+    both: dict[str, Any] = {"PEFT float32": FakeProcess(1.0), "PEFT all bf16": FakeProcess(1.01)}
+    measure._gate(both, {}, not_needed, known)
+    running: dict[str, Any] = {"PEFT float32": FakeProcess(1.0), "PEFT bf16 autocast": FakeProcess(1.01)}
+    out: dict[str, str] = {}
+    measure._gate(running, out, not_needed, known)
+    assert out == {}
 
 
 @pytest.mark.parametrize("loss", [1.1, None])
 def test_the_run_ends_without_a_number_when_ours_is_wrong(
     loss: float | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], work: Workload
 ) -> None:
-    def fake(workload: str, contenders: list[str], rounds: int, threads: int, say: Any) -> Any:
+    def fake(workload: str, contenders: list[str], rounds: int, threads: int, say: Any, known: Any) -> Any:
         running: Any = {"ours float32": FakeProcess(loss), "PEFT float32": FakeProcess(1.0)}
-        measure._gate(running, {}, lambda: Result(1.0, GRADS))
+        measure._gate(running, {}, lambda: Result(1.0, GRADS), {})
         return {}, {}
 
     monkeypatch.setattr(command, "measure", fake)

@@ -44,7 +44,7 @@ class Peer:
         home = (peers / name).absolute()
         python = home / "bin" / "python"
         if not python.exists():
-            raise FileNotFoundError(f"no environment at {home}")
+            raise FileNotFoundError(f"no environment of that name: {name}")
         threads = str(torch.get_num_threads())
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
         # vLLM starts Pythons of its own: neither by our path nor by the working directory may they find our `kernels`.
@@ -75,7 +75,8 @@ class Peer:
         finally:
             overdue.cancel()
         self.log.seek(0)
-        raise PeerError(f"the driver ended with {self._process.wait()}: {self.log.read()[-500:]}")
+        last = [line.strip() for line in self.log if line.strip()][-1:]  # of a traceback: the error
+        raise PeerError(f"the driver ended with {self._process.wait()}: {' '.join(last)[:300]}")
 
     def __enter__(self) -> Peer:
         return self

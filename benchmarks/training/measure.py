@@ -22,7 +22,7 @@ Rows = dict[str, dict[str, Any]]
 
 def measure(
     workload: str, contenders: list[str], rounds: int, threads: int, say: Callable[[str], None],
-    known: dict[str, Result] | None = None,
+    known: dict[str, Result],
 ) -> tuple[Rows, dict[str, str]]:  # fmt: skip
     """(by contender: seconds of each round, memory, profile; who was left out, and why).
 
@@ -34,7 +34,7 @@ def measure(
     with processes(workload, contenders, threads) as made:
         out = {name: reason for name, reason in made.items() if isinstance(reason, str)}
         running = {name: process for name, process in made.items() if isinstance(process, Process)}
-        _gate(running, out, lambda: _finest(workload, threads), {} if known is None else known)
+        _gate(running, out, lambda: _finest(workload, threads), known)
         say(f"{workload}: {len(running)} contenders agree; timing")
         rows: Rows = {name: {"seconds": [], "cpu_seconds": []} for name in running}
         for _ in range(rounds):
