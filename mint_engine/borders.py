@@ -195,7 +195,8 @@ class Borders:
             # Company comes and goes: room for up to twice as many at once, not a copy of all weights per newcomer.
             room = ranks if len(adapters) == 1 else 1 << (ranks - 1).bit_length()
             self.before_move()
-            self._places.clear(), self._at_zero.clear(), self._laid.clear()  # they are in the old buffers
+            for known in (self._places, self._at_zero, self._laid):  # of the old buffers
+                known.clear()
             for w in self.weights:
                 w.widen(room)
             self.capacity, self._seated = room, {}
