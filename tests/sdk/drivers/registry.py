@@ -115,8 +115,10 @@ def _external(ctx: Context) -> None:
     secret = ctx.made.training.save_weights_external("secret", age_encryption_recipients=recipients).result().path
     files = {}
     for path in (plain, secret):
-        urls = _both(ctx, "get_external_weights_urls", path).urls
-        files[path] = {name: _get(url) for name, url in urls.items()}
+        # The URLs of two calls differ: they say until which second they are good.
+        calls = [ctx.report.call(ctx.rest, f"get_external_weights_urls{suffix}", path) for suffix in ("", "_async")]
+        files[path], twin = ({name: _get(url) for name, url in call.urls.items()} for call in calls)
+        assert files[path] == twin, f"get_external_weights_urls_async: other files for {path}"
     folder = ctx.out / "downloaded" / "external"
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files[plain].items():
