@@ -216,9 +216,12 @@ def test_a_row_has_the_same_bits_alone_and_in_company(dtype: torch.dtype, whose:
         assert torch.equal(together[at], alone[0]), isa
 
 
+@pytest.mark.parametrize("rows", [5, 20])
 @pytest.mark.parametrize("hidden", [HIDDEN, 64])
-def test_int8_weights_are_their_values_times_their_scales(face: str, dtype: torch.dtype, hidden: int) -> None:
-    m, b = model(dtype, hidden=hidden), batch(5, dtype)
+def test_int8_weights_are_their_values_times_their_scales(
+    face: str, dtype: torch.dtype, hidden: int, rows: int
+) -> None:
+    m, b = model(dtype, hidden=hidden), batch(rows, dtype)
     for w in [getattr(la, name) for la in m.layers for name in ("qkv", "o", "gate_up", "down")] + [m.head]:
         scales = w.buf[: w.n, : w.k].float().abs().amax(1) / 127
         values = (w.buf[: w.n, : w.k].float() / scales[:, None]).round().to(torch.int8)
