@@ -14,13 +14,14 @@ import serving
 
 
 def tinker(sdk: str, server: serving.Server, *arguments: str) -> str:
-    """What the command prints; it must succeed."""
+    """What the command prints. It must succeed; that it did its work is for the caller to see, by what it prints or by
+    what the server says: some commands print nothing, also when they abort at their very end (`serving.ended_well`)."""
     variables = {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": server.key, "COLUMNS": "300"}
     command = [str(environments.environment(sdk).tinker), *arguments]
     done = subprocess.run(
         command, env=serving.sdk_environment() | variables, capture_output=True, text=True, timeout=120
     )
-    well = serving.ended_well(done, finished=bool(done.stdout))
+    well = serving.ended_well(done, finished=True)
     assert well, f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
     return done.stdout
 
