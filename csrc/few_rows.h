@@ -3,7 +3,8 @@
 // The sums are gemm's, in gemm's order (gemm.h): a row's bits depend neither on how many others share the call nor on
 // which of the two ran. What differs is the blocking. A panel of weight rows is transposed kDepth elements at a time
 // into L1, where all rows of x meet it, while the next panel is fetched a few lines at a time. For more rows than a
-// register tile has (few_rows_in_place.h) and in tiles (few_rows_tiles.h) the weight is not even transposed.
+// register tile has (few_rows_in_place.h) and in tiles (few_rows_tiles.h) the weight is not even transposed; where bf16
+// has to be widened, a handful of rows meets it in registers (few_rows_straight.h).
 //
 // Rows may go on into a tail of their own: groups of neighbouring rows have the columns of their adapter's B after W
 // and their S after x, summed as if [W | B] lay in memory without gaps. A weight may be int8 with a scale for each row;
@@ -23,6 +24,7 @@ template <class S, class T>
 class FewRows<S, T, false> {
     using Q = Panel<S, T>;
     using P = typename Q::P;
+    using Straight = FewRowsStraight<S, T>;
 
   public:
     static constexpr int64_t C = Q::kCols;
@@ -39,19 +41,29 @@ class FewRows<S, T, false> {
         x_ = left_rows<S, T>(x, stride, 1, rows_, k + width, Slot::kPanelsA);
         panel_ = panel_scratch<S, T>(Slot::kPanelsB, 2 * kDepth * C + C * kWide);
         unpacked_ = reinterpret_cast<T*>(panel_ + 2 * kDepth * C);
-        sums_ = static_cast<float*>(scratch(Slot::kTile, size_t(buffers * rows_ * C) * 4));
+        sums_ = static_cast<float*>(scratch(Slot::kTile, size_t((buffers + 1) * rows_ * C) * 4));
+        if constexpr (Q::kWidensWords) {
+            fits_straight_ = Straight::fits(k, groups, n_groups);
+            if (fits_straight_)
+                straight_.prepare(reinterpret_cast<const float*>(x_.data), x_.stride / 4, k, groups, n_groups,
+                                  sums(buffers));
+        }
     }
 
     float* sums(int64_t buffer = 0) const {
         return in_place(rows_) ? in_place_.sums(buffer) : sums_ + buffer * rows_ * C;
     }
     static int64_t prefetch_calls(int64_t rows, int64_t k) {
-        return in_place(rows) ? FewRowsInPlace<S, T>::prefetch_calls(k) : ceil_div(Q::depth(k), S::W);
+        if (in_place(rows)) return FewRowsInPlace<S, T>::prefetch_calls(k);
+        return Q::kWidensWords ? Straight::prefetch_calls(k) : ceil_div(Q::depth(k), S::W);
     }
 
     // c[i * C + j] (fp32) = x row i . weight row first + j, for j < cols <= C; columns are padded to whole vectors.
     void multiply(const WeightRows<T>& w, int64_t first, int64_t cols, float* c, Prefetch* next) const {
         if (in_place(rows_)) return in_place_.multiply(w, first, cols, c, next);
+        if constexpr (Q::kWidensWords) {
+            if (fits_straight_ && cols % S::W == 0) return straight_.multiply(w, first, cols, c, next);
+        }
         const int64_t depth = Q::depth(k_), whole = depth / kDepth * kDepth;
         const bool odd = k_ % Q::kStep != 0;
         for (int64_t k0 = 0; k0 < whole; k0 += kDepth) {
@@ -87,7 +99,9 @@ class FewRows<S, T, false> {
     static constexpr int64_t kWide = S::W * Q::kStep;
 
     // A tile's worth of rows is better multiplied with a transposed weight: then the weight's own columns fill lanes.
-    static bool in_place(int64_t rows) { return FewRowsInPlace<S, T>::kPossible && rows > S::kMr; }
+    static bool in_place(int64_t rows) {
+        return FewRowsInPlace<S, T>::kPossible && rows > (Q::kWidensWords ? Straight::kMost : S::kMr);
+    }
 
     // `count` elements of k from k0 on, W at a time.
     void pack_weight(const WeightRows<T>& w, int64_t first, int64_t cols, int64_t k0, int64_t count,
@@ -125,6 +139,8 @@ class FewRows<S, T, false> {
     T* unpacked_;  // [C][kWide]
     float* sums_;
     FewRowsInPlace<S, T> in_place_;
+    Straight straight_;
+    bool fits_straight_ = false;
 };
 
 }  // namespace mint

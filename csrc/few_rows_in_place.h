@@ -5,8 +5,8 @@
 // Transposing a weight takes 64 shuffles a KB. For one row memory is slower still; from some rows on the multiply-adds
 // are what takes time, and here hardly anything stands beside them.
 #pragma once
-#include "gemm.h"
-#include "weight_rows.h"
+#include "few_rows_straight.h"
+#include "rms_norm.h"  // for_vectors
 
 namespace mint {
 
@@ -22,32 +22,43 @@ void in_place_tile(Rows a, const typename Panel<S, T>::P* x, int64_t depth, cons
         for (int v = 0; v < V; ++v) acc[r][v] = from == nullptr ? S::zero() : S::load(from + r * ld + v * S::W);
     const char* rows[R];
     for (int r = 0; r < R; ++r) rows[r] = a.data + r * a.stride;
-    const int64_t whole = depth - (a.half ? 1 : 0);
-    for (int64_t k0 = 0; k0 < whole; k0 += kInPlaceStep) {
-        next->some();
-        const int64_t stop = min64(k0 + kInPlaceStep, whole);
-        for (int64_t kk = k0; kk < stop; ++kk) {
-            const auto* line = x + kk * Q::kCols;
-            if constexpr (Q::kPairs) {
-                typename S::B b[V];
-                for (int v = 0; v < V; ++v) b[v] = S::load_pairs(line + v * S::W);
-                for (int r = 0; r < R; ++r) {
-                    uint32_t pair;
-                    std::memcpy(&pair, rows[r] + 4 * kk, 4);
-                    const auto w = S::set1_pair(pair);
-                    for (int v = 0; v < V; ++v) acc[r][v] = S::dot(acc[r][v], w, b[v]);
-                }
-            } else {
-                typename S::F b[V];
-                for (int v = 0; v < V; ++v) b[v] = S::load(line + v * S::W);
-                for (int r = 0; r < R; ++r) {
-                    float value;
-                    std::memcpy(&value, rows[r] + 4 * kk, 4);
-                    const auto w = S::set1(value);
-                    for (int v = 0; v < V; ++v) acc[r][v] = S::fma(w, b[v], acc[r][v]);
-                }
+    // One element of k of all rows: a word of both operands, or of a bf16 weight what widen(row) makes.
+    const auto add = [&](int64_t kk, auto widen) __attribute__((always_inline)) {
+        const auto* line = x + kk * Q::kCols;
+        if constexpr (Q::kPairs) {
+            typename S::B b[V];
+            for (int v = 0; v < V; ++v) b[v] = S::load_pairs(line + v * S::W);
+            for (int r = 0; r < R; ++r) {
+                uint32_t pair;
+                std::memcpy(&pair, rows[r] + 4 * kk, 4);
+                const auto w = S::set1_pair(pair);
+                for (int v = 0; v < V; ++v) acc[r][v] = S::dot(acc[r][v], w, b[v]);
+            }
+        } else {
+            typename S::F b[V];
+            for (int v = 0; v < V; ++v) b[v] = S::load(line + v * S::W);
+            for (int r = 0; r < R; ++r) {
+                const auto w = widen(reinterpret_cast<const T*>(rows[r]) + kk);
+                for (int v = 0; v < V; ++v) acc[r][v] = S::fma(w, b[v], acc[r][v]);
             }
         }
+    };
+    const auto alone = [](const T* w) __attribute__((always_inline)) { return S::set1(to_float(*w)); };
+    const auto after_another = [alone](const T* w) __attribute__((always_inline)) {
+        if constexpr (Q::kWidensWords) {
+            uint32_t word;  // with the element before: then a mask widens, which takes no scalar steps
+            std::memcpy(&word, w - 1, 4);
+            return S::template widened<bf16, 1>(S::set1_word(word));
+        } else {
+            return alone(w);
+        }
+    };
+    const int64_t whole = depth - (a.half ? 1 : 0);
+    int64_t kk = 0;
+    if (!Q::kPairs && whole > 0) add(kk++, alone);
+    for (int64_t k0 = 0; k0 < whole; k0 += kInPlaceStep) {
+        next->some();
+        for (const int64_t stop = min64(k0 + kInPlaceStep, whole); kk < stop; ++kk) add(kk, after_another);
     }
     if constexpr (Q::kPairs) {
         if (a.half)
@@ -88,28 +99,41 @@ template <class S, class T>
 class FewRowsInPlace {
     using Q = Panel<S, T>;
     using P = typename Q::P;
+    using Straight = FewRowsStraight<S, T>;
     static constexpr int64_t C = Q::kCols;
 
   public:
-    static constexpr bool kPossible = Q::kInPlace && S::W >= 8;
+    static constexpr bool kPossible = (Q::kInPlace || Q::kWidensWords) && S::W >= 8;
 
     // See FewRows.
     void prepare(const T* x, int64_t stride, int64_t k, const RowGroup<T>* groups, int64_t n_groups, int64_t buffers) {
         groups_ = groups, n_groups_ = n_groups, rows_ = groups[n_groups - 1].end, k_ = k;
         ld_ = ceil_div(rows_, C) * C;
-        int64_t elements = ld_ * Q::depth(k);
-        for (int64_t g = 0; g < n_groups; ++g) elements += size_of(groups[g]);
-        x_ = panel_scratch<S, T>(Slot::kPanelsA, elements);
+        int64_t elements = ld_ * Q::depth(k), widest = 0;  // `widest`: of the few rows' tails
+        for (int64_t g = 0; g < n_groups; ++g) {
+            elements += size_of(groups[g]);
+            if (Straight::fits(groups[g])) widest = max64(widest, groups[g].width);
+        }
+        few_ = widest > 0;
+        x_ = panel_scratch<S, T>(Slot::kPanelsA, elements + rows_ * widest);
         unpacked_ = reinterpret_cast<T*>(panel_scratch<S, T>(Slot::kPanelsB, C * kDepth));
         kept_ = ceil_div(rows_, S::W) * S::W * C;
-        sums_ = static_cast<float*>(scratch(Slot::kTile, size_t(buffers * kept_ + 2 * C * ld_ + C * C) * 4));
-        turned_ = sums_ + buffers * kept_, begun_ = turned_ + C * ld_, own_ = begun_ + C * ld_;
+        sums_ = static_cast<float*>(scratch(Slot::kTile, size_t((buffers + 1) * kept_ + 2 * C * ld_ + C * C) * 4));
+        turned_ = sums_ + (buffers + 1) * kept_, begun_ = turned_ + C * ld_, own_ = begun_ + C * ld_;
         pack_panels<S, T>(x, stride, 1, rows_, k, x_);
         P* to = tails_ = x_ + ld_ * Q::depth(k);
         for (int64_t g = 0; g < n_groups; to += size_of(groups[g++]))
             if (groups[g].width > 0)
                 pack_panels<S, T>(x + groups[g].begin * stride + k, stride, 1, groups[g].end - groups[g].begin,
                                   groups[g].width, to);
+        if constexpr (Q::kWidensWords) {
+            for (int64_t i = 0; i < rows_ && few_; ++i)
+                for_vectors<S>(widest, [&](int64_t v, int lanes) __attribute__((always_inline)) {
+                    S::store_n(to + i * widest + v, S::load_n(x + i * stride + k + v, lanes), lanes);
+                });
+            few_begun_ = sums(buffers);
+            straight_.prepare(to, widest, 0, groups, n_groups, few_begun_);
+        }
     }
 
     float* sums(int64_t buffer) const { return sums_ + buffer * kept_; }
@@ -131,10 +155,17 @@ class FewRowsInPlace {
         if (w.scales != nullptr)
             for (int64_t j = 0; j < cols; ++j)
                 for (int64_t i = 0; i < ld_; ++i) turned_[j * ld_ + i] *= w.scales[first + j];
+        const bool few = few_ && cols % S::W == 0;  // then tails of few rows come after the turn
         const P* x = tails_;
         for (int64_t g = 0; g < n_groups_ && tails; x += size_of(groups_[g++]))
-            add_tail(groups_[g], first, cols, goes_on ? rest : 0, x);
-        turn<S>(turned_, ld_, ceil_div(cols, S::W) * S::W, rows_, c, C);
+            if (!(few && Straight::fits(groups_[g]))) add_tail(groups_[g], first, cols, goes_on ? rest : 0, x);
+        const int64_t nv = ceil_div(cols, S::W);
+        turn<S>(turned_, ld_, nv * S::W, rows_, c, C);
+        if constexpr (Q::kWidensWords) {
+            if (few && goes_on) turn<S>(begun_, ld_, nv * S::W, rows_, few_begun_, C);
+            for (int64_t g = 0; g < n_groups_ && few; ++g)
+                if (Straight::fits(groups_[g])) straight_.tail(groups_[g], first, nv, goes_on ? rest : 0, c);
+        }
     }
 
   private:
@@ -189,6 +220,9 @@ class FewRowsInPlace {
     const RowGroup<T>* groups_ = nullptr;
     int64_t n_groups_ = 0, rows_ = 0, k_ = 0, ld_ = 0, kept_ = 0;
     P *x_ = nullptr, *tails_ = nullptr;
+    Straight straight_;  // few rows' tails
+    bool few_ = false;   // there are such
+    float* few_begun_ = nullptr;
     T* unpacked_ = nullptr;                                                          // [C][kDepth * kStep]
     float *sums_ = nullptr, *turned_ = nullptr, *begun_ = nullptr, *own_ = nullptr;  // [C][ld_], own_ [C][C]
 };

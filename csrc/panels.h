@@ -18,6 +18,7 @@ struct Panel {
     static constexpr bool kPairs = S::kBf16Dot && std::is_same_v<T, bf16>;
     static constexpr bool kInPlace = kPairs || std::is_same_v<T, float>;  // elements can be read from T as it is
     static constexpr bool kTiles = kPairs && S::kTiles;
+    static constexpr bool kWidensWords = S::kWidensWords && std::is_same_v<T, bf16>;
     using P = std::conditional_t<kPairs, uint32_t, float>;
     static constexpr int kStep = kPairs ? 2 : 1;               // k per element
     static constexpr int kUnit = kTiles ? 16 : 1;              // depths are multiples of it

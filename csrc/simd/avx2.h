@@ -2,6 +2,8 @@
 #pragma once
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "bf16.h"
 #include "sanitizer.h"
 
@@ -9,12 +11,13 @@ namespace mint {
 
 struct Avx2 {
     static constexpr int W = 8;
-    static constexpr bool kBf16Dot = false, kTiles = false;
+    static constexpr bool kBf16Dot = false, kTiles = false, kWidensWords = true;
     struct Tiles {
         Tiles() {}
     };
     static constexpr int kMr = 4, kNv = 3;
     using F = __m256;
+    using Words = __m256i;  // two bf16 or four int8 a lane
 
     MINT_INLINE F zero() { return _mm256_setzero_ps(); }
     MINT_INLINE F set1(float x) { return _mm256_set1_ps(x); }
@@ -121,24 +124,42 @@ struct Avx2 {
         }
     }
 
-    // In halves of a vector: older AMD cores split a whole one in two, and take eight steps to swap its halves.
+    // Of 8 rows of 16 bytes: to[i] has the word i of every row. Lanes are filled by the loads and never crossed, which
+    // most CPUs are slow at.
+    MINT_INLINE void transpose_words(const void* src, int64_t src_bytes, Words* to) {
+        const auto half = [=](int r) __attribute__((always_inline)) {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(src) + r * src_bytes));
+        };
+        __m256i r[4], t[4];
+        for (int i = 0; i < 4; ++i) r[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(half(i)), half(i + 4), 1);
+        for (int i = 0; i < 4; i += 2) {
+            t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+            t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+        }
+        for (int i = 0; i < 2; ++i) {
+            to[2 * i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+            to[2 * i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        }
+    }
+    MINT_INLINE Words set1_word(uint32_t word) { return _mm256_set1_epi32(int(word)); }
+    // Element I of every word.
+    template <class E, int I>
+    MINT_INLINE F widened(Words words) {
+        if constexpr (std::is_same_v<E, int8_t>) {
+            const __m256i top = I == 3 ? words : _mm256_slli_epi32(words, 24 - 8 * I);
+            return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
+        } else {
+            const __m256i top =
+                I == 0 ? _mm256_slli_epi32(words, 16) : _mm256_and_si256(words, _mm256_set1_epi32(int(0xffff0000)));
+            return _mm256_castsi256_ps(top);
+        }
+    }
     MINT_INLINE void widen_transposed(const bf16* src, int64_t src_stride, float* dst, int64_t dst_stride) {
-        const __m128i zero = _mm_setzero_si128();
-        for (int half = 0; half < 8; half += 4) {  // rows of src, which become columns
-            __m128i r[4];
-            for (int i = 0; i < 4; ++i)
-                r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + (half + i) * src_stride));
-            const __m128i pairs[4] = {_mm_unpacklo_epi16(r[0], r[1]), _mm_unpacklo_epi16(r[2], r[3]),
-                                      _mm_unpackhi_epi16(r[0], r[1]), _mm_unpackhi_epi16(r[2], r[3])};
-            for (int c = 0; c < 8; c += 4) {
-                const __m128i a = pairs[c / 2], b = pairs[c / 2 + 1];
-                const __m128i fours[2] = {_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b)};
-                for (int i = 0; i < 2; ++i) {
-                    float* to = dst + (c + 2 * i) * dst_stride + half;
-                    _mm_storeu_ps(to, _mm_castsi128_ps(_mm_unpacklo_epi16(zero, fours[i])));
-                    _mm_storeu_ps(to + dst_stride, _mm_castsi128_ps(_mm_unpackhi_epi16(zero, fours[i])));
-                }
-            }
+        Words words[4];
+        transpose_words(src, src_stride * 2, words);
+        for (int i = 0; i < 4; ++i, dst += 2 * dst_stride) {
+            store(dst, widened<bf16, 0>(words[i]));
+            store(dst + dst_stride, widened<bf16, 1>(words[i]));
         }
     }
 };

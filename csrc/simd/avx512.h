@@ -11,7 +11,7 @@ namespace mint {
 
 struct Avx512 {
     static constexpr int W = 16;
-    static constexpr bool kBf16Dot = false, kTiles = false;
+    static constexpr bool kBf16Dot = false, kTiles = false, kWidensWords = false;
     struct Tiles {
         Tiles() {}
     };

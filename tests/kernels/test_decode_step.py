@@ -27,7 +27,8 @@ from mint_engine.kernels import (
     swiglu,
 )
 
-LAYERS, VOCAB, HIDDEN, FFN, N_Q, N_KV, D, RANKS, BLOCK = 2, 131, 48, 80, 4, 2, 16, 6, 4
+LAYERS, VOCAB, HIDDEN, FFN, N_Q, N_KV, D, RANKS, BLOCK = 2, 131, 48, 80, 4, 2, 16, 24, 4
+LONG = 240  # hidden: sums of 128 are added, and what is left goes on with an adapter's columns, beyond 128 again
 EPS, SCALE = 1e-5, D**-0.5
 ALL = 31  # groups that an adapter may train, as bits
 
@@ -129,12 +130,18 @@ def seated(*segments: tuple[int, int, int, int, int]) -> StepAdapters:
 
 # rows 0 and 1: rank 2, everything; row 2: the base; rows 3 and 4: rank 4, attention only
 MIXED = seated((0, 2, 0, 2, ALL), (3, 5, 2, 4, 3))
+EIGHTS = seated((0, 2, 0, 8, ALL), (3, 5, 8, 8, 3))
 
 
-@pytest.mark.parametrize("adapters", [None, MIXED], ids=["base", "adapters"])
-@pytest.mark.parametrize("extras", [{}, {"bias": True}, {"norms": True}, {"hidden": 64}])
-def test_a_step_matches_float64(face: str, dtype: torch.dtype, extras: dict, adapters: StepAdapters | None) -> None:
-    m, b = model(dtype, **extras), batch(5, dtype)
+@pytest.mark.parametrize(
+    ("adapters", "rows"), [(None, 5), (MIXED, 5), (EIGHTS, 5), (EIGHTS, 20)],
+    ids=["base", "ranks 2 and 4", "ranks of 8", "ranks of 8 among many rows"],
+)  # fmt: skip
+@pytest.mark.parametrize("extras", [{}, {"bias": True}, {"norms": True}, {"hidden": 64}, {"hidden": LONG}])
+def test_a_step_matches_float64(
+    face: str, dtype: torch.dtype, extras: dict, adapters: StepAdapters | None, rows: int
+) -> None:
+    m, b = model(dtype, **extras), batch(rows, dtype)
     wide = {name: t.double() if t.is_floating_point() else t for name, t in b.items()}
     got, plain = run(m, b, adapters, face), run(m, b, adapters, "reference")
     exact = run(converted(m, torch.float64), wide, adapters, "reference")
@@ -180,27 +187,35 @@ def one_by_one(m: StepModel, b: dict[str, Tensor], rank: int, scale: float) -> T
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("rows", [1, 3, 19, 70])
-@pytest.mark.parametrize("rank", [0, 2, 5])
-def test_a_step_has_the_bits_of_a_training_pass(dtype: torch.dtype, isa: str, rows: int, rank: int) -> None:
-    m, b = model(dtype, norms=True, bias=True), batch(rows, dtype)
+@pytest.mark.parametrize("rows", [1, 3, 8, 19, 70])
+@pytest.mark.parametrize(("rank", "hidden"), [(0, HIDDEN), (2, HIDDEN), (5, HIDDEN), (8, HIDDEN), (0, LONG), (8, LONG)])
+def test_a_step_has_the_bits_of_a_training_pass(
+    dtype: torch.dtype, isa: str, rows: int, rank: int, hidden: int
+) -> None:
+    m, b = model(dtype, norms=True, bias=True, hidden=hidden), batch(rows, dtype)
     with using(isa), plan.own_products():
         got = run(m, b, seated((0, rows, 0, rank, ALL)) if rank else None, "cpu")[0]
         assert torch.equal(got, one_by_one(m, b, rank, 2.0))
 
 
-# A row's adapter: none, or one of three of ranks 1, 2 and 3, at this place in the border.
-SEATS = {1: (5, 1), 2: (0, 2), 3: (2, 3)}
+# A row's adapter: none, or one of three, at this place in the border with this rank.
+SEATS = {1: (5, 1), 2: (0, 2), 3: (2, 3)}, {1: (16, 8), 2: (0, 8), 3: (8, 8)}
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(whose=st.lists(st.integers(0, 3), min_size=2, max_size=90), threads=st.integers(1, 3), at=st.integers(0, 89))
-def test_a_row_has_the_same_bits_alone_and_in_company(dtype: torch.dtype, whose: list, threads: int, at: int) -> None:
+@given(
+    whose=st.one_of(st.lists(st.integers(0, 3), min_size=2, max_size=most) for most in (9, 90)),
+    seats=st.sampled_from(SEATS),
+    hidden=st.sampled_from([HIDDEN, LONG]), threads=st.integers(1, 3), at=st.integers(0, 89),
+)  # fmt: skip
+def test_a_row_has_the_same_bits_alone_and_in_company(
+    dtype: torch.dtype, whose: list, seats: dict, hidden: int, threads: int, at: int
+) -> None:
     rows, whose = len(whose), sorted(whose)
     at %= rows
-    m, b = model(dtype), batch(rows, dtype)
+    m, b = model(dtype, hidden=hidden), batch(rows, dtype)
     segments = [
-        (whose.index(a), whose.index(a) + whose.count(a), *SEATS[a], ALL if a < 3 else 5)
+        (whose.index(a), whose.index(a) + whose.count(a), *seats[a], ALL if a < 3 else 5)
         for a in (1, 2, 3)
         if a in whose
     ]
@@ -217,9 +232,10 @@ def test_a_row_has_the_same_bits_alone_and_in_company(dtype: torch.dtype, whose:
 
 
 @pytest.mark.parametrize("rows", [5, 20])
-@pytest.mark.parametrize("hidden", [HIDDEN, 64])
+@pytest.mark.parametrize("hidden", [HIDDEN, 64, LONG])
+@pytest.mark.parametrize("seats", [MIXED, EIGHTS], ids=["ranks 2 and 4", "ranks of 8"])
 def test_int8_weights_are_their_values_times_their_scales(
-    face: str, dtype: torch.dtype, hidden: int, rows: int
+    face: str, dtype: torch.dtype, hidden: int, rows: int, seats: StepAdapters
 ) -> None:
     m, b = model(dtype, hidden=hidden), batch(rows, dtype)
     for w in [getattr(la, name) for la in m.layers for name in ("qkv", "o", "gate_up", "down")] + [m.head]:
@@ -229,8 +245,8 @@ def test_int8_weights_are_their_values_times_their_scales(
         w.buf[: w.n, : w.k] = float("nan")  # nobody reads it
     m = StepModel(m.layers, m.norm, m.head, normal(VOCAB, hidden, seed=4, dtype=dtype), N_Q, N_KV, EPS)
     wide = {name: t.double() if t.is_floating_point() else t for name, t in b.items()}
-    exact = run(converted(m, torch.float64), wide, MIXED, "reference")[0]
-    within_budget("logits", run(m, b, MIXED, face)[0], exact, run(m, b, MIXED, "reference")[0])
+    exact = run(converted(m, torch.float64), wide, seats, "reference")[0]
+    within_budget("logits", run(m, b, seats, face)[0], exact, run(m, b, seats, "reference")[0])
 
 
 def test_only_what_is_wanted_reaches_the_head(face: str, dtype: torch.dtype) -> None:
@@ -248,8 +264,8 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         run(m, {**b, "slots": b["slots"][:1]})
     with pytest.raises(ValueError, match=r"k_pool: expected \[layers, n_blocks, block, 32\], contiguous"):
         run(m, {**b, "k_pool": b["k_pool"].transpose(1, 2)})
-    with pytest.raises(ValueError, match=r"adapters: expected at most the border's 6 ranks, got 9 \(decode_step\)"):
-        run(m, b, StepAdapters(torch.zeros(0, 5, dtype=torch.int64), torch.zeros(0), 9))
+    with pytest.raises(ValueError, match=r"adapters: expected at most the border's 24 ranks, got 25 \(decode_step\)"):
+        run(m, b, StepAdapters(torch.zeros(0, 5, dtype=torch.int64), torch.zeros(0), 25))
     with pytest.raises(ValueError, match=r"cells in the pool: expected 1001 or more, got 28"):
         run(m, {**b, "slots": torch.tensor([1000, 0])}, face="cpu")
     with pytest.raises(ValueError, match=r"rows: expected 3 or more, got 2"):
