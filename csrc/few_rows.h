@@ -55,7 +55,8 @@ class FewRows<S, T, false> {
     }
     static int64_t prefetch_calls(int64_t rows, int64_t k) {
         if (in_place(rows)) return FewRowsInPlace<S, T>::prefetch_calls(k);
-        return Q::kWidensWords ? Straight::prefetch_calls(k) : ceil_div(Q::depth(k), S::W);
+        if (Q::kWidensWords && rows <= Straight::kMost) return Straight::prefetch_calls(k);
+        return ceil_div(Q::depth(k), S::W);
     }
 
     // c[i * C + j] (fp32) = x row i . weight row first + j, for j < cols <= C; columns are padded to whole vectors.
@@ -99,8 +100,10 @@ class FewRows<S, T, false> {
     static constexpr int64_t kWide = S::W * Q::kStep;
 
     // A tile's worth of rows is better multiplied with a transposed weight: then the weight's own columns fill lanes.
+    // And a weight that has to be widened for every panel of x is better widened once.
     static bool in_place(int64_t rows) {
-        return FewRowsInPlace<S, T>::kPossible && rows > (Q::kWidensWords ? Straight::kMost : S::kMr);
+        if (Q::kWidensWords && (rows <= Straight::kMost || rows > C)) return false;
+        return FewRowsInPlace<S, T>::kPossible && rows > S::kMr;
     }
 
     // `count` elements of k from k0 on, W at a time.
