@@ -135,6 +135,28 @@ def test_the_peer_in_bf16_may_be_of_an_earlier_group() -> None:
     assert out == {}
 
 
+class Clock:
+    """A contender whose steps take as long as it says."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def ask(self, command: str) -> dict[str, float]:
+        return {"s": self.seconds, "cpu_s": self.seconds}
+
+
+def test_who_takes_minutes_is_timed_once() -> None:
+    running: dict[str, Any] = {"ours bf16": Clock(2.0), "PEFT float32": Clock(19.0), "PEFT all bf16": Clock(43.0)}
+    said: list[str] = []
+    rows = measure._time(running, 3, said.append)
+    assert {name: len(row["seconds"]) for name, row in rows.items()} == {
+        "ours bf16": 3, "PEFT float32": 3, "PEFT all bf16": 1,
+    }  # fmt: skip
+    assert said == ["PEFT all bf16: 43 s a step; timed once"]
+    slow: dict[str, Any] = {"ours bf16": Clock(8.0), "PEFT float32": Clock(60.0)}
+    assert len(measure._time(slow, 2, said.append)["PEFT float32"]["seconds"]) == 2, "not ten times as long"
+
+
 @pytest.mark.parametrize("loss", [1.1, None])
 def test_the_run_ends_without_a_number_when_ours_is_wrong(
     loss: float | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], work: Workload

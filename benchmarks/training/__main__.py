@@ -5,9 +5,9 @@
 Every contender is a process of its own and trains the same modules of the same model on the same batch from the same
 adapter. First the gate: losses and gradients of ours against PEFT's in float32 (in float64, where float32 is too
 coarse); if they differ, nothing is timed and the exit status is 1. Then rounds A B C A B C; all but the one that
-computes are stopped. A turn on a short batch is two steps, of which the second counts: in a training loop nobody else
-empties the caches. Memory is the peak beyond the libraries and the base model's weights. Last line: one JSON
-document.
+computes are stopped, and who takes tens of seconds and ten times the fastest is timed once. A turn on a short batch is
+two steps, of which the second counts: in a training loop nobody else empties the caches. Memory is the peak beyond the
+libraries and the base model's weights. Last line: one JSON document.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def row(work: Workload, name: str, measured: dict[str, Any], peaks: dict[str, fl
     return {
         "median_ms": round(seconds * 1e3, 1),
         "quartiles_ms": [round(low * 1e3, 1), round(high * 1e3, 1)],
+        "rounds": len(measured["seconds"]),
         "cpu_ms": round(median({"seconds": measured["cpu_seconds"]}) * 1e3, 1),
         "tokens_per_s": round(work.tokens / seconds, 1),
         "floor_ms": round(flops / peaks[kind.dtype] * 1e3, 1),
@@ -92,7 +93,11 @@ def say(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[*WORKLOADS, "clients"], action="append", help="leave the others out")
-    parser.add_argument("--short", action="store_true", help="the demo's batch, no torch.compile, clients: two minutes")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="the demo's batch, no torch.compile, clients: two minutes, or ten without bf16 instructions",
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it compiles for minutes")
     parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}, long workloads {LONG_ROUNDS}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
