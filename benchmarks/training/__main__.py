@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument(
         "--short",
         action="store_true",
-        help="the demo's batch, no torch.compile, clients: two minutes, or ten without bf16 instructions",
+        help="the demo's batch, no torch.compile, clients: two minutes where bf16 has instructions",
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it compiles for minutes")
     parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}, long workloads {LONG_ROUNDS}")

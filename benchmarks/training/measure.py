@@ -48,7 +48,7 @@ def measure(
 
 def _time(running: dict[str, Process], rounds: int, say: Callable[[str], None]) -> Rows:
     """Seconds of each round. Who takes tens of seconds and ten times the fastest has one round: more would change no
-    ratio that anybody looks at, and bf16 without bf16 instructions takes most of an hour."""
+    ratio that anybody looks at, and PEFT in bf16 on a CPU without bf16 instructions takes most of the time of all."""
     rows: Rows = {name: {"seconds": [], "cpu_seconds": []} for name in running}
     for turn in range(rounds):
         fastest = min((row["seconds"][0] for row in rows.values() if row["seconds"]), default=0.0)
