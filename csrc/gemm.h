@@ -16,42 +16,56 @@ template <class S, class T, int M, int Nv>
 void register_tile(Rows a, const typename Panel<S, T>::P* b, int64_t depth, float* c, int64_t ldc, bool accumulate) {
     using Q = Panel<S, T>;
     typename S::F acc[M][Nv];
+#pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
         for (int j = 0; j < Nv; ++j) acc[i][j] = S::zero();
     const char* rows[M];
+#pragma GCC unroll 16
     for (int i = 0; i < M; ++i) rows[i] = a.data + i * a.stride;
     const int64_t whole = depth - (a.half ? 1 : 0);
     for (int64_t kk = 0; kk < whole; ++kk, b += Q::kCols) {
         if constexpr (Q::kPairs) {
             typename S::B bv[Nv];
+#pragma GCC unroll 16
             for (int j = 0; j < Nv; ++j) bv[j] = S::load_pairs(b + j * S::W);
+#pragma GCC unroll 16
             for (int i = 0; i < M; ++i) {
                 uint32_t pair;
                 std::memcpy(&pair, rows[i] + 4 * kk, 4);
                 const auto av = S::set1_pair(pair);
+#pragma GCC unroll 16
                 for (int j = 0; j < Nv; ++j) acc[i][j] = S::dot(acc[i][j], av, bv[j]);
             }
         } else {
             typename S::F bv[Nv];
+#pragma GCC unroll 16
             for (int j = 0; j < Nv; ++j) bv[j] = S::load(b + j * S::W);
+#pragma GCC unroll 16
             for (int i = 0; i < M; ++i) {
                 float value;
                 std::memcpy(&value, rows[i] + 4 * kk, 4);
                 const auto av = S::set1(value);
+#pragma GCC unroll 16
                 for (int j = 0; j < Nv; ++j) acc[i][j] = S::fma(av, bv[j], acc[i][j]);
             }
         }
     }
     if constexpr (Q::kPairs) {
-        if (a.half)
+        if (a.half) {
+#pragma GCC unroll 16
             for (int i = 0; i < M; ++i) {
                 uint16_t last;
                 std::memcpy(&last, rows[i] + 4 * whole, 2);
+#pragma GCC unroll 16
                 for (int j = 0; j < Nv; ++j)
                     acc[i][j] = S::dot(acc[i][j], S::set1_pair(last), S::load_pairs(b + j * S::W));
             }
+        }
     }
+#pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
         for (int j = 0; j < Nv; ++j) {
             float* p = c + i * ldc + j * S::W;
             S::store(p, accumulate ? S::add(S::load(p), acc[i][j]) : acc[i][j]);
@@ -105,7 +119,7 @@ int64_t prefetch_calls(int64_t rows, int64_t cols, int64_t depth) {
 // The product of gemm, straight: panels of B, rows of A.
 template <class S, class T, class Out>
 void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
-                   int64_t k, Out out) {
+                   int64_t k, Out out, Target target) {
     using Q = Panel<S, T>;
     // Two panels a tile, so that rows are fetched half as often; four where each tile packs its rows too.
     const int64_t most = min64(max64(Q::depth(k), 1), 8 * kDepth), widest = Q::kInPlace && a_k == 1 ? 2 : 4;
@@ -144,6 +158,7 @@ void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b
                 for (int64_t i = 0; i < rows; i += Q::kRows) {
                     const int64_t count = min64(Q::kRows, rows - i);
                     float* ci = one_block ? c : c + i * tile.cols;
+                    if (last) next.writes = target.lines(i0 + i, j0, count, cols, prefetch_calls<S, T>(count, cols, depth));
                     multiply_rows<S, T>(left.at(i), count, pb, cols, depth, ci, tile.cols, k0 > 0, &next);
                     if (last)
                         for (int64_t r = 0; r < count; ++r) out(i0 + i + r, j0, cols, ci + r * tile.cols);
@@ -217,7 +232,7 @@ void gemm(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int
             return gemm_turned<S, T>(a, a_row, b, b_col, m, n, k, out, target);
         gemm_tiles<S, T>(a, a_row, a_k, b, b_col, b_k, m, n, k, out, target);
     } else {
-        gemm_straight<S, T>(a, a_row, a_k, b, b_col, b_k, m, n, k, out);
+        gemm_straight<S, T>(a, a_row, a_k, b, b_col, b_k, m, n, k, out, target);
     }
 }
 
