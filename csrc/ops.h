@@ -36,6 +36,7 @@
     X(decoder_layer_backward) \
     X(grouped_linear)         \
     X(grouped_outer)          \
+    X(logit_block)            \
     X(logits)                 \
     X(lora_gradients)         \
     X(matmul)                 \
@@ -52,5 +53,6 @@
     X(swiglu_backward)        \
     X(swiglu_shrink)          \
     X(target_dlogits)         \
+    X(target_dlogits_kept)    \
     X(target_logprob)         \
     X(top_logprobs)

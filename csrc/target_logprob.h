@@ -3,7 +3,8 @@
 // The vocabulary is cut into blocks whose packed weight fits in half an L2. A thread packs a block once and runs all
 // rows of x past it; a tile of logits lives only in cache, as exact fp32 sums. Forward: each (row, block) leaves its
 // maximum and its sum of exponentials, and a last pass merges them in block order, so that neither the thread count
-// nor the schedule changes a bit. Backward: the tile is computed again and becomes dlogits in place.
+// nor the schedule changes a bit. Backward: the tile is computed again and becomes dlogits in place, or is made from
+// what the forward kept of it, exp(logit - maximum).
 #pragma once
 #include <cmath>
 #include <limits>
@@ -81,9 +82,26 @@ void for_logit_tiles(const T* x, int64_t x_stride, const T* weight, int64_t w_st
     });
 }
 
+// *columns = those of a block for rows of `width` elements.
+template <class S, class T>
+void logit_block(int64_t width, int64_t* columns) {
+    *columns = vocab_block<S, T>(width);
+}
+
+// What the forward keeps of some rows' logits for the backward: exp(logit - the maximum of its block), rounded to T,
+// and the maxima. Row m of x is row at[m], none if that is negative; at null: nothing is kept.
+template <class T>
+struct KeptRows {
+    const int64_t* at;
+    T* values;
+    int64_t stride;
+    float* tops;  // [kept rows, blocks]
+};
+
 template <class S, class T>
 void target_logprob(const T* x, int64_t x_stride, const T* weight, int64_t w_stride, const int64_t* targets, int64_t k,
-                    float* logprob, float* lse, int64_t rows, int64_t vocab, int64_t width) {
+                    float* logprob, float* lse, const int64_t* kept_at, T* kept_values, int64_t kept_stride,
+                    float* kept_tops, int64_t rows, int64_t vocab, int64_t width) {
     const char* op = "target_logprob";
     check::row_stride(op, "x", x_stride, rows, width);
     check::row_stride(op, "weight", w_stride, vocab, width);
@@ -91,35 +109,45 @@ void target_logprob(const T* x, int64_t x_stride, const T* weight, int64_t w_str
     if (rows > kRowChunk) {
         for (int64_t m = 0; m < rows; m += kRowChunk)
             target_logprob<S, T>(x + m * x_stride, x_stride, weight, w_stride, targets + m * k, k, logprob + m * k,
-                                 lse + m, min64(kRowChunk, rows - m), vocab, width);
+                                 lse + m, kept_at == nullptr ? nullptr : kept_at + m, kept_values, kept_stride,
+                                 kept_tops, min64(kRowChunk, rows - m), vocab, width);
         return;
     }
+    const KeptRows<T> kept{kept_at, kept_values, kept_stride, kept_tops};
     const int64_t blocks = ceil_div(vocab, vocab_block<S, T>(width));
     float* peak = static_cast<float*>(scratch(Slot::kPartials, size_t(2 * blocks * rows + 1) * 4));
     float* total = peak + blocks * rows;
-    for_logit_tiles<S, T>(x, x_stride, weight, w_stride, rows, vocab, width,
-                          [=](int64_t b, int64_t m0, int64_t n, int64_t v0, int64_t cols, const float* c, int64_t ld) {
-                              const int64_t padded = ceil_div(cols, S::W) * S::W;
-                              for (int64_t i = 0; i < n; ++i) {
-                                  const float* row = c + i * ld;
-                                  auto high = S::load(row);
-                                  for (int64_t v = S::W; v < padded; v += S::W) high = S::max(high, S::load(row + v));
-                                  const float top = S::hmax(high);
-                                  const auto shift = S::set1(top == -INFINITY ? 0.0f : top);  // inf - inf is NaN
-                                  auto sum = S::zero(), sum2 = S::zero();
-                                  int64_t v = 0;
-                                  for (; v + 2 * S::W <= padded; v += 2 * S::W) {
-                                      sum = S::add(sum, S::exp_fast(S::sub(S::load(row + v), shift)));
-                                      sum2 = S::add(sum2, S::exp_fast(S::sub(S::load(row + v + S::W), shift)));
-                                  }
-                                  if (v < padded) sum = S::add(sum, S::exp_fast(S::sub(S::load(row + v), shift)));
-                                  const int64_t m = m0 + i;
-                                  peak[m * blocks + b] = top;
-                                  total[m * blocks + b] = S::sum(S::add(sum, sum2));
-                                  for (int64_t j = m * k; j < (m + 1) * k; ++j)
-                                      if (targets[j] >= v0 && targets[j] < v0 + cols) logprob[j] = row[targets[j] - v0];
-                              }
-                          });
+    for_logit_tiles<S, T>(
+        x, x_stride, weight, w_stride, rows, vocab, width,
+        [=](int64_t b, int64_t m0, int64_t n, int64_t v0, int64_t cols, const float* c, int64_t ld) {
+            const int64_t padded = ceil_div(cols, S::W) * S::W;
+            for (int64_t i = 0; i < n; ++i) {
+                const int64_t m = m0 + i, at = kept.at == nullptr ? -1 : kept.at[m];
+                const float* row = c + i * ld;
+                auto high = S::load(row);
+                for (int64_t v = S::W; v < padded; v += S::W) high = S::max(high, S::load(row + v));
+                const float top = S::hmax(high);
+                const auto shift = S::set1(top == -INFINITY ? 0.0f : top);  // inf - inf is NaN
+                T* values = at < 0 ? nullptr : kept.values + at * kept.stride + v0;
+                const auto exponential = [&](int64_t v) __attribute__((always_inline)) {
+                    const auto e = S::exp_fast(S::sub(S::load(row + v), shift));
+                    if (values != nullptr) S::store_n(values + v, e, int(min64(S::W, cols - v)));
+                    return e;
+                };
+                auto sum = S::zero(), sum2 = S::zero();
+                int64_t v = 0;
+                for (; v + 2 * S::W <= padded; v += 2 * S::W) {
+                    sum = S::add(sum, exponential(v));
+                    sum2 = S::add(sum2, exponential(v + S::W));
+                }
+                if (v < padded) sum = S::add(sum, exponential(v));
+                peak[m * blocks + b] = top;
+                if (at >= 0) kept.tops[at * blocks + b] = top;
+                total[m * blocks + b] = S::sum(S::add(sum, sum2));
+                for (int64_t j = m * k; j < (m + 1) * k; ++j)
+                    if (targets[j] >= v0 && targets[j] < v0 + cols) logprob[j] = row[targets[j] - v0];
+            }
+        });
     for (int64_t m = 0; m < rows; ++m) {
         const float* peaks = peak + m * blocks;
         float top = peaks[0];
@@ -167,10 +195,61 @@ void accumulate_border(const float* d, int64_t ld, int64_t n, int64_t cols, cons
     }
 }
 
+// The gradient of the logits, whose tiles are made by two ways:
 // dlogits[m, v] = sum_k dlogprob[m, k] [v == targets[m, k]] - (sum_k dlogprob[m, k]) exp(logits[m, v] - lse[m]),
 // rounded to T for the product with the weight; dborder[v, :] += dlogits.T @ x[:, width - border:] from the fp32
 // values. dlogprob of a skipped target must be 0. spans, if not null, holds for each row which columns of the border it
 // uses, [from, to): in the others its x is 0.
+template <class S, class T>
+struct LogitGradients {
+    const int64_t* targets;
+    int64_t k;
+    const float* dlogprob;
+    T* dlogits;
+    int64_t d_stride;
+    const float* xb;  // the border's columns of x, fp32
+    float* dborder;
+    int64_t border;
+    const int64_t* spans;
+
+    // `x` [rows, border] in fp32, of this thread until its next call.
+    static const float* border_of(const T* x, int64_t x_stride, int64_t rows, int64_t border) {
+        float* xb = static_cast<float*>(scratch(Slot::kPartials, size_t(rows * border + 1) * 4));
+        for (int64_t m = 0; m < rows; ++m)
+            for (int64_t c = 0; c < border; ++c) xb[m * border + c] = to_float(x[m * x_stride + c]);
+        return xb;
+    }
+
+    float sum(int64_t m) const {
+        float sum = 0;
+        for (int64_t j = m * k; j < (m + 1) * k; ++j) sum += dlogprob[j];
+        return sum;
+    }
+
+    // c [n, cols] of rows m0 and on, columns v0 and on: the second term of dlogits, to which the first is added here.
+    void finish(int64_t m0, int64_t n, int64_t v0, int64_t cols, float* c, int64_t ld) const {
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t m = m0 + i;
+            float* row = c + i * ld;
+            for (int64_t j = m * k; j < (m + 1) * k; ++j)
+                if (targets[j] >= v0 && targets[j] < v0 + cols) row[targets[j] - v0] += dlogprob[j];
+            T* out = dlogits + m * d_stride + v0;
+            for_vectors<S>(cols, [&](int64_t v, int lanes) __attribute__((always_inline)) {
+                S::store_n(out + v, S::load_n(row + v, lanes), lanes);
+            });
+        }
+        for (int64_t i = 0, end; i < n; i = end) {  // neighbours with the same columns
+            const int64_t* span = spans ? spans + (m0 + i) * 2 : nullptr;
+            const int64_t from = span ? span[0] : 0, to = span ? span[1] : border;
+            end = span ? i + 1 : n;
+            while (end < n && span[(end - i) * 2] == from && span[(end - i) * 2 + 1] == to) ++end;
+            accumulate_border<S>(c + i * ld, ld, end - i, cols, xb + (m0 + i) * border + from, border, to - from,
+                                 dborder + v0 * border + from);
+        }
+    }
+};
+
+// dlogits from logits computed again.
 template <class S, class T>
 void target_dlogits(const T* x, int64_t x_stride, const T* weight, int64_t w_stride, const int64_t* targets, int64_t k,
                     const float* dlogprob, const float* lse, T* dlogits, int64_t d_stride, float* dborder,
@@ -179,36 +258,57 @@ void target_dlogits(const T* x, int64_t x_stride, const T* weight, int64_t w_str
     check::row_stride(op, "x", x_stride, rows, width);
     check::row_stride(op, "weight", w_stride, vocab, width);
     check::row_stride(op, "dlogits", d_stride, rows, vocab);
-    float* xb = static_cast<float*>(scratch(Slot::kPartials, size_t(rows * border + 1) * 4));
-    for (int64_t m = 0; m < rows; ++m)
-        for (int64_t c = 0; c < border; ++c) xb[m * border + c] = to_float(x[m * x_stride + width - border + c]);
-    for_logit_tiles<S, T>(x, x_stride, weight, w_stride, rows, vocab, width,
-                          [=](int64_t, int64_t m0, int64_t n, int64_t v0, int64_t cols, float* c, int64_t ld) {
-                              for (int64_t i = 0; i < n; ++i) {
-                                  const int64_t m = m0 + i;
-                                  float* row = c + i * ld;
-                                  float sum = 0;
-                                  for (int64_t j = m * k; j < (m + 1) * k; ++j) sum += dlogprob[j];
-                                  const auto shift = S::set1(lse[m]), scale = S::set1(-sum);
-                                  for (int64_t v = 0; v < cols; v += S::W)
-                                      S::store(row + v, S::mul(scale, S::exp_fast(S::sub(S::load(row + v), shift))));
-                                  for (int64_t j = m * k; j < (m + 1) * k; ++j)
-                                      if (targets[j] >= v0 && targets[j] < v0 + cols)
-                                          row[targets[j] - v0] += dlogprob[j];
-                                  T* out = dlogits + m * d_stride + v0;
-                                  for_vectors<S>(cols, [&](int64_t v, int lanes) __attribute__((always_inline)) {
-                                      S::store_n(out + v, S::load_n(row + v, lanes), lanes);
-                                  });
-                              }
-                              for (int64_t i = 0, end; i < n; i = end) {  // neighbours with the same columns
-                                  const int64_t* span = spans ? spans + (m0 + i) * 2 : nullptr;
-                                  const int64_t from = span ? span[0] : 0, to = span ? span[1] : border;
-                                  end = span ? i + 1 : n;
-                                  while (end < n && span[(end - i) * 2] == from && span[(end - i) * 2 + 1] == to) ++end;
-                                  accumulate_border<S>(c + i * ld, ld, end - i, cols, xb + (m0 + i) * border + from,
-                                                       border, to - from, dborder + v0 * border + from);
-                              }
-                          });
+    const float* xb = LogitGradients<S, T>::border_of(x + width - border, x_stride, rows, border);
+    const LogitGradients<S, T> to{targets, k, dlogprob, dlogits, d_stride, xb, dborder, border, spans};
+    for_logit_tiles<S, T>(
+        x, x_stride, weight, w_stride, rows, vocab, width,
+        [=](int64_t, int64_t m0, int64_t n, int64_t v0, int64_t cols, float* c, int64_t ld) {
+            for (int64_t i = 0; i < n; ++i) {
+                float* row = c + i * ld;
+                const auto shift = S::set1(lse[m0 + i]), scale = S::set1(-to.sum(m0 + i));
+                for (int64_t v = 0; v < cols; v += S::W)
+                    S::store(row + v, S::mul(scale, S::exp_fast(S::sub(S::load(row + v), shift))));
+            }
+            to.finish(m0, n, v0, cols, c, ld);
+        });
+}
+
+// dlogits from what the forward kept, in its place: row m comes from row at[m] of `values`, ascending, and becomes row
+// m. At a target the probability is that of the forward, unrounded: where it is nearly 1, the difference counts.
+// block: the columns that share a maximum; xb: the border's columns of x.
+template <class S, class T>
+void target_dlogits_kept(const int64_t* at, T* values, int64_t stride, const float* tops, int64_t block,
+                         const int64_t* targets, int64_t k, const float* logprob, const float* dlogprob,
+                         const float* lse, const T* x_border, int64_t x_stride, float* dborder, int64_t border,
+                         const int64_t* spans, int64_t rows, int64_t vocab) {
+    const char* op = "target_dlogits_kept";
+    check::row_stride(op, "values", stride, rows, vocab);
+    check::at_least(op, "block", block, 1);
+    const float* xb = LogitGradients<S, T>::border_of(x_border, x_stride, rows, border);
+    const LogitGradients<S, T> to{targets, k, dlogprob, values, stride, xb, dborder, border, spans};
+    const int64_t blocks = ceil_div(vocab, block), ld = ceil_div(block, S::W) * S::W;
+#pragma omp parallel for schedule(static) if (blocks > 1)
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t v0 = b * block, cols = min64(block, vocab - v0);
+        float* c = static_cast<float*>(scratch(Slot::kTile, size_t(kTileRows * ld) * 4));
+        for (int64_t m0 = 0; m0 < rows; m0 += kTileRows) {
+            const int64_t n = min64(kTileRows, rows - m0);
+            for (int64_t i = 0; i < n; ++i) {
+                const int64_t m = m0 + i;
+                const T* row = values + at[m] * stride + v0;
+                float* out = c + i * ld;
+                const float top = tops[at[m] * blocks + b], sum = to.sum(m);
+                // A block of -inf alone was kept as zeros, and lse may be -inf too.
+                const auto scale = S::set1(-sum * (top == -INFINITY ? 0.0f : std::exp(top - lse[m])));
+                for_vectors<S>(cols, [&](int64_t v, int lanes) __attribute__((always_inline)) {
+                    S::store(out + v, S::mul(scale, S::load_n(row + v, lanes)));
+                });
+                for (int64_t j = m * k; j < (m + 1) * k; ++j)
+                    if (targets[j] >= v0 && targets[j] < v0 + cols) out[targets[j] - v0] = -sum * std::exp(logprob[j]);
+            }
+            to.finish(m0, n, v0, cols, c, ld);
+        }
+    }
 }
 
 }  // namespace mint

@@ -36,6 +36,7 @@ from mint_engine.kernels.sample_head import sample_head
 from mint_engine.kernels.sample_rows import sample_rows, top_logprobs
 from mint_engine.kernels.swiglu import swiglu, swiglu_backward
 from mint_engine.kernels.target_logprob import (
+    Kept,
     Labels,
     logits,
     target_logprob,
@@ -44,6 +45,7 @@ from mint_engine.kernels.target_logprob import (
 )
 
 __all__ = [
+    "Kept",
     "Labels",
     "Places",
     "Shrink",

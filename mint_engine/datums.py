@@ -135,5 +135,11 @@ def stack_inputs(data: Sequence[CheckedDatum]) -> dict[str, Tensor]:
 
 def _stack(arrays: list[np.ndarray], fill: float) -> Tensor:
     width = max(a.shape[1] for a in arrays)
-    padded = [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=fill) for a in arrays]
-    return torch.from_numpy(np.concatenate(padded))
+    if all(a.shape[1] == width for a in arrays):
+        return torch.from_numpy(np.concatenate(arrays))
+    stacked = np.full((sum(len(a) for a in arrays), width), fill, dtype=arrays[0].dtype)
+    start = 0
+    for a in arrays:
+        stacked[start : start + len(a), : a.shape[1]] = a
+        start += len(a)
+    return torch.from_numpy(stacked)

@@ -144,7 +144,8 @@ def _one_pass(decoder: Decoder, spans: Sequence[_Span], masked_logprobs: bool) -
     )
     at_head = seating.bordered if rows is None else seating.bordered.select(rows)
     x = decoder.head_input(h, at_head, decoder.space)
-    logprobs, lse = decoder.target_logprob(x, targets if rows is None else targets[rows], at_head)
+    kept = decoder.room_to_keep(_differentiable(spans, rows)) if training else None
+    logprobs, lse = decoder.target_logprob(x, targets if rows is None else targets[rows], at_head, kept)
     reported = logprobs
     if rows is not None:
         reported = torch.full(targets.shape, torch.nan, device=logprobs.device)
@@ -163,7 +164,7 @@ def _one_pass(decoder: Decoder, spans: Sequence[_Span], masked_logprobs: bool) -
     at = active if rows is None else torch.searchsorted(rows, active)
     dh = decoder.head_backward(
         decoder.rows(h, at, "h"), decoder.rows(x, at, "x"), targets[active], gradients[active], lse[at],
-        at_head.select(at), grads,
+        at_head.select(at), grads, kept, at,
     )  # fmt: skip
     end, sequences = training[-1].stop, sum(len(s.data) for s in training)
     p.cu_seqlens = packed.cu_seqlens[: sequences + 1]
@@ -174,9 +175,19 @@ def _one_pass(decoder: Decoder, spans: Sequence[_Span], masked_logprobs: bool) -
 
 def _wanted(spans: Sequence[_Span]) -> Tensor | None:
     """The rows (int64, ascending) of forwards, and those of the others that may have a gradient; None: all rows."""
-    parts = [
-        torch.ones(s.stop - s.start, dtype=torch.bool) if s.work.scratch is None else s.work.wanted(s.data)
-        for s in spans
-    ]
-    wanted = torch.cat(parts)
+    wanted = _where(spans, forwards=True)
     return None if bool(wanted.all()) else wanted.nonzero().squeeze(1)
+
+
+def _differentiable(spans: Sequence[_Span], rows: Tensor | None) -> Tensor:
+    """Of the ``rows`` of a pass (None: all) those that may have a gradient (int64, ascending: places among them)."""
+    found = _where(spans, forwards=False)
+    return (found if rows is None else found[rows]).nonzero().squeeze(1)
+
+
+def _where(spans: Sequence[_Span], *, forwards: bool) -> Tensor:
+    """bool [M]: rows that may have a gradient; those of calls that want none are ``forwards``."""
+    parts = [
+        torch.full((s.stop - s.start,), forwards) if s.work.scratch is None else s.work.wanted(s.data) for s in spans
+    ]
+    return torch.cat(parts)

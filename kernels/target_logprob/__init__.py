@@ -8,9 +8,10 @@ import torch
 
 from mint_engine.kernels import args
 from mint_engine.kernels.op import Op
+from mint_engine.kernels.target_logprob.kept import Kept
 from mint_engine.kernels.target_logprob.labels import Labels
 
-__all__ = ["Labels", "logits", "target_logprob", "target_logprob_backward", "target_logprob_with_gradient"]
+__all__ = ["Kept", "Labels", "logits", "target_logprob", "target_logprob_backward", "target_logprob_with_gradient"]
 
 _op = Op("target_logprob")
 
@@ -55,6 +56,7 @@ def target_logprob(
     *,
     logprob: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    kept: Kept | None = None,
     face: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``logits = x @ weight.T;  lse = logsumexp(logits, -1);  logprob[m, k] = logits[m, targets[m, k]] - lse[m]``.
@@ -68,6 +70,7 @@ def target_logprob(
         targets: ``[M, K]`` int64; -1 skips (its logprob is 0). Others outside the vocabulary are refused on the CPU;
             on a GPU, which would have to be waited for, their logprob is NaN. Or raw :class:`Labels` (K = 1).
         logprob, lse: float32 like what is returned, contiguous, to write into, or None.
+        kept: room to keep some rows' exponentials in, for ``target_logprob_backward``; the CPU's face does so.
         face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
@@ -82,7 +85,9 @@ def target_logprob(
     k = _check_targets("target_logprob", targets, m, v)
     logprob = _writable("target_logprob", "logprob", logprob, (m, k), x)
     lse = _writable("target_logprob", "lse", lse, (m,), x)
-    _op.pick(face, x, weight).target_logprob(x, weight, targets, logprob, lse)
+    if kept is not None:
+        kept.check("target_logprob", x, v)
+    _op.pick(face, x, weight).target_logprob(x, weight, targets, logprob, lse, kept)
     return logprob, lse
 
 
@@ -158,6 +163,8 @@ def target_logprob_backward(
     *,
     border: int = 0,
     spans: torch.Tensor | None = None,
+    kept: Kept | None = None,
+    rows: torch.Tensor | None = None,
     dx: torch.Tensor | None = None,
     dborder: torch.Tensor | None = None,
     face: str | None = None,
@@ -166,7 +173,8 @@ def target_logprob_backward(
 
     ``dlogits[m, v] = sum_k dlogprob[m, k] [v == targets[m, k]] - (sum_k dlogprob[m, k]) exp(logits[m, v] - lse[m])``;
     ``dx = dlogits @ weight``; ``dborder = dlogits.T @ x[:, H - border:]``. Skipped targets count as dlogprob 0.
-    Logits are computed again. Pass only rows with a nonzero gradient: every row given costs 4 V H FLOP.
+    Logits are computed again, but for the leading rows that the forward has ``kept``. Pass only rows with a nonzero
+    gradient: every row given costs 4 V H FLOP, one that was kept half of it.
 
     Args:
         x, weight, targets: as in the forward.
@@ -175,6 +183,8 @@ def target_logprob_backward(
         border: trailing columns of ``weight`` that train (the head adapter's B), 0 for none.
         spans: ``[M, 2]`` int64, which columns of the border each row uses, from and to: it must be 0 in the others.
             Saves time where many adapters share the border.
+        kept: what the forward filled. It is used up.
+        rows: with it ``[M]`` int64, ascending, on the CPU: which rows these were of the forward's x.
         dx: ``[M, H]`` to write into, or None.
         dborder: ``[V, border]`` float32 to add to, or None (starts from zeros).
         face: run this face ("triton", "cpu", "reference") or raise.
@@ -198,8 +208,12 @@ def target_logprob_backward(
         if spans.is_cpu and bool(((start < 0) | (stop < start) | (stop > border)).any()):
             raise ValueError(f"spans: expected from <= to in [0, {border}], got {spans.tolist()[:4]} ... ({op})")
         spans = spans.contiguous()
+    if kept is not None:
+        if rows is None:
+            raise ValueError(f"rows: expected the rows of the forward that these are, beside kept, got None ({op})")
+        args.tensor(op, "rows", rows, (m,), torch.int64)
     run = _op.pick(face, x, weight, dx).target_logprob_backward
-    run(x, weight, targets, dlogprob, lse, border, spans, dx, dborder)
+    run(x, weight, targets, dlogprob, lse, border, spans, kept, rows, dx, dborder)
     return dx, dborder
 
 

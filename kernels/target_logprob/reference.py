@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from mint_engine.kernels.args import statistics_dtype
+from mint_engine.kernels.target_logprob.kept import Kept
 from mint_engine.kernels.target_logprob.labels import Labels, resolve
 
 _CHUNK_ELEMENTS = 1 << 26  # logits held at once
@@ -23,7 +24,12 @@ def logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def target_logprob(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor | Labels, logprob: torch.Tensor, lse: torch.Tensor
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor | Labels,
+    logprob: torch.Tensor,
+    lse: torch.Tensor,
+    kept: Kept | None,  # nothing is
 ) -> None:
     targets = resolve(targets)
     for rows in _chunks(x.shape[0], weight.shape[0]):
@@ -44,9 +50,9 @@ def target_logprob_with_gradient(
     dx: torch.Tensor,
     dborder: torch.Tensor,
 ) -> None:
-    target_logprob(x, weight, targets, logprob, lse)
+    target_logprob(x, weight, targets, logprob, lse, None)
     d = gradient(slice(0, len(x)), logprob)
-    target_logprob_backward(x, weight, targets, d, lse, border, None, dx, dborder)
+    target_logprob_backward(x, weight, targets, d, lse, border, None, None, None, dx, dborder)
 
 
 def target_logprob_backward(
@@ -57,6 +63,8 @@ def target_logprob_backward(
     lse: torch.Tensor,
     border: int,
     spans: torch.Tensor | None,  # what they leave out is zero
+    kept: Kept | None,
+    rows: torch.Tensor | None,
     dx: torch.Tensor,
     dborder: torch.Tensor,
 ) -> None:

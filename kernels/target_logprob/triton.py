@@ -21,6 +21,7 @@ from mint_engine.kernels.bordered_linear.triton import matmul
 from mint_engine.kernels.gpu_plan import Row, Tunable
 from mint_engine.kernels.outer_accumulate.triton import outer_accumulate
 from mint_engine.kernels.target_logprob import triton_kernels as kernels
+from mint_engine.kernels.target_logprob.kept import Kept
 from mint_engine.kernels.target_logprob.labels import Labels
 from mint_engine.kernels.triton_common import UPCAST, architecture, power_of_2, tma_reason
 from mint_engine.kernels.triton_common import triton_reason as supports  # noqa: F401
@@ -98,7 +99,10 @@ def _forward(
     return top, meta["BN"]
 
 
-def target_logprob(x: Tensor, weight: Tensor, targets: Tensor | Labels, logprob: Tensor, lse: Tensor) -> None:
+def target_logprob(
+    x: Tensor, weight: Tensor, targets: Tensor | Labels, logprob: Tensor, lse: Tensor, kept: Kept | None
+) -> None:
+    """Nothing is kept: a GPU's backward follows at once (:func:`target_logprob_with_gradient`)."""
     if len(x) and len(weight):
         _forward(x, weight, targets, logprob, lse, None)
 
@@ -136,7 +140,7 @@ def target_logprob_with_gradient(
 
 def target_logprob_backward(
     x: Tensor, weight: Tensor, targets: Tensor | Labels, dlogprob: Tensor, lse: Tensor, border: int,
-    spans: Tensor | None, dx: Tensor, dborder: Tensor,
+    spans: Tensor | None, kept: Kept | None, rows: Tensor | None, dx: Tensor, dborder: Tensor,
 ) -> None:  # fmt: skip
     """``spans`` saves nothing here: what lies outside of them is zero."""
     (m, h), v = x.shape, weight.shape[0]
@@ -144,11 +148,11 @@ def target_logprob_backward(
         return
     dlogprob, lse, scratch = dlogprob.contiguous(), lse.contiguous(), _scratch(x, v)
     for start in range(0, m, len(scratch)):
-        rows = slice(start, min(start + len(scratch), m))
-        part, d = x[rows], scratch[: rows.stop - start]
+        some = slice(start, min(start + len(scratch), m))
+        part, d = x[some], scratch[: some.stop - start]
         matrix, meta = _matrix(part, weight, DLOGITS)
         kernels.dlogits[_grid(len(part), v, meta)](
-            *matrix, *_where(targets[rows]), dlogprob[rows], lse[rows], d, d.stride(0), len(part), v, h, **meta
+            *matrix, *_where(targets[some]), dlogprob[some], lse[some], d, d.stride(0), len(part), v, h, **meta
         )
-        torch.mm(d, weight, out=dx[rows])
+        torch.mm(d, weight, out=dx[some])
         outer_accumulate(d, part[:, h - border :], dborder, 1.0)

@@ -23,6 +23,8 @@ from mint_engine.models.rope import RopeTable
 from mint_engine.models.weights import WeightReader
 from mint_engine.models.workspace import Workspace
 
+_KEPT_BYTES = 96 << 20  # of logits, from a forward to its backward
+
 # Memory for the activations of a pass; a call that needs more is cut at datum boundaries into passes, with the same
 # sums. A pass of 2000 tokens or more is no faster per token, and this is enough for that up to models of 4B.
 ACTIVATION_BYTES = 2 << 30
@@ -188,23 +190,34 @@ class Decoder:
             linear.shrink_tail(self.head, x, seating)
         return x
 
-    def target_logprob(self, x: Tensor, targets: Tensor, seating: Seating) -> tuple[Tensor, Tensor]:
+    def target_logprob(
+        self, x: Tensor, targets: Tensor, seating: Seating, kept: kernels.Kept | None = None
+    ) -> tuple[Tensor, Tensor]:
         """fp32 (log-probabilities [M, K], log-sum-exp [M]) of ``targets`` given :meth:`head_input`'s rows."""
         weight = self.head.forward_weight(seating.ranks_of(self.head.group))
-        return kernels.target_logprob(x, weight, upload(targets, self.device))
+        return kernels.target_logprob(x, weight, upload(targets, self.device), kept=kept)
+
+    def room_to_keep(self, rows: Tensor) -> kernels.Kept:
+        """For :meth:`target_logprob`: of these rows (int64, ascending) as many as fit, in memory of the workspace."""
+        vocab = self.config.vocab_size
+        some = rows[: max(1, _KEPT_BYTES // (vocab * self.dtype.itemsize))]
+        return kernels.Kept(some, self.space.take("kept logits", (len(some), vocab), self.dtype))
 
     def head_backward(
         self, h: Tensor, x: Tensor, targets: Tensor, dlogprob: Tensor, lse: Tensor, seating: Seating,
-        grads: linear.Gradients,
+        grads: linear.Gradients, kept: kernels.Kept | None = None, rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Gradient with respect to ``h`` [M, H], given ``dlogprob`` [M, K]; the head adapters' go to ``grads``."""
+        """Gradient with respect to ``h`` [M, H], given ``dlogprob`` [M, K]; the head adapters' go to ``grads``.
+
+        ``rows`` of :meth:`target_logprob`'s x are these, if that has ``kept`` some.
+        """
         ranks = seating.ranks_of(self.head.group)
         x = x[:, : self.head.k + self.head.m * ranks]  # the rows with a gradient may all be of untrained heads
         # They only save the CPU's kernel time, and would have to be sent to a GPU.
         spans = seating.columns(self.head.group, len(x)) if x.is_cpu else None
         dx_ext, d_border = kernels.target_logprob_backward(
             x, self.head.forward_weight(ranks), targets, dlogprob, lse, border=self.head.m * ranks,
-            spans=spans,
+            spans=spans, kept=kept, rows=rows,
         )  # fmt: skip
         return self._head_gradients(h, x, dx_ext, d_border, seating, grads)
 
