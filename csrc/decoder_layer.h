@@ -1,4 +1,4 @@
-// A decoder layer of a training pass in one call, forward and backward: models/layer.py's ops one after the other, with
+// Decoder layers of a training pass in one call, forward or backward: models/layer.py's ops one after the other, with
 // nothing but C++ between them. That file says what is computed, in what order, and why; here are only addresses.
 //
 // Python fills the structs as rows of int64 (kernels/decoder_layer): all fields are 8 bytes. Rows of S and dS lie in
@@ -99,10 +99,7 @@ void keep_tail(const T* x, int64_t stride, int64_t rows, int64_t tail, T* s) {
 }
 
 template <class S, class T>
-void decoder_layer(const int64_t* weights, const int64_t* pass, const int64_t* room, float eps, float scale) {
-    const auto& w = *reinterpret_cast<const LayerWeights<T>*>(weights);
-    const auto& p = *reinterpret_cast<const LayerPass*>(pass);
-    const auto& r = *reinterpret_cast<const ForwardRoom<T>*>(room);
+void layer_forward(const LayerWeights<T>& w, const LayerPass& p, const ForwardRoom<T>& r, float eps, float scale) {
     const int64_t m = p.rows, hidden = p.hidden, q_width = p.q_width(), qk_width = p.qk_width();
 
     const int64_t x_stride = hidden + p.qkv.tail;
@@ -137,10 +134,7 @@ void decoder_layer(const int64_t* weights, const int64_t* pass, const int64_t* r
 }
 
 template <class S, class T>
-void decoder_layer_backward(const int64_t* weights, const int64_t* pass, const int64_t* room, float eps, float scale) {
-    const auto& w = *reinterpret_cast<const LayerWeights<T>*>(weights);
-    const auto& p = *reinterpret_cast<const LayerPass*>(pass);
-    const auto& r = *reinterpret_cast<const BackwardRoom<T>*>(room);
+void layer_backward(const LayerWeights<T>& w, const LayerPass& p, const BackwardRoom<T>& r, float eps, float scale) {
     const int64_t m = p.rows, some = p.some, hidden = p.hidden, ffn = w.down.k;
     const int64_t q_width = p.q_width(), qk_width = p.qk_width();
 
@@ -183,6 +177,27 @@ void decoder_layer_backward(const int64_t* weights, const int64_t* pass, const i
     backward<S, T>(w.qkv, p.qkv, r.dqkv, dqkv, r.dx, m);
     rms_norm_backward<S, T>(r.dx, hidden, r.h, hidden, w.attention_norm, eps, dh, r.dh_stride, dh, r.dh_stride, m,
                             hidden);
+}
+
+// One layer of a call.
+template <class T, class Room>
+struct Layer {
+    const LayerWeights<T>* weights;
+    const LayerPass* pass;
+    const Room* room;
+};
+
+// `count` layers in the order in which they are done; `layers` are their Layer structs.
+template <class S, class T>
+void decoder_layers(const int64_t* layers, int64_t count, float eps, float scale) {
+    const auto* layer = reinterpret_cast<const Layer<T, ForwardRoom<T>>*>(layers);
+    for (; count > 0; --count, ++layer) layer_forward<S, T>(*layer->weights, *layer->pass, *layer->room, eps, scale);
+}
+
+template <class S, class T>
+void decoder_layers_backward(const int64_t* layers, int64_t count, float eps, float scale) {
+    const auto* layer = reinterpret_cast<const Layer<T, BackwardRoom<T>>*>(layers);
+    for (; count > 0; --count, ++layer) layer_backward<S, T>(*layer->weights, *layer->pass, *layer->room, eps, scale);
 }
 
 }  // namespace mint

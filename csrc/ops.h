@@ -32,8 +32,8 @@
     X(attention)              \
     X(attention_backward)     \
     X(decode_step)            \
-    X(decoder_layer)          \
-    X(decoder_layer_backward) \
+    X(decoder_layers)         \
+    X(decoder_layers_backward) \
     X(grouped_linear)         \
     X(grouped_outer)          \
     X(logit_block)            \

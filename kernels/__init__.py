@@ -19,9 +19,10 @@ from mint_engine.kernels.bordered_linear import (
 )
 from mint_engine.kernels.decode_step import StepAdapters, StepModel, decode_step, decode_step_supported
 from mint_engine.kernels.decoder_layer import (
-    decoder_layer,
-    decoder_layer_backward,
+    LayerCall,
     decoder_layer_supported,
+    decoder_layers,
+    decoder_layers_backward,
     op_by_op,
 )
 from mint_engine.kernels.embedding import embedding
@@ -62,9 +63,10 @@ __all__ = [
     "bordered_linear_backward",
     "decode_step",
     "decode_step_supported",
-    "decoder_layer",
-    "decoder_layer_backward",
+    "LayerCall",
     "decoder_layer_supported",
+    "decoder_layers",
+    "decoder_layers_backward",
     "embedding",
     "expand_backward",
     "faces",

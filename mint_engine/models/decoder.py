@@ -139,11 +139,12 @@ class Decoder:
         p, delta = self.embed(tokens, positions, seating, attend, length)
         p.cells = cells
         h = None
-        for la in self.layers:
-            some = rows if la is self.layers[-1] else None
-            delta, h, kept = decoder_layer.forward(la, delta, h, p, saved is not None, some)
-            if saved is not None and kept is not None:
-                saved.append(kept)
+        with p.waiting.together(self.space):
+            for la in self.layers:
+                some = rows if la is self.layers[-1] else None
+                delta, h, kept = decoder_layer.forward(la, delta, h, p, saved is not None, some)
+                if saved is not None and kept is not None:
+                    saved.append(kept)
         assert h is not None
         return torch.add(h, delta, out=None if space is None else space.take("stream", tuple(h.shape), h.dtype)), p
 
@@ -169,9 +170,10 @@ class Decoder:
         """
         saved[-1] = saved[-1].only(rows, self.space)
         gradient: Tensor | None = self.gradient_stream(dh, p)
-        for la in reversed(self.layers):
-            assert gradient is not None
-            gradient = decoder_layer.backward(la, gradient, saved[la.index], p, grads, need_dx=la.index > 0)
+        with p.waiting.together(self.space):
+            for la in reversed(self.layers):
+                assert gradient is not None
+                gradient = decoder_layer.backward(la, gradient, saved[la.index], p, grads, need_dx=la.index > 0)
 
     def gradient_stream(self, dh: Tensor, p: Pass) -> Tensor:
         """``dh`` [rows, H] as :func:`layer.backward` takes it, with room for any dS beside it."""

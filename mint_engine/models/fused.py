@@ -1,4 +1,7 @@
-"""A layer of a training pass on a CPU as one call (`kernels/decoder_layer`): what `layer.py` does op by op.
+"""Layers of a training pass on a CPU in one call (`kernels/decoder_layer`): what `layer.py` does op by op.
+
+A layer's results are buffers whose addresses are known before: so the layers of a pass can wait for each other
+(:class:`Waiting`) and be one call together, with no Python in between.
 
 Here are the addresses only: of the weights, once; of what all layers of a pass share, once per pass; of the buffers of
 a layer, which are those that layer.py takes, under the same names.
@@ -6,7 +9,8 @@ a layer, which are those that layer.py takes, under the same names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -14,8 +18,9 @@ import torch
 from torch import Tensor
 
 from mint_engine.borders import Segment
-from mint_engine.kernels import decoder_layer, decoder_layer_backward, decoder_layer_supported
+from mint_engine.kernels import LayerCall, decoder_layer_supported, decoder_layers, decoder_layers_backward
 from mint_engine.models import linear
+from mint_engine.models.workspace import Workspace
 
 if TYPE_CHECKING:
     from mint_engine.models.layer import DecoderLayer, Pass, Saved
@@ -38,6 +43,39 @@ class Weights:
 
     def fit(self, layer: DecoderLayer) -> bool:
         return all(w.buf is b for w, b in zip((layer.qkv, layer.o, layer.gate_up, layer.down), self._bufs, strict=True))
+
+
+class Waiting:
+    """Layers whose addresses are known and which have not been done yet: forwards, or backwards."""
+
+    def __init__(self) -> None:
+        self._together = False  # else each is done at once
+        self._calls: list[LayerCall] = []
+        self._run: Callable[[list[LayerCall]], None] | None = None
+
+    @contextmanager
+    def together(self, space: Workspace) -> Iterator[None]:
+        """Layers wait for each other, but not beyond the block, nor beyond a move of their memory."""
+        self._together, space.before_move = True, self.flush
+        try:
+            yield
+            self.flush()
+        finally:
+            self._together, space.before_move = False, None
+            self._calls = []
+
+    def add(self, run: Callable[[list[LayerCall]], None], call: LayerCall) -> None:
+        """``run`` is the same for all that wait together."""
+        self._run = run
+        self._calls.append(call)
+        if not self._together:
+            self.flush()
+
+    def flush(self) -> None:
+        """From here on the results are there."""
+        calls, self._calls = self._calls, []
+        if calls and self._run is not None:
+            self._run(calls)
 
 
 class Shared:
@@ -123,7 +161,7 @@ def _address(t: Tensor | None) -> int:
 def forward(
     layer: DecoderLayer, delta: Tensor, h: Tensor | None, p: Pass, save: bool, rows: Tensor | None, shared: Shared
 ) -> tuple[Tensor, Tensor, Kept | None]:
-    """What `layer.forward` returns."""
+    """What `layer.forward` returns; its contents are there when the pass's waiting layers have been done."""
     m, some, at = len(delta), shared.count, layer.index if save else -1
     tail_qkv, tail_o, tail_gate_up, tail_down = shared.tails
     n_q, d, hidden, ffn = p.config.num_heads, p.config.head_dim, layer.qkv.k, layer.down.k
@@ -155,10 +193,11 @@ def forward(
         take("qk", m, (n_q + p.config.num_kv_heads) * d), attended, lse, *gathered, out,
         take("x behind", some, hidden + tail_gate_up), h2, s_gate_up, gate_up, take("a", some, ffn + tail_down), s_down,
     )  # fmt: skip
-    decoder_layer(
-        delta.dtype, weights_of(layer).table, shared.table, np.array([_address(t) for t in room], dtype=np.int64),
-        p.config.rms_norm_eps, d**-0.5,
-    )  # fmt: skip
+    addresses = np.array([_address(t) for t in room], dtype=np.int64)
+    p.waiting.add(
+        lambda calls: decoder_layers(delta.dtype, calls, p.config.rms_norm_eps, d**-0.5),
+        LayerCall(weights_of(layer).table, shared.table, addresses),
+    )
     if s_qkv is None or s_gate_up is None or s_down is None:
         return out, h2, None
     return out, h2, (stream, s_qkv, qkv, attended[:, : layer.o.k], lse, o, h2, s_gate_up, gate_up, s_down)
@@ -167,7 +206,7 @@ def forward(
 def backward(
     layer: DecoderLayer, dh: Tensor, saved: Saved, p: Pass, grads: linear.Gradients, need_dx: bool, shared: Shared
 ) -> Tensor | None:
-    """What `layer.backward` returns."""
+    """What `layer.backward` returns, as :func:`forward`."""
     m, some, hidden, ffn = len(saved.h), shared.count, layer.qkv.k, layer.down.k
     q_width, qk_width = layer.o.k, layer.o.k + p.config.num_kv_heads * p.config.head_dim
     tail_qkv, _, tail_gate_up, _ = shared.tails
@@ -196,10 +235,10 @@ def backward(
         *(starts.ctypes.data + sum(counts[: i + 1]) for i in range(4)),
         need_dx,
     ]  # fmt: skip
-    decoder_layer_backward(
-        dh.dtype, weights_of(layer).table, shared.table, np.array(room, dtype=np.int64), p.config.rms_norm_eps,
-        p.config.head_dim**-0.5,
-    )  # fmt: skip
+    p.waiting.add(
+        lambda calls: decoder_layers_backward(dh.dtype, calls, p.config.rms_norm_eps, p.config.head_dim**-0.5),
+        LayerCall(weights_of(layer).table, shared.table, np.array(room, dtype=np.int64), starts),
+    )
     if not need_dx:
         return None
     return dh if spread[1] is None else spread[1]

@@ -6,7 +6,8 @@
 Every W is bordered with the adapters of the pass. The residual additions happen inside the next norm. What follows the
 attention may be done for some of the rows only: in the last layer the others give their K and V, and no more.
 
-What is here op by op is one call into C++ where `fused.py` can: the same ops in the same order.
+What is here op by op is one call into C++ where `fused.py` can: the same ops in the same order. Where a pass has its
+layers wait for each other, what a layer returns is there when they have been done.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class Pass:
     cu_seqlens: Tensor | Bounds | None = None  # needed by the backward
     cells: Cells | None = None  # then ``attend`` gets a layer's pools for k and v
     shared: dict[int | None, fused.Shared | None] = field(default_factory=dict, repr=False)  # of `fused.py`
+    waiting: fused.Waiting = field(default_factory=fused.Waiting, repr=False)
 
     def first(self, rows: int) -> Pass:
         """The same for a backward over the first ``rows`` rows; ``cu_seqlens`` is theirs already."""
@@ -137,6 +139,7 @@ def forward(
     if (shared := fused.shared_of(layer, p, rows)) is not None:
         delta, h, kept = fused.forward(layer, delta, h, p, save, rows, shared)
         return delta, h, None if kept is None else Saved(*kept, rows=rows)
+    p.waiting.flush()
     config, seating, m = p.config, p.seating, len(delta)
     eps, n_q, n_kv, d = config.rms_norm_eps, config.num_heads, config.num_kv_heads, config.head_dim
     at = layer.index if save else -1  # without a backward all layers use the same memory
@@ -222,6 +225,7 @@ def backward(
     """
     if (shared := fused.shared_of(layer, p, saved.rows)) is not None:
         return fused.backward(layer, dh, saved, p, grads, need_dx, shared)
+    p.waiting.flush()
     config, m, eps = p.config, len(saved.h), p.config.rms_norm_eps
     hidden, n_q, n_kv, q_width = config.hidden_size, config.num_heads, config.num_kv_heads, layer.o.k
     seating = p.seating if saved.rows is None else p.seating.select(saved.rows)

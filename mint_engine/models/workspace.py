@@ -7,7 +7,7 @@ memory, grown if it was too small. Two passes never run at once on one base mode
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -18,12 +18,14 @@ _VIEWS = 1 << 14  # of all shapes seen lately; a pass of 30 layers takes some 40
 class Workspace:
     """Named buffers on one device. What a buffer holds is undefined until it is written.
 
-    ``generation`` counts how often one has moved: whoever keeps addresses must look.
+    ``generation`` counts how often one has moved: whoever keeps addresses must look. ``before_move`` is called before
+    one is given up for a larger one.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = device
         self.generation = 0
+        self.before_move: Callable[[], None] | None = None
         self._memory: dict[Hashable, Tensor] = {}  # uint8
         self._views: dict[tuple[Hashable, tuple[int, ...], torch.dtype], Tensor] = {}
 
@@ -47,7 +49,10 @@ class Workspace:
         if memory is None or memory.numel() < size:
             # An eighth more than asked for: batches of nearly the same size share a bucket.
             room = size if memory is None else size + size // 8
-            self.generation += memory is not None
+            if memory is not None:
+                self.generation += 1
+                if self.before_move is not None:
+                    self.before_move()
             del memory
             self._memory.pop(name, None)  # free it first
             self._views = {key: view for key, view in self._views.items() if key[0] != name}

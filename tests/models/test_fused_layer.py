@@ -45,11 +45,13 @@ def step(
 
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which calls have been made into C++."""
+    """Which layers have been done in C++, a name for each layer of each call."""
     called: list[str] = []
-    for name in ("decoder_layer", "decoder_layer_backward"):
+    for name in ("decoder_layers", "decoder_layers_backward"):
         real = getattr(fused, name)
-        monkeypatch.setattr(fused, name, lambda *a, name=name, real=real: (called.append(name), real(*a)))
+        monkeypatch.setattr(
+            fused, name, lambda *a, name=name, real=real: (called.extend([name] * len(a[1])), real(*a))
+        )
     return called
 
 
@@ -66,7 +68,7 @@ def test_one_adapter_has_the_bits_of_the_ops(
         with block():
             found.append(step(decoder, [adapter], masked_logprobs=masked_logprobs)[0])
     (logprobs, grads), (logprobs2, grads2) = found
-    assert layers == ["decoder_layer"] * 3 + ["decoder_layer_backward"] * 3
+    assert layers == ["decoder_layers"] * 3 + ["decoder_layers_backward"] * 3
     assert bool(grads.abs().max() > 0)
     assert torch.equal(grads, grads2)
     torch.testing.assert_close(logprobs, logprobs2, rtol=0, atol=0, equal_nan=True)
@@ -146,7 +148,7 @@ def test_a_checkpointed_pass_has_the_bits_of_an_ordinary_one(
     monkeypatch.setattr(decoder, "hidden", hidden)
     monkeypatch.setattr(decoder, "hidden_backward", hidden_backward)
     ((_, again),) = step(decoder, [adapter])
-    assert layers.count("decoder_layer") == 3 + 6
+    assert layers.count("decoder_layers") == 3 + 6
     assert torch.equal(grads, again)
 
 
