@@ -11,8 +11,12 @@ from check import ISAS, normal, poisoned, strided, surroundings_untouched, withi
 from mint_engine.kernels import op
 from mint_engine.kernels.gemm import mm
 
-# M, N, K: dot-product rows, tiles with rows and columns left over, an odd k (half a bf16 pair), several blocks of k
-SHAPES = [(1, 1, 1), (1, 70, 33), (8, 50, 65), (9, 47, 64), (9, 97, 1), (17, 49, 257), (40, 130, 2101), (63, 200, 530)]
+# M, N, K: dot-product rows, tiles with rows and columns left over, an odd k (half a bf16 pair), several blocks of k, a
+# k that is cut into pieces (csrc/gemm_long.h)
+SHAPES = [
+    (1, 1, 1), (1, 70, 33), (8, 50, 65), (9, 47, 64), (9, 97, 1), (17, 49, 257), (40, 130, 2101), (63, 200, 530),
+    (13, 50, 17001),
+]  # fmt: skip
 
 
 @pytest.fixture(params=ISAS)
@@ -47,6 +51,11 @@ def test_products_match_float64(isa: str, dtype: torch.dtype, layout: str, shape
     assert surroundings_untouched(out)
 
 
+def test_a_long_sum_of_more_columns_than_a_block_holds(isa: str) -> None:
+    a, b = operands(3, 1300, 21000, "nn", torch.bfloat16)
+    within_budget("out", mm(a, b), a.double() @ b.double(), (a.float() @ b.float()).to(torch.bfloat16))
+
+
 def test_an_empty_sum_is_the_bias_and_no_rows_are_nothing(isa: str, dtype: torch.dtype, layout: str) -> None:
     for m in (3, 20):
         a, b = operands(m, 5, 0, layout, dtype)
@@ -55,7 +64,7 @@ def test_an_empty_sum_is_the_bias_and_no_rows_are_nothing(isa: str, dtype: torch
     assert mm(a, b).shape == (0, 5)
 
 
-@pytest.mark.parametrize("shape", [(70, 300, 600), (1030, 60, 40), (16, 10, 3000)])
+@pytest.mark.parametrize("shape", [(70, 300, 600), (1030, 60, 40), (16, 10, 3000), (20, 70, 16500)])
 def test_threads_do_not_change_a_bit(isa: str, dtype: torch.dtype, layout: str, shape: tuple[int, int, int]) -> None:
     a, b = operands(*shape, layout, dtype)
     before, results = torch.get_num_threads(), []
