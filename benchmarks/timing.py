@@ -24,12 +24,18 @@ def interleaved(
     *,
     rounds: int,
     warmup: int = 1,
+    turn: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each round of each contender, run A B C A B C ... so that a noisy minute hits all of them."""
+    """Seconds of each round of each contender, run A B C A B C ... so that a noisy minute hits all of them.
+
+    ``turn``: how often one runs before it is the next one's turn; the last time counts.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(warmup + rounds):
         for name, run in contenders.items():
+            for _ in range(turn - 1):
+                run()
             start = clock()
             run()
             if i >= warmup:
