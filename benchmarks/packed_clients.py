@@ -5,7 +5,8 @@
 At the same time: the device thread is held until every client's forward_backward and optim_step wait. One after the
 other: each client's two calls are made when the one before has its results. The same models, data and work, interleaved
 in one run; each turn is taken twice and the second time counts, as clients that train go on as they began: the first
-puts everybody into a seat again, after the others' turn. Last, one forward_backward of 8 adapters that share a batch against one adapter with the same tokens.
+puts everybody into a seat again, after the others' turn. Last, one forward_backward of 8 adapters that share a batch
+against one adapter with the same tokens.
 """
 
 from __future__ import annotations

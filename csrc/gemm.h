@@ -11,7 +11,8 @@ namespace mint {
 constexpr int64_t kDepth =
     128;  // elements summed in registers at a time: with 256, fp32 errors were 1.2 to 1.4 times MKL's
 
-// c[M][ldc] (+)= M rows * Nv vectors of columns of a panel, over `depth` elements.
+// c[M][ldc] (+)= M rows * Nv vectors of columns of a panel, over `depth` elements. Not unrolled before it looks at acc,
+// GCC 12 writes the zeros to the stack, and the sums.
 template <class S, class T, int M, int Nv>
 void register_tile(Rows a, const typename Panel<S, T>::P* b, int64_t depth, float* c, int64_t ldc, bool accumulate) {
     using Q = Panel<S, T>;
@@ -158,7 +159,8 @@ void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b
                 for (int64_t i = 0; i < rows; i += Q::kRows) {
                     const int64_t count = min64(Q::kRows, rows - i);
                     float* ci = one_block ? c : c + i * tile.cols;
-                    if (last) next.writes = target.lines(i0 + i, j0, count, cols, prefetch_calls<S, T>(count, cols, depth));
+                    if (last)
+                        next.writes = target.lines(i0 + i, j0, count, cols, prefetch_calls<S, T>(count, cols, depth));
                     multiply_rows<S, T>(left.at(i), count, pb, cols, depth, ci, tile.cols, k0 > 0, &next);
                     if (last)
                         for (int64_t r = 0; r < count; ++r) out(i0 + i + r, j0, cols, ci + r * tile.cols);

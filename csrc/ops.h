@@ -24,35 +24,35 @@
 #include "swiglu.h"
 #include "target_logprob.h"
 
-#define MINT_OPS(X)           \
-    X(adamw)                  \
-    X(adamw_places)           \
-    X(adamw_statistics)       \
-    X(write_places)           \
-    X(attention)              \
-    X(attention_backward)     \
-    X(decode_step)            \
-    X(decoder_layers)         \
+#define MINT_OPS(X)            \
+    X(adamw)                   \
+    X(adamw_places)            \
+    X(adamw_statistics)        \
+    X(write_places)            \
+    X(attention)               \
+    X(attention_backward)      \
+    X(decode_step)             \
+    X(decoder_layers)          \
     X(decoder_layers_backward) \
-    X(grouped_linear)         \
-    X(grouped_outer)          \
-    X(logit_block)            \
-    X(logits)                 \
-    X(lora_gradients)         \
-    X(matmul)                 \
-    X(outer_accumulate)       \
-    X(paged_attention)        \
-    X(peak)                   \
-    X(qk_norm_rope)           \
-    X(qk_norm_rope_backward)  \
-    X(rms_norm)               \
-    X(rms_norm_backward)      \
-    X(rms_norm_shrink)        \
-    X(sample_rows)            \
-    X(swiglu)                 \
-    X(swiglu_backward)        \
-    X(swiglu_shrink)          \
-    X(target_dlogits)         \
-    X(target_dlogits_kept)    \
-    X(target_logprob)         \
+    X(grouped_linear)          \
+    X(grouped_outer)           \
+    X(logit_block)             \
+    X(logits)                  \
+    X(lora_gradients)          \
+    X(matmul)                  \
+    X(outer_accumulate)        \
+    X(paged_attention)         \
+    X(peak)                    \
+    X(qk_norm_rope)            \
+    X(qk_norm_rope_backward)   \
+    X(rms_norm)                \
+    X(rms_norm_backward)       \
+    X(rms_norm_shrink)         \
+    X(sample_rows)             \
+    X(swiglu)                  \
+    X(swiglu_backward)         \
+    X(swiglu_shrink)           \
+    X(target_dlogits)          \
+    X(target_dlogits_kept)     \
+    X(target_logprob)          \
     X(top_logprobs)

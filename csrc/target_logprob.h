@@ -117,37 +117,36 @@ void target_logprob(const T* x, int64_t x_stride, const T* weight, int64_t w_str
     const int64_t blocks = ceil_div(vocab, vocab_block<S, T>(width));
     float* peak = static_cast<float*>(scratch(Slot::kPartials, size_t(2 * blocks * rows + 1) * 4));
     float* total = peak + blocks * rows;
-    for_logit_tiles<S, T>(
-        x, x_stride, weight, w_stride, rows, vocab, width,
-        [=](int64_t b, int64_t m0, int64_t n, int64_t v0, int64_t cols, const float* c, int64_t ld) {
-            const int64_t padded = ceil_div(cols, S::W) * S::W;
-            for (int64_t i = 0; i < n; ++i) {
-                const int64_t m = m0 + i, at = kept.at == nullptr ? -1 : kept.at[m];
-                const float* row = c + i * ld;
-                auto high = S::load(row);
-                for (int64_t v = S::W; v < padded; v += S::W) high = S::max(high, S::load(row + v));
-                const float top = S::hmax(high);
-                const auto shift = S::set1(top == -INFINITY ? 0.0f : top);  // inf - inf is NaN
-                T* values = at < 0 ? nullptr : kept.values + at * kept.stride + v0;
-                const auto exponential = [&](int64_t v) __attribute__((always_inline)) {
-                    const auto e = S::exp_fast(S::sub(S::load(row + v), shift));
-                    if (values != nullptr) S::store_n(values + v, e, int(min64(S::W, cols - v)));
-                    return e;
-                };
-                auto sum = S::zero(), sum2 = S::zero();
-                int64_t v = 0;
-                for (; v + 2 * S::W <= padded; v += 2 * S::W) {
-                    sum = S::add(sum, exponential(v));
-                    sum2 = S::add(sum2, exponential(v + S::W));
-                }
-                if (v < padded) sum = S::add(sum, exponential(v));
-                peak[m * blocks + b] = top;
-                if (at >= 0) kept.tops[at * blocks + b] = top;
-                total[m * blocks + b] = S::sum(S::add(sum, sum2));
-                for (int64_t j = m * k; j < (m + 1) * k; ++j)
-                    if (targets[j] >= v0 && targets[j] < v0 + cols) logprob[j] = row[targets[j] - v0];
-            }
-        });
+    for_logit_tiles<S, T>(x, x_stride, weight, w_stride, rows, vocab, width,
+                          [=](int64_t b, int64_t m0, int64_t n, int64_t v0, int64_t cols, const float* c, int64_t ld) {
+                              const int64_t padded = ceil_div(cols, S::W) * S::W;
+                              for (int64_t i = 0; i < n; ++i) {
+                                  const int64_t m = m0 + i, at = kept.at == nullptr ? -1 : kept.at[m];
+                                  const float* row = c + i * ld;
+                                  auto high = S::load(row);
+                                  for (int64_t v = S::W; v < padded; v += S::W) high = S::max(high, S::load(row + v));
+                                  const float top = S::hmax(high);
+                                  const auto shift = S::set1(top == -INFINITY ? 0.0f : top);  // inf - inf is NaN
+                                  T* values = at < 0 ? nullptr : kept.values + at * kept.stride + v0;
+                                  const auto exponential = [&](int64_t v) __attribute__((always_inline)) {
+                                      const auto e = S::exp_fast(S::sub(S::load(row + v), shift));
+                                      if (values != nullptr) S::store_n(values + v, e, int(min64(S::W, cols - v)));
+                                      return e;
+                                  };
+                                  auto sum = S::zero(), sum2 = S::zero();
+                                  int64_t v = 0;
+                                  for (; v + 2 * S::W <= padded; v += 2 * S::W) {
+                                      sum = S::add(sum, exponential(v));
+                                      sum2 = S::add(sum2, exponential(v + S::W));
+                                  }
+                                  if (v < padded) sum = S::add(sum, exponential(v));
+                                  peak[m * blocks + b] = top;
+                                  if (at >= 0) kept.tops[at * blocks + b] = top;
+                                  total[m * blocks + b] = S::sum(S::add(sum, sum2));
+                                  for (int64_t j = m * k; j < (m + 1) * k; ++j)
+                                      if (targets[j] >= v0 && targets[j] < v0 + cols) logprob[j] = row[targets[j] - v0];
+                              }
+                          });
     for (int64_t m = 0; m < rows; ++m) {
         const float* peaks = peak + m * blocks;
         float top = peaks[0];
@@ -260,17 +259,16 @@ void target_dlogits(const T* x, int64_t x_stride, const T* weight, int64_t w_str
     check::row_stride(op, "dlogits", d_stride, rows, vocab);
     const float* xb = LogitGradients<S, T>::border_of(x + width - border, x_stride, rows, border);
     const LogitGradients<S, T> to{targets, k, dlogprob, dlogits, d_stride, xb, dborder, border, spans};
-    for_logit_tiles<S, T>(
-        x, x_stride, weight, w_stride, rows, vocab, width,
-        [=](int64_t, int64_t m0, int64_t n, int64_t v0, int64_t cols, float* c, int64_t ld) {
-            for (int64_t i = 0; i < n; ++i) {
-                float* row = c + i * ld;
-                const auto shift = S::set1(lse[m0 + i]), scale = S::set1(-to.sum(m0 + i));
-                for (int64_t v = 0; v < cols; v += S::W)
-                    S::store(row + v, S::mul(scale, S::exp_fast(S::sub(S::load(row + v), shift))));
-            }
-            to.finish(m0, n, v0, cols, c, ld);
-        });
+    for_logit_tiles<S, T>(x, x_stride, weight, w_stride, rows, vocab, width,
+                          [=](int64_t, int64_t m0, int64_t n, int64_t v0, int64_t cols, float* c, int64_t ld) {
+                              for (int64_t i = 0; i < n; ++i) {
+                                  float* row = c + i * ld;
+                                  const auto shift = S::set1(lse[m0 + i]), scale = S::set1(-to.sum(m0 + i));
+                                  for (int64_t v = 0; v < cols; v += S::W)
+                                      S::store(row + v, S::mul(scale, S::exp_fast(S::sub(S::load(row + v), shift))));
+                              }
+                              to.finish(m0, n, v0, cols, c, ld);
+                          });
 }
 
 // dlogits from what the forward kept, in its place: row m comes from row at[m] of `values`, ascending, and becomes row

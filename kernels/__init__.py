@@ -48,6 +48,7 @@ from mint_engine.kernels.target_logprob import (
 __all__ = [
     "Kept",
     "Labels",
+    "LayerCall",
     "Places",
     "Shrink",
     "StepAdapters",
@@ -63,7 +64,6 @@ __all__ = [
     "bordered_linear_backward",
     "decode_step",
     "decode_step_supported",
-    "LayerCall",
     "decoder_layer_supported",
     "decoder_layers",
     "decoder_layers_backward",

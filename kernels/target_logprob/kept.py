@@ -26,7 +26,8 @@ class Kept:
     def check(self, op: str, x: Tensor, vocab: int) -> None:
         """Raises ValueError if it has not room for these rows."""
         if self.rows.dim() != 1 or self.rows.dtype is not torch.int64:
-            raise ValueError(f"kept.rows: expected torch.int64 [N], got {self.rows.dtype} {list(self.rows.shape)} ({op})")
+            got = f"{self.rows.dtype} {list(self.rows.shape)}"
+            raise ValueError(f"kept.rows: expected torch.int64 [N], got {got} ({op})")
         n, values = len(self.rows), self.values
         if values.shape != (n, vocab) or values.dtype is not x.dtype or (values.numel() and values.stride(1) != 1):
             raise ValueError(
@@ -34,7 +35,8 @@ class Kept:
                 f"{list(values.shape)} ({op})"
             )
         if n and (int(self.rows[0]) < 0 or int(self.rows[-1]) >= len(x) or bool((self.rows.diff() <= 0).any())):
-            raise ValueError(f"kept.rows: expected ascending rows in [0, {len(x)}), got {self.rows.tolist()[:8]} ({op})")
+            first = self.rows[:8].tolist()
+            raise ValueError(f"kept.rows: expected ascending rows in [0, {len(x)}), got {first} ({op})")
 
     def among(self, rows: Tensor) -> Tensor:
         """Of ``rows`` of x (int64, ascending) the leading ones that are kept: where they are in ``values``."""

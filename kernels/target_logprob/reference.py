@@ -71,9 +71,9 @@ def target_logprob_backward(
     wide, targets = dborder.dtype, resolve(targets)
     dlogprob = dlogprob.masked_fill(targets < 0, 0.0)
     v, h = weight.shape
-    for rows in _chunks(x.shape[0], v):
-        dlogits = torch.exp(logits(x[rows], weight) - lse[rows, None])
-        dlogits *= -dlogprob[rows].sum(-1, keepdim=True)
-        dlogits.scatter_add_(1, targets[rows].clamp(min=0), dlogprob[rows])
-        dx[rows] = (dlogits @ weight.to(wide)).to(x.dtype)
-        dborder += dlogits.T @ x[rows, h - border :].to(wide)
+    for some in _chunks(x.shape[0], v):
+        dlogits = torch.exp(logits(x[some], weight) - lse[some, None])
+        dlogits *= -dlogprob[some].sum(-1, keepdim=True)
+        dlogits.scatter_add_(1, targets[some].clamp(min=0), dlogprob[some])
+        dx[some] = (dlogits @ weight.to(wide)).to(x.dtype)
+        dborder += dlogits.T @ x[some, h - border :].to(wide)

@@ -49,9 +49,7 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     called: list[str] = []
     for name in ("decoder_layers", "decoder_layers_backward"):
         real = getattr(fused, name)
-        monkeypatch.setattr(
-            fused, name, lambda *a, name=name, real=real: (called.extend([name] * len(a[1])), real(*a))
-        )
+        monkeypatch.setattr(fused, name, lambda *a, name=name, real=real: (called.extend([name] * len(a[1])), real(*a)))
     return called
 
 
