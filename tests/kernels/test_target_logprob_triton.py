@@ -40,7 +40,7 @@ def test_a_target_outside_the_vocabulary_is_nan_where_it_cannot_be_refused() -> 
     x, weight, targets = inputs(3)
     targets[0], targets[2] = V, -1
     logprob, lse = torch.full((3, 1), torch.nan), torch.full((3,), torch.nan)
-    module.target_logprob(x, weight, targets, logprob, lse)
+    module.target_logprob(x, weight, targets, logprob, lse, None)
     assert logprob[0].isnan()
     assert logprob[1].isfinite()
     assert logprob[2] == 0

@@ -72,6 +72,27 @@ def test_one_adapter_has_the_bits_of_the_ops(
     torch.testing.assert_close(logprobs, logprobs2, rtol=0, atol=0, equal_nan=True)
 
 
+def test_layers_are_one_call_unless_their_memory_moves(tiny_tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = load_decoder(tiny_tied, torch.bfloat16)
+    adapter = trained_adapter(decoder, LoraConfig(rank=5, seed=0))
+    together: list[int] = []
+    for name in ("decoder_layers", "decoder_layers_backward"):
+        real = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *a, real=real: (together.append(len(a[1])), real(*a)))
+    step(decoder, [adapter], longest=5)
+    together.clear()
+    ((_, grads),) = step(decoder, [adapter], longest=90)  # buffers grow between layers
+    assert sum(together) == 6
+    assert len(together) > 2
+    together.clear()
+    ((_, again),) = step(decoder, [adapter], longest=90)
+    assert together == [3, 3]
+    with op_by_op():
+        ((_, by_op),) = step(decoder, [adapter], longest=90)
+    assert torch.equal(grads, again)
+    assert torch.equal(grads, by_op)
+
+
 @pytest.mark.parametrize("isa", op.native.isas() if op.native is not None else [])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_bits_are_the_same_on_every_instruction_set(

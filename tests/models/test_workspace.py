@@ -37,6 +37,17 @@ def test_a_buffer_grows_past_what_is_asked_for_and_goes_when_released() -> None:
     assert space.nbytes == 0
 
 
+def test_who_reads_a_buffer_later_is_told_before_it_goes() -> None:
+    space, seen = Workspace(), []
+    x = space.take("x", (3,), torch.float32).fill_(7)
+    space.before_move = lambda: seen.append(x.tolist())
+    space.take("x", (2,), torch.float32)
+    space.take("y", (2,), torch.float32)
+    assert seen == []
+    space.take("x", (4,), torch.float32)
+    assert seen == [[7, 7, 7]]
+
+
 class Made(TorchDispatchMode):
     """Collects the sizes of tensors that ops make in memory that none of their arguments had."""
 
