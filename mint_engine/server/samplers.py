@@ -254,7 +254,8 @@ class Samplers:
         sampler_id = getattr(promise.value, "sampling_session_id", None)
         if sampler_id is None:
             return
-        entry = self._entries[sampler_id] = SamplerEntry(sampler_id, promise.owner, unnamed=True)
+        # A quick client may have opened it already, and its requests are known there.
+        entry = self._entries.setdefault(sampler_id, SamplerEntry(sampler_id, promise.owner, unnamed=True))
         if inflight:
             self._make_inflight(entry, promise)
         self._evict()
@@ -271,7 +272,7 @@ class Samplers:
 
     async def _created(self, caller: Caller, sampler_id: str, future: Future[str]) -> None:
         await asyncio.wrap_future(future)
-        self._entries[sampler_id] = SamplerEntry(sampler_id, caller.owner, unnamed=False)
+        self._entries.setdefault(sampler_id, SamplerEntry(sampler_id, caller.owner, unnamed=False))
         self._evict()
 
     async def _open(self, caller: Caller, sampler_id: str) -> None:
@@ -279,7 +280,7 @@ class Samplers:
             raise RestartingError(self._promises.stopping)
         entry = await run_in_threadpool(_recorded, caller, sampler_id)
         await asyncio.wrap_future(self._engine.revive_sampler(sampler_id))
-        self._entries[sampler_id] = entry
+        entry = self._entries.setdefault(sampler_id, entry)  # it may just have been made, and have had requests
         if entry.inflight_of is not None and entry.inflight_of not in self._newest:
             newest = await run_in_threadpool(_newest_of, caller.store, entry)
             self._newest.setdefault(entry.inflight_of, newest)

@@ -76,7 +76,8 @@ def run_on(server: LiveServer, url: str, base: Path) -> dict[str, Any]:
         "values": [one["values"] for one in made],
         "samples": [one["samples"] for one in made],
         "saved": [contents(store.resolve(path).directory) for one in made for path in one["paths"].values()],
-        "done": {name: n for name, n in server.engine.stats().operations.items() if name != "unload_model"},
+        # A quick client's sampler may be asked for before the server has noted it: then it is looked up once more.
+        "done": {n: c for n, c in server.engine.stats().operations.items() if n not in ("unload_model", "revive_sampler")},
         "sessions": len(store.list_sessions(limit=100).sessions),
         "runs": len(store.list_runs(limit=100).training_runs),
         "checkpoints": len(store.list_user_checkpoints(limit=100).checkpoints),
