@@ -68,6 +68,9 @@ def run(url: str, base: Path, clients: int) -> list[dict[str, Any]]:
         return list(threads.map(one, range(clients)))
 
 
+UNCOUNTED = ("unload_model", "revive_sampler")
+
+
 def run_on(server: LiveServer, url: str, base: Path) -> dict[str, Any]:
     """What all clients got and saved, and how often the server did what."""
     made = run(url, base, CLIENTS)
@@ -77,7 +80,7 @@ def run_on(server: LiveServer, url: str, base: Path) -> dict[str, Any]:
         "samples": [one["samples"] for one in made],
         "saved": [contents(store.resolve(path).directory) for one in made for path in one["paths"].values()],
         # A quick client's sampler may be asked for before the server has noted it: then it is looked up once more.
-        "done": {n: c for n, c in server.engine.stats().operations.items() if n not in ("unload_model", "revive_sampler")},
+        "done": {n: done for n, done in server.engine.stats().operations.items() if n not in UNCOUNTED},
         "sessions": len(store.list_sessions(limit=100).sessions),
         "runs": len(store.list_runs(limit=100).training_runs),
         "checkpoints": len(store.list_user_checkpoints(limit=100).checkpoints),
