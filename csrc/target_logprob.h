@@ -273,7 +273,7 @@ void target_dlogits(const T* x, int64_t x_stride, const T* weight, int64_t w_str
 
 // dlogits from what the forward kept, in its place: row m comes from row at[m] of `values`, ascending, and becomes row
 // m. At a target the probability is that of the forward, unrounded: where it is nearly 1, the difference counts.
-// block: the columns that share a maximum; xb: the border's columns of x.
+// block: the columns that share a maximum; x_border: the columns of x that meet the border.
 template <class S, class T>
 void target_dlogits_kept(const int64_t* at, T* values, int64_t stride, const float* tops, int64_t block,
                          const int64_t* targets, int64_t k, const float* logprob, const float* dlogprob,
