@@ -162,43 +162,50 @@ void target_logprob(const T* x, int64_t x_stride, const T* weight, int64_t w_str
     }
 }
 
-// dborder[v, c] += sum_i d[i, v] * xb[i, c] for one tile and c < width; rows of xb (fp32) and dborder are `border`
-// apart.
+// Some rows of x, [start, stop), and the columns of the border they use: from `column` on, as many as grad [V, width]
+// has, rows `stride` apart. A row of the table that kernels/target_logprob/cpu.py makes.
+struct Share {
+    int64_t start, stop, column, width, grad, stride;
+};
+
+// grad[v, c] += sum_i d[i, v] * xb[i, c] for one tile and c < width; rows of xb (fp32) are `border` apart. Sums are
+// made with vectors of v, and turned on their way out.
 template <class S>
 void accumulate_border(const float* d, int64_t ld, int64_t n, int64_t cols, const float* xb, int64_t border,
-                       int64_t width, float* dborder) {
-    constexpr int kCols = 8;
-    for (int64_t v = 0; v < cols; v += S::W) {
-        const int64_t lanes = min64(S::W, cols - v);
-        for (int64_t c0 = 0; c0 < width; c0 += kCols) {
-            const int64_t count = min64(kCols, width - c0);
-            typename S::F acc[kCols];
+                       int64_t width, float* grad, int64_t stride) {
+    constexpr int W = S::W;
+    alignas(64) float sums[W * W], turned[W * W];
+    for (int64_t v = 0; v < cols; v += W) {
+        for (int64_t c0 = 0; c0 < width; c0 += W) {
+            const int count = int(min64(W, width - c0));
+            typename S::F acc[W];
             for (auto& a : acc) a = S::zero();
-            if (count == kCols) {
+            if (count == W) {
                 for (int64_t i = 0; i < n; ++i) {
                     const auto row = S::load(d + i * ld + v);
-                    for (int c = 0; c < kCols; ++c) acc[c] = S::fma(row, S::set1(xb[i * border + c0 + c]), acc[c]);
+                    for (int c = 0; c < W; ++c) acc[c] = S::fma(row, S::set1(xb[i * border + c0 + c]), acc[c]);
                 }
             } else {
                 for (int64_t i = 0; i < n; ++i) {
                     const auto row = S::load(d + i * ld + v);
-                    for (int c = 0; c < kCols; ++c)
+                    for (int c = 0; c < W; ++c)
                         if (c < count) acc[c] = S::fma(row, S::set1(xb[i * border + c0 + c]), acc[c]);
                 }
             }
-            alignas(64) float out[kCols][S::W];
-            for (int c = 0; c < kCols; ++c) S::store(out[c], acc[c]);
-            for (int64_t l = 0; l < lanes; ++l)
-                for (int64_t c = 0; c < count; ++c) dborder[(v + l) * border + c0 + c] += out[c][l];
+            for (int c = 0; c < W; ++c) S::store(sums + c * W, acc[c]);
+            S::transpose(sums, W * 4, turned, W);
+            for (int64_t l = 0; l < min64(W, cols - v); ++l) {
+                float* to = grad + (v + l) * stride + c0;
+                S::store_n(to, S::add(S::load_n(to, count), S::load(turned + l * W)), count);
+            }
         }
     }
 }
 
 // The gradient of the logits, whose tiles are made by two ways:
 // dlogits[m, v] = sum_k dlogprob[m, k] [v == targets[m, k]] - (sum_k dlogprob[m, k]) exp(logits[m, v] - lse[m]),
-// rounded to T for the product with the weight; dborder[v, :] += dlogits.T @ x[:, width - border:] from the fp32
-// values. dlogprob of a skipped target must be 0. spans, if not null, holds for each row which columns of the border it
-// uses, [from, to): in the others its x is 0.
+// rounded to T for the product with the weight; and from the fp32 values, for each share, grad[v, :] += dlogits.T @ x
+// of its rows and its columns of the border, in which other rows' x is 0. dlogprob of a skipped target must be 0.
 template <class S, class T>
 struct LogitGradients {
     const int64_t* targets;
@@ -207,9 +214,9 @@ struct LogitGradients {
     T* dlogits;
     int64_t d_stride;
     const float* xb;  // the border's columns of x, fp32
-    float* dborder;
     int64_t border;
-    const int64_t* spans;
+    const Share* shares;
+    int64_t count;
 
     // `x` [rows, border] in fp32, of this thread until its next call.
     static const float* border_of(const T* x, int64_t x_stride, int64_t rows, int64_t border) {
@@ -237,13 +244,11 @@ struct LogitGradients {
                 S::store_n(out + v, S::load_n(row + v, lanes), lanes);
             });
         }
-        for (int64_t i = 0, end; i < n; i = end) {  // neighbours with the same columns
-            const int64_t* span = spans ? spans + (m0 + i) * 2 : nullptr;
-            const int64_t from = span ? span[0] : 0, to = span ? span[1] : border;
-            end = span ? i + 1 : n;
-            while (end < n && span[(end - i) * 2] == from && span[(end - i) * 2 + 1] == to) ++end;
-            accumulate_border<S>(c + i * ld, ld, end - i, cols, xb + (m0 + i) * border + from, border, to - from,
-                                 dborder + v0 * border + from);
+        for (const Share* s = shares; s < shares + count; ++s) {
+            const int64_t begin = max64(s->start, m0), end = min64(s->stop, m0 + n);
+            if (begin < end)
+                accumulate_border<S>(c + (begin - m0) * ld, ld, end - begin, cols, xb + begin * border + s->column,
+                                     border, s->width, reinterpret_cast<float*>(s->grad) + v0 * s->stride, s->stride);
         }
     }
 };
@@ -251,14 +256,15 @@ struct LogitGradients {
 // dlogits from logits computed again.
 template <class S, class T>
 void target_dlogits(const T* x, int64_t x_stride, const T* weight, int64_t w_stride, const int64_t* targets, int64_t k,
-                    const float* dlogprob, const float* lse, T* dlogits, int64_t d_stride, float* dborder,
-                    int64_t border, const int64_t* spans, int64_t rows, int64_t vocab, int64_t width) {
+                    const float* dlogprob, const float* lse, T* dlogits, int64_t d_stride, int64_t border,
+                    const int64_t* shares, int64_t count, int64_t rows, int64_t vocab, int64_t width) {
     const char* op = "target_dlogits";
     check::row_stride(op, "x", x_stride, rows, width);
     check::row_stride(op, "weight", w_stride, vocab, width);
     check::row_stride(op, "dlogits", d_stride, rows, vocab);
     const float* xb = LogitGradients<S, T>::border_of(x + width - border, x_stride, rows, border);
-    const LogitGradients<S, T> to{targets, k, dlogprob, dlogits, d_stride, xb, dborder, border, spans};
+    const LogitGradients<S, T> to{
+        targets, k, dlogprob, dlogits, d_stride, xb, border, reinterpret_cast<const Share*>(shares), count};
     for_logit_tiles<S, T>(x, x_stride, weight, w_stride, rows, vocab, width,
                           [=](int64_t, int64_t m0, int64_t n, int64_t v0, int64_t cols, float* c, int64_t ld) {
                               for (int64_t i = 0; i < n; ++i) {
@@ -277,13 +283,14 @@ void target_dlogits(const T* x, int64_t x_stride, const T* weight, int64_t w_str
 template <class S, class T>
 void target_dlogits_kept(const int64_t* at, T* values, int64_t stride, const float* tops, int64_t block,
                          const int64_t* targets, int64_t k, const float* logprob, const float* dlogprob,
-                         const float* lse, const T* x_border, int64_t x_stride, float* dborder, int64_t border,
-                         const int64_t* spans, int64_t rows, int64_t vocab) {
+                         const float* lse, const T* x_border, int64_t x_stride, int64_t border, const int64_t* shares,
+                         int64_t count, int64_t rows, int64_t vocab) {
     const char* op = "target_dlogits_kept";
     check::row_stride(op, "values", stride, rows, vocab);
     check::at_least(op, "block", block, 1);
     const float* xb = LogitGradients<S, T>::border_of(x_border, x_stride, rows, border);
-    const LogitGradients<S, T> to{targets, k, dlogprob, values, stride, xb, dborder, border, spans};
+    const LogitGradients<S, T> to{
+        targets, k, dlogprob, values, stride, xb, border, reinterpret_cast<const Share*>(shares), count};
     const int64_t blocks = ceil_div(vocab, block), ld = ceil_div(block, S::W) * S::W;
 #pragma omp parallel for schedule(static) if (blocks > 1)
     for (int64_t b = 0; b < blocks; ++b) {

@@ -37,6 +37,7 @@ from mint_engine.kernels.sample_head import sample_head
 from mint_engine.kernels.sample_rows import sample_rows, top_logprobs
 from mint_engine.kernels.swiglu import swiglu, swiglu_backward
 from mint_engine.kernels.target_logprob import (
+    BorderShare,
     Kept,
     Labels,
     logits,
@@ -46,6 +47,7 @@ from mint_engine.kernels.target_logprob import (
 )
 
 __all__ = [
+    "BorderShare",
     "Kept",
     "Labels",
     "LayerCall",

@@ -133,16 +133,6 @@ class Seating:
         """Ranks of border this group needs: none if no adapter of the pass trains it."""
         return self.ranks if self.of(group) else 0
 
-    def columns(self, group: LinearGroup, rows: int) -> Tensor | None:
-        """Which columns of the group's border each of ``rows`` rows uses, int64 [rows, 2]; None if all use all."""
-        segments, m = self.of(group), len(group.modules)
-        if len(segments) < 2:
-            return None
-        out = torch.zeros(rows, 2, dtype=torch.int64)
-        for s in segments:
-            out[s.start : s.stop] = torch.tensor([m * s.offset, m * (s.offset + s.adapter.rank)])
-        return out
-
     def select(self, rows: Tensor) -> Seating:
         """The same seating for a pass over the given rows (int64, ascending, on the CPU) of this one."""
         if self.known is not None and self.known[0] is rows:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from mint_engine.kernels import args
 from mint_engine.kernels.op import Op
+from mint_engine.kernels.target_logprob.border_share import BorderShare, check
 from mint_engine.kernels.target_logprob.kept import Kept
 from mint_engine.kernels.target_logprob.labels import Labels
 
-__all__ = ["Kept", "Labels", "logits", "target_logprob", "target_logprob_backward", "target_logprob_with_gradient"]
+__all__ = [
+    "BorderShare",
+    "Kept",
+    "Labels",
+    "logits",
+    "target_logprob",
+    "target_logprob_backward",
+    "target_logprob_with_gradient",
+]
 
 _op = Op("target_logprob")
 
@@ -162,7 +171,7 @@ def target_logprob_backward(
     lse: torch.Tensor,
     *,
     border: int = 0,
-    spans: torch.Tensor | None = None,
+    shares: Sequence[BorderShare] | None = None,
     kept: Kept | None = None,
     rows: torch.Tensor | None = None,
     dx: torch.Tensor | None = None,
@@ -181,8 +190,8 @@ def target_logprob_backward(
         dlogprob: ``[M, K]`` float32.
         lse: ``[M]`` float32, from the forward.
         border: trailing columns of ``weight`` that train (the head adapter's B), 0 for none.
-        spans: ``[M, 2]`` int64, which columns of the border each row uses, from and to: it must be 0 in the others.
-            Saves time where many adapters share the border.
+        shares: which columns of the border which rows use, where many adapters share it. x must be 0 in a row's other
+            columns. The border's gradient goes to theirs, and ``dborder`` is not made.
         kept: what the forward filled. It is used up.
         rows: with it ``[M]`` int64, ascending, on the CPU: which rows these were of the forward's x.
         dx: ``[M, H]`` to write into, or None.
@@ -190,10 +199,11 @@ def target_logprob_backward(
         face: run this face ("triton", "cpu", "reference") or raise.
 
     Returns:
-        ``(dx [M, H] in the dtype of x, dborder [V, border] float32)``.
+        ``(dx [M, H] in the dtype of x, dborder [V, border] float32)``; with ``shares`` ``dborder`` is ``[V, 0]``.
 
     Raises:
-        ValueError: a shape or dtype does not match, a target is outside [-1, V), or ``face`` cannot run.
+        ValueError: a shape or dtype does not match, a target is outside [-1, V), a share does not fit, both ``shares``
+            and ``dborder`` are given, or ``face`` cannot run.
     """
     op = "target_logprob_backward"
     m, v = _check(op, x, weight)
@@ -201,19 +211,20 @@ def target_logprob_backward(
     wide = args.statistics_dtype(x.dtype)
     args.tensor(op, "dlogprob", dlogprob, (m, k), wide)
     args.tensor(op, "lse", lse, (m,), wide)
-    dx, dborder = _gradients(op, x, v, border, dx, dborder)
-    if spans is not None:
-        args.tensor(op, "spans", spans, (m, 2), torch.int64)
-        start, stop = spans[:, 0], spans[:, 1]
-        if spans.is_cpu and bool(((start < 0) | (stop < start) | (stop > border)).any()):
-            raise ValueError(f"spans: expected from <= to in [0, {border}], got {spans.tolist()[:4]} ... ({op})")
-        spans = spans.contiguous()
+    if shares is None:
+        dx, dborder = _gradients(op, x, v, border, dx, dborder)
+        shares = [BorderShare(0, m, 0, dborder)]
+    elif dborder is not None:
+        raise ValueError(f"dborder: expected None beside shares, got a tensor ({op})")
+    else:
+        dx, dborder = _gradients(op, x, v, 0, dx, None)
+    check(op, shares, x, v, border)
     if kept is not None:
         if rows is None:
             raise ValueError(f"rows: expected the rows of the forward that these are, beside kept, got None ({op})")
         args.tensor(op, "rows", rows, (m,), torch.int64)
     run = _op.pick(face, x, weight, dx).target_logprob_backward
-    run(x, weight, targets, dlogprob, lse, border, spans, kept, rows, dx, dborder)
+    run(x, weight, targets, dlogprob, lse, border, shares, kept, rows, dx)
     return dx, dborder
 
 

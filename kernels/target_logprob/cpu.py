@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from mint_engine.kernels.op import NATIVE_DTYPES, native
 from mint_engine.kernels.op import native_reason as supports  # noqa: F401
+from mint_engine.kernels.target_logprob.border_share import BorderShare
 from mint_engine.kernels.target_logprob.kept import Kept
 from mint_engine.kernels.target_logprob.labels import Labels, resolve
 
@@ -69,8 +71,8 @@ def target_logprob_with_gradient(
         kept = Kept(every, values[: len(every)])
         target_logprob(x[rows], weight, targets[rows], logprob[rows], lse[rows], kept)
         target_logprob_backward(
-            x[rows], weight, targets[rows], gradient(rows, logprob[rows]), lse[rows], border, None, kept, every,
-            dx[rows], dborder,
+            x[rows], weight, targets[rows], gradient(rows, logprob[rows]), lse[rows], border,
+            [BorderShare(0, len(every), 0, dborder)], kept, every, dx[rows],
         )  # fmt: skip
 
 
@@ -81,15 +83,17 @@ def target_logprob_backward(
     dlogprob: torch.Tensor,
     lse: torch.Tensor,
     border: int,
-    spans: torch.Tensor | None,
+    shares: Sequence[BorderShare],
     kept: Kept | None,
     rows: torch.Tensor | None,
     dx: torch.Tensor,
-    dborder: torch.Tensor,
 ) -> None:
     (m, h), v, targets = x.shape, weight.shape[0], resolve(targets)
     k, code = targets.shape[1], NATIVE_DTYPES[x.dtype]
     dlogprob, lse = dlogprob.masked_fill(targets < 0, 0.0), lse.contiguous()
+    table = np.array(
+        [(s.start, s.stop, s.column, s.grad.shape[1], s.grad.data_ptr(), s.grad.stride(0)) for s in shares], np.int64
+    ).reshape(-1, 6)
 
     def product(dlogits: torch.Tensor, start: int, n: int) -> None:
         native.matmul(
@@ -106,8 +110,7 @@ def target_logprob_backward(
         native.target_dlogits_kept(
             code, at.data_ptr(), dlogits.data_ptr(), dlogits.stride(0), kept.tops.data_ptr(), kept.block,
             targets.data_ptr(), k, logprob.data_ptr(), dlogprob.data_ptr(), lse.data_ptr(),
-            x[:, h - border :].data_ptr(), x.stride(0), dborder.data_ptr(), border,
-            0 if spans is None else spans.data_ptr(), begin, v,
+            x[:, h - border :].data_ptr(), x.stride(0), border, table.ctypes.data, len(table), begin, v,
         )  # fmt: skip
         product(dlogits, 0, begin)
     if begin == m:
@@ -117,10 +120,10 @@ def target_logprob_backward(
         dlogits = torch.empty((chunk, v), dtype=x.dtype)
     for start in range(begin, m, len(dlogits)):
         n = min(len(dlogits), m - start)
+        moved = table - np.array([start, start, 0, 0, 0, 0])
         native.target_dlogits(
             code, x[start:].data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0),
             targets[start:].data_ptr(), k, dlogprob[start:].data_ptr(), lse[start:].data_ptr(),
-            dlogits.data_ptr(), dlogits.stride(0), dborder.data_ptr(), border,
-            0 if spans is None else spans[start:].data_ptr(), n, v, h,
+            dlogits.data_ptr(), dlogits.stride(0), border, moved.ctypes.data, len(table), n, v, h,
         )  # fmt: skip
         product(dlogits, start, n)

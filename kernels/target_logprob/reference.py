@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from mint_engine.kernels.args import statistics_dtype
+from mint_engine.kernels.target_logprob.border_share import BorderShare
 from mint_engine.kernels.target_logprob.kept import Kept
 from mint_engine.kernels.target_logprob.labels import Labels, resolve
 
@@ -52,7 +53,7 @@ def target_logprob_with_gradient(
 ) -> None:
     target_logprob(x, weight, targets, logprob, lse, None)
     d = gradient(slice(0, len(x)), logprob)
-    target_logprob_backward(x, weight, targets, d, lse, border, None, None, None, dx, dborder)
+    target_logprob_backward(x, weight, targets, d, lse, border, [BorderShare(0, len(x), 0, dborder)], None, None, dx)
 
 
 def target_logprob_backward(
@@ -62,13 +63,12 @@ def target_logprob_backward(
     dlogprob: torch.Tensor,
     lse: torch.Tensor,
     border: int,
-    spans: torch.Tensor | None,  # what they leave out is zero
+    shares: Sequence[BorderShare],
     kept: Kept | None,
     rows: torch.Tensor | None,
     dx: torch.Tensor,
-    dborder: torch.Tensor,
 ) -> None:
-    wide, targets = dborder.dtype, resolve(targets)
+    wide, targets = statistics_dtype(x.dtype), resolve(targets)
     dlogprob = dlogprob.masked_fill(targets < 0, 0.0)
     v, h = weight.shape
     for some in _chunks(x.shape[0], v):
@@ -76,4 +76,9 @@ def target_logprob_backward(
         dlogits *= -dlogprob[some].sum(-1, keepdim=True)
         dlogits.scatter_add_(1, targets[some].clamp(min=0), dlogprob[some])
         dx[some] = (dlogits @ weight.to(wide)).to(x.dtype)
-        dborder += dlogits.T @ x[some, h - border :].to(wide)
+        for s in shares:
+            rows_of = slice(max(s.start, some.start), min(s.stop, some.stop))
+            if rows_of.start < rows_of.stop:
+                column, width = h - border + s.column, s.grad.shape[1]
+                own = dlogits[rows_of.start - some.start : rows_of.stop - some.start]
+                s.grad.add_(own.T @ x[rows_of, column : column + width].to(wide))

@@ -9,7 +9,7 @@ Backward alone, of a forward long gone: the same tiles again. The kernels are in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from mint_engine.kernels.bordered_linear.triton import matmul
 from mint_engine.kernels.gpu_plan import Row, Tunable
 from mint_engine.kernels.outer_accumulate.triton import outer_accumulate
 from mint_engine.kernels.target_logprob import triton_kernels as kernels
+from mint_engine.kernels.target_logprob.border_share import BorderShare
 from mint_engine.kernels.target_logprob.kept import Kept
 from mint_engine.kernels.target_logprob.labels import Labels
 from mint_engine.kernels.triton_common import UPCAST, architecture, power_of_2, tma_reason
@@ -140,9 +141,8 @@ def target_logprob_with_gradient(
 
 def target_logprob_backward(
     x: Tensor, weight: Tensor, targets: Tensor | Labels, dlogprob: Tensor, lse: Tensor, border: int,
-    spans: Tensor | None, kept: Kept | None, rows: Tensor | None, dx: Tensor, dborder: Tensor,
+    shares: Sequence[BorderShare], kept: Kept | None, rows: Tensor | None, dx: Tensor,
 ) -> None:  # fmt: skip
-    """``spans`` saves nothing here: what lies outside of them is zero."""
     (m, h), v = x.shape, weight.shape[0]
     if not (m and v):
         return
@@ -155,4 +155,8 @@ def target_logprob_backward(
             *matrix, *_where(targets[some]), dlogprob[some], lse[some], d, d.stride(0), len(part), v, h, **meta
         )
         torch.mm(d, weight, out=dx[some])
-        outer_accumulate(d, part[:, h - border :], dborder, 1.0)
+        for s in shares:
+            first, last = max(s.start, some.start) - start, min(s.stop, some.stop) - start
+            if first < last:
+                columns = part[first:last, h - border + s.column :][:, : s.grad.shape[1]]
+                outer_accumulate(d[first:last], columns, s.grad, 1.0)

@@ -139,6 +139,21 @@ def accumulate_b(w: BorderedWeight, dy: Tensor, s_tail: Tensor, seating: Seating
     grouped_outer(dy, s_tail, outs, _table("dB", w, seating, table))
 
 
+def head_gradients(w: BorderedWeight, dx: Tensor, x: Tensor, seating: Seating, outs: Sequence[Tensor]) -> None:
+    """dA += dSᵀ X and dX += dS A of the unembedding: ``dx`` [rows, K + p] has dS where S is in ``x`` [rows, K + p]."""
+    segments, k = seating.of(w.group), w.k
+    rows, stride = len(x), w.buf.stride(0)
+    outer = [
+        Outer(i, s.start, s.stop - s.start, k + s.offset, s.adapter.rank, 0, k, 0, k) for i, s in enumerate(segments)
+    ]
+    grouped_outer(dx, x, outs, OuterTable.of(outer, rows, dx.shape[1], x.shape[1], len(segments)))
+    back = [
+        Product(s.start, s.stop - s.start, k + s.offset, s.adapter.rank, (w.n + s.offset) * stride, 1, stride, 0, k)
+        for s in segments
+    ]
+    grouped_linear(dx, w.buf, dx, LinearTable.of(back, rows, dx.shape[1], dx.shape[1], w.buf.numel()), add=True)
+
+
 def spans(w: BorderedWeight, inner: int, seating: Seating, rows: int) -> Tensor:
     """What `kernels.bordered_by_tile` wants to know of each tile of rows, on the weight's device.
 

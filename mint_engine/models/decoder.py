@@ -15,8 +15,8 @@ from mint_engine.batch import PackedBatch
 from mint_engine.borders import DEFAULT_RANKS, BorderedWeight, Borders, Seating
 from mint_engine.device import upload
 from mint_engine.kernels.attention import Bounds
+from mint_engine.models import company, linear
 from mint_engine.models import layer as decoder_layer
-from mint_engine.models import linear
 from mint_engine.models.config import ModelConfig
 from mint_engine.models.layer import Attend, Cells, DecoderLayer, Pass, Saved
 from mint_engine.models.rope import RopeTable
@@ -213,15 +213,17 @@ class Decoder:
 
         ``rows`` of :meth:`target_logprob`'s x are these, if that has ``kept`` some.
         """
-        ranks = seating.ranks_of(self.head.group)
-        x = x[:, : self.head.k + self.head.m * ranks]  # the rows with a gradient may all be of untrained heads
-        # They only save the CPU's kernel time, and would have to be sent to a GPU.
-        spans = seating.columns(self.head.group, len(x)) if x.is_cpu else None
-        dx_ext, d_border = kernels.target_logprob_backward(
-            x, self.head.forward_weight(ranks), targets, dlogprob, lse, border=self.head.m * ranks,
-            spans=spans, kept=kept, rows=rows,
-        )  # fmt: skip
-        return self._head_gradients(h, x, dx_ext, d_border, seating, grads)
+        w = self.head
+        ranks = seating.ranks_of(w.group)
+        x = x[:, : w.k + w.m * ranks]  # the rows with a gradient may all be of untrained heads
+        shares = [
+            kernels.BorderShare(s.start, s.stop, s.offset, grads[s.adapter.uid][w.group.name].b[0])
+            for s in seating.of(w.group)
+        ]
+        dx_ext, _ = kernels.target_logprob_backward(
+            x, w.forward_weight(ranks), targets, dlogprob, lse, border=w.m * ranks, shares=shares, kept=kept, rows=rows
+        )
+        return self._head_gradients(h, x, dx_ext, seating, grads)
 
     def head_both(
         self, h: Tensor, x: Tensor, targets: Tensor, gradient: Callable[[slice, Tensor], Tensor], seating: Seating,
@@ -236,29 +238,39 @@ class Decoder:
         _, _, dx_ext, d_border = kernels.target_logprob_with_gradient(
             x, self.head.forward_weight(ranks), targets, gradient, border=self.head.m * ranks, logprob=logprobs
         )
-        return self._head_gradients(h, x, dx_ext, d_border, seating, grads)
+        self._add_border(d_border, seating, grads)
+        return self._head_gradients(h, x, dx_ext, seating, grads)
 
     def head_backward_logits(
         self, h: Tensor, x: Tensor, dlogits: Tensor, seating: Seating, grads: linear.Gradients
     ) -> Tensor:
         """The same for losses of whole distributions: ``dlogits`` fp32 [M, V] is kept whole, so pass a few rows."""
         weight = self.head.forward_weight(seating.ranks_of(self.head.group))
-        d_border = dlogits.T @ x[:, self.head.k :].float()
-        return self._head_gradients(h, x, dlogits.to(x.dtype) @ weight, d_border, seating, grads)
+        self._add_border(dlogits.T @ x[:, self.head.k :].float(), seating, grads)
+        return self._head_gradients(h, x, dlogits.to(x.dtype) @ weight, seating, grads)
+
+    def _add_border(self, d_border: Tensor, seating: Seating, grads: linear.Gradients) -> None:
+        """The gradient of the border's columns [V, p] to those of the adapters' B."""
+        for s in seating.of(self.head.group):
+            out = grads[s.adapter.uid][self.head.group.name].b[0]
+            out.add_(d_border[:, s.offset : s.offset + s.adapter.rank])
 
     def _head_gradients(
-        self, h: Tensor, x: Tensor, dx_ext: Tensor, d_border: Tensor, seating: Seating, grads: linear.Gradients
+        self, h: Tensor, x: Tensor, dx_ext: Tensor, seating: Seating, grads: linear.Gradients
     ) -> Tensor:
-        """From the gradients of ``x`` and of the border's columns to the adapters' and that of ``h``."""
+        """From the gradient of ``x`` to those of the adapters' A and of ``h``."""
         w, k = self.head, self.head.k
-        dx = dx_ext[:, :k]
-        for s in seating.of(w.group):
-            rows, columns = slice(s.start, s.stop), slice(s.offset, s.offset + s.adapter.rank)
-            out = grads[s.adapter.uid][w.group.name]
-            out.b[0].add_(d_border[:, columns])
-            d_s = dx_ext[rows, k:][:, columns] * s.adapter.scale
-            kernels.outer_accumulate(d_s, x[rows, :k], out.a)
-            dx[rows] = torch.addmm(dx[rows], d_s, w.a(s.offset, s.adapter.rank))
+        dx, segments = dx_ext[:, :k], seating.of(w.group)
+        for s in segments:  # the border's columns become dS
+            dx_ext[s.start : s.stop, k + s.offset : k + s.offset + s.adapter.rank].mul_(s.adapter.scale)
+        if len(segments) > 1 and x.is_cpu:
+            company.head_gradients(w, dx_ext, x, seating, [grads[s.adapter.uid][w.group.name].a for s in segments])
+        else:
+            for s in segments:
+                rows = slice(s.start, s.stop)
+                d_s = dx_ext[rows, k + s.offset : k + s.offset + s.adapter.rank]
+                kernels.outer_accumulate(d_s, x[rows, :k], grads[s.adapter.uid][w.group.name].a)
+                dx[rows] = torch.addmm(dx[rows], d_s, w.a(s.offset, s.adapter.rank))
         return kernels.rms_norm_backward(dx, h, self.norm, self.config.rms_norm_eps)
 
     def logits(self, x: Tensor, seating: Seating) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from check import normal, strided, within_budget
 
-from mint_engine.kernels import logits, target_logprob, target_logprob_backward
+from mint_engine.kernels import BorderShare, logits, target_logprob, target_logprob_backward
 
 CASES = [  # M, H, V, K: dot-product rows (M <= 8), packed rows, several vocabulary blocks, odd everything
     (1, 5, 3, 1),
@@ -89,23 +89,48 @@ def test_one_row_alone_equals_the_row_in_a_batch(face: str, dtype: torch.dtype) 
     within_budget("logprob", alone, plain_logprob(x.double(), weight.double(), targets)[rows], batch[rows])
 
 
-def test_columns_of_the_border_that_are_zero_may_be_left_out(face: str, dtype: torch.dtype) -> None:
-    """As several adapters share it: some rows use none, neighbours the same or others, and one all."""
+def test_those_who_share_the_border_get_their_own_gradients(face: str, dtype: torch.dtype) -> None:
+    """Neighbours with the same columns or others, rows of nobody, one row that uses all of them; added to what is."""
     x, weight, targets = inputs((150, 60, 300, 2), dtype)
     dlogprob, border = normal(150, 2, seed=4), 24
-    spans = torch.tensor([[0, 16]] * 70 + [[16, 19]] * 50 + [[24, 24]] * 29 + [[0, 24]])
-    for row, (start, stop) in zip(x, spans.tolist(), strict=True):
-        tail = row[60 - border :]
-        tail[:start], tail[stop:] = 0, 0
+    rows = [(0, 70, 0, 16), (70, 75, 16, 19), (75, 120, 16, 19), (149, 150, 0, 24)]
+    owned = torch.zeros(150, border, dtype=torch.bool)
+    for start, stop, column, end in rows:
+        owned[start:stop, column:end] = True
+    x[:, 60 - border :][~owned] = 0
+    grads = [strided(normal(300, end - column, seed=5 + i)) for i, (_, _, column, end) in enumerate(rows)]
+    before = [g.clone() for g in grads]
+    shares = [BorderShare(start, stop, column, g) for (start, stop, column, _), g in zip(rows, grads, strict=True)]
     _, lse = target_logprob(x, weight, targets, face=face)
-    whole = target_logprob_backward(x, weight, targets, dlogprob, lse, border=border, face=face)
-    parts = target_logprob_backward(x, weight, targets, dlogprob, lse, border=border, spans=spans, face=face)
-    assert torch.equal(parts[0], whole[0])
-    exact = (x.double(), weight.double(), targets, dlogprob.double(), lse.double())
-    within_budget("dborder", parts[1], target_logprob_backward(*exact, border=border)[1], whole[1])
-    spans[3] = torch.tensor([5, 25])
-    with pytest.raises(ValueError, match=r"spans: expected from <= to in \[0, 24\]"):
-        target_logprob_backward(x, weight, targets, dlogprob, lse, border=border, spans=spans, face=face)
+    dx, none = target_logprob_backward(x, weight, targets, dlogprob, lse, border=border, shares=shares, face=face)
+    whole, _ = target_logprob_backward(x, weight, targets, dlogprob, lse, border=border, face=face)
+    assert torch.equal(dx, whole)
+    assert none.shape == (300, 0)
+    for s, first in zip(shares, before, strict=True):
+        some = slice(s.start, s.stop)
+        part = x[some], weight, targets[some], dlogprob[some], lse[some]
+        columns = slice(s.column, s.column + s.grad.shape[1])
+        exact = target_logprob_backward(*(t.double() if t.is_floating_point() else t for t in part), border=border)[1]
+        alone = target_logprob_backward(*part, border=border, face=face)[1]
+        within_budget("grad", s.grad, first.double() + exact[:, columns], first + alone[:, columns])
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (BorderShare(0, 3, 0, torch.zeros(9, 4)), r"shares\[0\]: expected rows within \[0, 2\], got 0 to 3"),
+        (BorderShare(0, 2, 1, torch.zeros(9, 4)), r"shares\[0\]: expected columns within \[0, 4\], got 1 to 5"),
+        (BorderShare(0, 2, 0, torch.zeros(8, 4)), r"shares\[0\].grad: expected torch.float32 \[9, 4\]"),
+        (BorderShare(0, 2, 0, torch.zeros(4, 9).T), r"shares\[0\].grad: expected contiguous rows"),
+    ],
+)
+def test_a_share_that_does_not_fit_is_refused(share: BorderShare, said: str) -> None:
+    x, weight, targets = inputs((2, 12, 9, 1), torch.float32)
+    args = x, weight, targets, torch.ones(2, 1), torch.zeros(2)
+    with pytest.raises(ValueError, match=said):
+        target_logprob_backward(*args, border=4, shares=[share])
+    with pytest.raises(ValueError, match="dborder: expected None beside shares"):
+        target_logprob_backward(*args, border=4, shares=[], dborder=torch.zeros(9, 4))
 
 
 def test_threads_do_not_change_a_bit(face: str, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ import torch
 from check import normal, poisoned, strided, surroundings_untouched, within_budget
 from test_target_logprob import inputs, plain_logprob
 
-from mint_engine.kernels import Kept, target_logprob, target_logprob_backward
+from mint_engine.kernels import BorderShare, Kept, target_logprob, target_logprob_backward
 
 ROWS = [0, 2, 3, 7, 40, 41, 99, 100, 140, 149]  # with a gradient, of 150
 CASE = (150, 160, 900, 2)  # M, H, V, K: several blocks of the vocabulary
@@ -24,7 +24,6 @@ def room(rows: list[int], x: torch.Tensor, vocab: int) -> Kept:
 def test_matches_float64_autograd(face: str, dtype: torch.dtype, kept_rows: list[int], border: int) -> None:
     """More rows kept than have a gradient, the same, fewer, none of them."""
     x, weight, targets = inputs(CASE, dtype)
-    spans = torch.tensor([[0, 16] if m < 100 else [16, 19] for m in ROWS])
     if border:
         x[:100, 160 - 8 :], x[100:, 160 - 24 : 160 - 8], x[100:, 160 - 5 :] = 0, 0, 0
     targets[7] = 5  # the same target twice
@@ -40,9 +39,11 @@ def test_matches_float64_autograd(face: str, dtype: torch.dtype, kept_rows: list
         assert torch.equal(a, b)  # keeping changes nothing
     assert surroundings_untouched(kept.values)
     dx, before = poisoned(len(ROWS), 160, dtype), normal(len(weight), border, seed=5)
-    _, dborder = target_logprob_backward(
-        strided(x[rows]), strided(weight), targets[rows], dlogprob, lse[rows], border=border,
-        spans=spans if border else None, kept=kept, rows=rows, dx=dx, dborder=before.clone(), face=face,
+    dborder = before.clone()
+    shares = [BorderShare(0, 7, 0, dborder[:, :16]), BorderShare(7, len(ROWS), 16, dborder[:, 16:19])] if border else []
+    target_logprob_backward(
+        strided(x[rows]), strided(weight), targets[rows], dlogprob, lse[rows], border=border, shares=shares, kept=kept,
+        rows=rows, dx=dx, face=face,
     )  # fmt: skip
     assert surroundings_untouched(dx)
     assert surroundings_untouched(kept.values)
