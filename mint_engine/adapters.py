@@ -10,11 +10,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from mint_engine.errors import NonFiniteError, UserError
+from mint_engine.kernels import adamw_statistics
 from mint_engine.types import LoraConfig
 
 
@@ -154,6 +156,9 @@ class Adapter:
             self.factors[g.name].a.uniform_(-bound, bound, generator=generator)
 
 
+Statistics: TypeAlias = tuple[float, float, float]  # the gradients' norm, the smallest and the largest parameter
+
+
 class TrainState:
     """What training adds to an adapter: accumulated gradients, Adam's moments and the step count."""
 
@@ -165,7 +170,24 @@ class TrainState:
         self.step = 0
         self.has_grads = False
         self.settle: Callable[[], None] | None = None  # waits for a step that is on a device and counts it
+        self._measured: tuple[tuple[int, ...], Statistics] | None = None
 
     def zero_grads(self) -> None:
         self.grads.zero_()
         self.has_grads = False
+
+    def measure(self, adapter: Adapter) -> Statistics:
+        """`kernels.adamw_statistics` of the gradients and the parameters, which :meth:`statistics` then knows."""
+        found = adamw_statistics(self.grads, adapter.params)
+        self._measured = self._now(adapter), found
+        return found
+
+    def statistics(self, adapter: Adapter) -> Statistics:
+        """What was measured, if nothing has been written since; kernels that write must be followed by a measure."""
+        if self._measured is not None and self._measured[0] == self._now(adapter):
+            return self._measured[1]
+        return self.measure(adapter)
+
+    def _now(self, adapter: Adapter) -> tuple[int, ...]:
+        # _version counts what torch writes to a tensor or to a view of it, version what an optimiser's kernel does.
+        return adapter.uid, adapter.version, adapter.params._version, self.grads._version

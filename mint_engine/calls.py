@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -120,7 +121,7 @@ class Collecting(Work):
             try:
                 output = self.output()
                 if self.call.state is not None and self.scratch is not None:
-                    add_gradients(self.call.state, self.scratch)
+                    add_gradients(self.call.adapter, self.call.state, self.scratch)
                 return output
             except NonFiniteError as error:
                 self.error = error
@@ -137,13 +138,16 @@ def refused_gradients() -> NonFiniteError:
     return NonFiniteError("gradient: not finite; the call was refused and the adapter is as it was")
 
 
-def add_gradients(state: TrainState, scratch: Tensor) -> None:
+def add_gradients(adapter: Adapter, state: TrainState, scratch: Tensor) -> None:
     """Add a whole call's gradients to those since the last step. Raises NonFiniteError, and then adds nothing.
 
-    ``scratch`` may be ``state.grads`` itself, if they are the first.
+    ``scratch`` may be ``state.grads`` itself, if they are the first: then what is found out about them is kept for the
+    step, which needs the same sums.
     """
-    if not bool(torch.isfinite(scratch.sum())) and not bool(torch.isfinite(scratch).all()):
+    first = scratch is state.grads
+    total = state.measure(adapter)[0] if first and scratch.is_cpu else float(scratch.sum())
+    if not math.isfinite(total) and not bool(torch.isfinite(scratch).all()):
         raise refused_gradients()
-    if scratch is not state.grads:
+    if not first:
         state.grads.add_(scratch)
     state.has_grads = True

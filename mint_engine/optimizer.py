@@ -14,7 +14,7 @@ from mint_engine.borders import Borders
 from mint_engine.errors import NonFiniteError
 from mint_engine.gpu.run import Programs, programs
 from mint_engine.gpu.stepper import DROPPED, REFUSED, TAKEN, Conditions
-from mint_engine.kernels import Places, adamw_places_, adamw_statistics, hyperparameters
+from mint_engine.kernels import Places, adamw_places_, hyperparameters
 from mint_engine.models.decoder import Decoder
 from mint_engine.pending import Pending
 from mint_engine.types import AdamParams, OptimStepResponse
@@ -42,7 +42,7 @@ def begin_step(
     """The same; on a GPU it is only queued. What is queued behind it finds the new weights."""
     if decoder is not None and (found := programs(decoder)) is not None:
         return queue_step(found, adapter, state, params)
-    norm, low, high = adamw_statistics(state.grads, adapter.params)
+    norm, low, high = state.statistics(adapter)
     if not math.isfinite(norm):
         state.zero_grads()
         raise _dropped(norm)

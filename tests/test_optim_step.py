@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import load_decoder, trained_adapter
+from helpers import checked, load_decoder, make_data, trained_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mint_engine import trainer
 from mint_engine.adapters import Adapter, TrainState
+from mint_engine.errors import NonFiniteError
+from mint_engine.kernels import adamw_statistics
 from mint_engine.models.decoder import Decoder
 from mint_engine.optimizer import optim_step
 from mint_engine.types import AdamParams, LoraConfig
@@ -72,3 +77,63 @@ def test_a_border_that_has_grown_is_written_where_it_is_now(tiny_tied: Path) -> 
     for w in decoder.borders.weights:
         w.install(one, 0)
     assert all(torch.equal(a, b) for a, b in zip(mine, bits(decoder), strict=True))
+
+
+EVENTS = ["forward_backward", "refused call", "refused step", "step", "gradients by hand", "weights by hand", "dropped"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(events=st.lists(st.sampled_from(EVENTS), max_size=8), at_head=st.booleans())
+def test_a_step_takes_the_norm_of_the_gradients_there_are(tiny_tied: Path, events: list[str], at_head: bool) -> None:
+    """Whatever was written since the norm was taken for a call, by whom: it is not an old one that clips."""
+    decoder = load_decoder(tiny_tied)
+    adapter, state = trained(decoder, 4, train_unembed=at_head)
+    state.zero_grads()
+    good, bad = (checked(make_data("cross_entropy", (5, 3), 199, seed), "cross_entropy", decoder) for seed in (0, 1))
+    bad[0][0].inputs["weights"][-1] = float("nan")
+
+    def happen(event: str) -> None:
+        if event == "forward_backward":
+            trainer.run(decoder, adapter, state, *good)
+        elif event == "refused call":
+            with pytest.raises(NonFiniteError):
+                trainer.run(decoder, adapter, state, *bad)
+        elif event == "refused step":
+            with pytest.raises(NonFiniteError, match="beyond fp32"):
+                optim_step(adapter, state, AdamParams(learning_rate=1e37), decoder)
+        elif event == "step":
+            optim_step(adapter, state, ADAM, decoder)
+        elif event == "gradients by hand":
+            state.factors[adapter.groups[0].name].a.add_(0.01)
+            state.has_grads = True
+        elif event == "weights by hand":
+            adapter.factors[adapter.groups[0].name].a.mul_(1.5)
+        else:
+            state.grads[-1] = torch.inf
+            with pytest.raises(NonFiniteError, match="dropped"):
+                optim_step(adapter, state, ADAM, decoder)
+
+    with torch.no_grad():
+        for event in events:
+            happen(event)
+            assert state.statistics(adapter) == adamw_statistics(state.grads, adapter.params)
+
+
+def test_a_call_and_its_step_read_the_gradients_once(tiny_tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = load_decoder(tiny_tied)
+    adapter, state = trained(decoder, 4)
+    state.zero_grads()
+    data = checked(make_data("cross_entropy", (5, 3), 199), "cross_entropy", decoder)
+    calls: list[int] = []
+
+    def counted(*args: torch.Tensor) -> tuple[float, float, float]:
+        calls.append(len(args[0]))
+        return adamw_statistics(*args)
+
+    monkeypatch.setattr("mint_engine.adapters.adamw_statistics", counted)
+    with torch.no_grad():
+        trainer.run(decoder, adapter, state, *data)
+        norm = float(state.grads.norm())
+        found = optim_step(adapter, state, ADAM, decoder)
+    assert found.metrics["grad_norm"] == pytest.approx(norm)
+    assert len(calls) == 1
