@@ -84,13 +84,36 @@ void write_places(const float* param, const int64_t* table, int64_t blocks, int6
     for (int64_t t = 0; t < blocks; ++t) to_place<S, T>(param, places[t], block);
 }
 
+// The largest |param[i]|, i < n; NaN if one is not finite.
+template <class S>
+MINT_INLINE float largest(const float* param, int64_t n) {
+    auto high = S::zero(), broken = S::zero();
+    for_vectors<S>(n, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+        const auto p = S::load_n(param + i, lanes);
+        high = S::max(high, S::max(p, S::sub(S::zero(), p)));
+        broken = S::fma(p, S::zero(), broken);  // 0 * inf and 0 * NaN are NaN
+    });
+    return S::hmax(high) + S::sum(broken);
+}
+
+// The same of what was found in blocks.
+inline double largest_of(const float* found, int64_t blocks) {
+    float high = 0.0f, broken = 0.0f;
+    for (int64_t t = 0; t < blocks; ++t) {
+        high = found[t] > high ? found[t] : high;
+        broken += 0.0f * found[t];
+    }
+    return double(high) + double(broken);
+}
+
 // AdamW for the blocks of a table, which also empties the gradients and writes each new parameter to its place while it
-// is in L1.
+// is in L1. *out = the largest of the new parameters' magnitudes, NaN if one is not finite.
 template <class S, class T>
 void adamw_places(float* param, float* grad, float* exp_avg, float* exp_avg_sq, const int64_t* table, int64_t blocks,
                   int64_t block, float grad_scale, float decay, float c1, float beta2, float c2, float root, float eps,
-                  float rate) {
+                  float rate, double* out) {
     check::at_least("adamw_places", "block", block, 1);
+    float* found = static_cast<float*>(scratch(Slot::kPartials, size_t(blocks) * 4));
     const AdamNumbers numbers = {grad_scale, decay, c1, beta2, c2, root, eps, rate};
     const auto* places = reinterpret_cast<const Place*>(table);
 #pragma omp parallel for schedule(static) if (blocks * block > kSerialWork)
@@ -100,56 +123,40 @@ void adamw_places(float* param, float* grad, float* exp_avg, float* exp_avg_sq, 
         for_vectors<S>(count, [&](int64_t i, int lanes)
                                   __attribute__((always_inline)) { S::store_n(grad + first + i, S::zero(), lanes); });
         to_place<S, T>(param, places[t], block);
+        found[t] = largest<S>(param + first, count);
     }
+    *out = largest_of(found, blocks);
 }
 
-// out[3] = the L2 norm of grad [n], the smallest and the largest of param [n]; both NaN if one of param is not finite.
-// Squares are summed in fp32 within blocks, in double across them and in their order, so threads change no bit.
+// *out = the L2 norm of grad [n]. Squares are summed in fp32 within blocks, in double across them and in their order,
+// so threads change no bit.
 template <class S, class T>
-void adamw_statistics(const float* grad, const float* param, int64_t n, double* out) {
-    check::at_least("adamw_statistics", "n", n, 0);
+void adamw_norm(const float* grad, int64_t n, double* out) {
+    check::at_least("adamw_norm", "n", n, 0);
     constexpr int64_t kBlock = 1024;
-    constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    struct Partial {
-        float squares, minus_low, high, broken;
-    };
     const int64_t blocks = ceil_div(n, kBlock);
-    auto* partials = static_cast<Partial*>(scratch(Slot::kPartials, size_t(blocks) * sizeof(Partial)));
+    float* sums = static_cast<float*>(scratch(Slot::kPartials, size_t(blocks) * 4));
 #pragma omp parallel for schedule(static) if (n > kSerialWork)
-    for (int64_t t = 0; t < blocks; ++t) {
-        const int64_t begin = t * kBlock, count = min64(kBlock, n - begin);
-        const float squares = row_sum<S>(count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-            const auto g = S::load_n(grad + begin + i, lanes);
+    for (int64_t t = 0; t < blocks; ++t)
+        sums[t] = row_sum<S>(min64(kBlock, n - t * kBlock), [&](int64_t i, int lanes) __attribute__((always_inline)) {
+            const auto g = S::load_n(grad + t * kBlock + i, lanes);
             return S::mul(g, g);
         });
-        auto minus_low = S::set1(-kInfinity), high = minus_low, broken = S::zero();
-        int64_t i = 0;
-        for (; i + S::W <= count; i += S::W) {
-            const auto p = S::load(param + begin + i);
-            high = S::max(high, p);
-            minus_low = S::max(minus_low, S::sub(S::zero(), p));
-            broken = S::fma(p, S::zero(), broken);  // 0 * inf and 0 * NaN are NaN
-        }
-        Partial found = {squares, S::hmax(minus_low), S::hmax(high), S::sum(broken)};
-        for (; i < count; ++i) {
-            const float p = param[begin + i];
-            found.high = p > found.high ? p : found.high;
-            found.minus_low = -p > found.minus_low ? -p : found.minus_low;
-            found.broken += 0.0f * p;
-        }
-        partials[t] = found;
-    }
     double squares = 0.0;
-    float minus_low = -kInfinity, high = -kInfinity, broken = 0.0f;
-    for (int64_t t = 0; t < blocks; ++t) {
-        squares += double(partials[t].squares);
-        minus_low = partials[t].minus_low > minus_low ? partials[t].minus_low : minus_low;
-        high = partials[t].high > high ? partials[t].high : high;
-        broken += partials[t].broken;
-    }
-    out[0] = std::sqrt(squares);
-    out[1] = double(-minus_low) + double(broken);
-    out[2] = double(high) + double(broken);
+    for (int64_t t = 0; t < blocks; ++t) squares += double(sums[t]);
+    *out = std::sqrt(squares);
+}
+
+// *out = the largest |param[i]|, i < n; NaN if one is not finite.
+template <class S, class T>
+void adamw_largest(const float* param, int64_t n, double* out) {
+    check::at_least("adamw_largest", "n", n, 0);
+    constexpr int64_t kBlock = 4096;
+    const int64_t blocks = ceil_div(n, kBlock);
+    float* found = static_cast<float*>(scratch(Slot::kPartials, size_t(blocks) * 4));
+#pragma omp parallel for schedule(static) if (n > kSerialWork)
+    for (int64_t t = 0; t < blocks; ++t) found[t] = largest<S>(param + t * kBlock, min64(kBlock, n - t * kBlock));
+    *out = largest_of(found, blocks);
 }
 
 }  // namespace mint

@@ -26,8 +26,9 @@
 
 #define MINT_OPS(X)            \
     X(adamw)                   \
+    X(adamw_largest)           \
+    X(adamw_norm)              \
     X(adamw_places)            \
-    X(adamw_statistics)        \
     X(write_places)            \
     X(attention)               \
     X(attention_backward)      \

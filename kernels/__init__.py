@@ -3,8 +3,9 @@
 from mint_engine.kernels.adamw import (
     Places,
     adamw_,
+    adamw_largest,
+    adamw_norm,
     adamw_places_,
-    adamw_statistics,
     hyperparameters,
     write_places_,
 )
@@ -56,8 +57,9 @@ __all__ = [
     "StepAdapters",
     "StepModel",
     "adamw_",
+    "adamw_largest",
+    "adamw_norm",
     "adamw_places_",
-    "adamw_statistics",
     "attention",
     "attention_backward",
     "bordered_by_tile",

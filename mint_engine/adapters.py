@@ -10,13 +10,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from mint_engine.errors import NonFiniteError, UserError
-from mint_engine.kernels import adamw_statistics
+from mint_engine.kernels import adamw_largest, adamw_norm
 from mint_engine.types import LoraConfig
 
 
@@ -156,9 +155,6 @@ class Adapter:
             self.factors[g.name].a.uniform_(-bound, bound, generator=generator)
 
 
-Statistics: TypeAlias = tuple[float, float, float]  # the gradients' norm, the smallest and the largest parameter
-
-
 class TrainState:
     """What training adds to an adapter: accumulated gradients, Adam's moments and the step count."""
 
@@ -170,24 +166,41 @@ class TrainState:
         self.step = 0
         self.has_grads = False
         self.settle: Callable[[], None] | None = None  # waits for a step that is on a device and counts it
-        self._measured: tuple[tuple[int, ...], Statistics] | None = None
+        self._norm: tuple[int, float] | None = None
+        self._largest: tuple[tuple[int, ...], float] | None = None
 
     def zero_grads(self) -> None:
         self.grads.zero_()
         self.has_grads = False
 
-    def measure(self, adapter: Adapter) -> Statistics:
-        """`kernels.adamw_statistics` of the gradients and the parameters, which :meth:`statistics` then knows."""
-        found = adamw_statistics(self.grads, adapter.params)
-        self._measured = self._now(adapter), found
-        return found
+    # A tensor's _version counts what torch writes to it or to a view of it. What kernels write is not counted: after
+    # their gradients comes measure_norm, after their step taken.
 
-    def statistics(self, adapter: Adapter) -> Statistics:
-        """What was measured, if nothing has been written since; kernels that write must be followed by a measure."""
-        if self._measured is not None and self._measured[0] == self._now(adapter):
-            return self._measured[1]
-        return self.measure(adapter)
+    def measure_norm(self) -> float:
+        """The L2 norm of the gradients, which :meth:`norm` then knows."""
+        norm = adamw_norm(self.grads)
+        self._norm = self.grads._version, norm
+        return norm
 
-    def _now(self, adapter: Adapter) -> tuple[int, ...]:
-        # _version counts what torch writes to a tensor or to a view of it, version what an optimiser's kernel does.
-        return adapter.uid, adapter.version, adapter.params._version, self.grads._version
+    def norm(self) -> float:
+        """The same; as measured, if nothing has been written since."""
+        if self._norm is not None and self._norm[0] == self.grads._version:
+            return self._norm[1]
+        return self.measure_norm()
+
+    def largest(self, adapter: Adapter) -> float:
+        """The largest magnitude of a parameter; NaN if one is not finite. As measured, if nothing was written since."""
+        if self._largest is not None and self._largest[0] == _written(adapter):
+            return self._largest[1]
+        largest = adamw_largest(adapter.params)
+        self._largest = _written(adapter), largest
+        return largest
+
+    def taken(self, adapter: Adapter, largest: float | None) -> None:
+        """A kernel has taken a step and emptied the gradients; ``largest``: what it found out about the parameters."""
+        self.has_grads, self._norm = False, None
+        self._largest = None if largest is None else (_written(adapter), largest)
+
+
+def _written(adapter: Adapter) -> tuple[int, ...]:
+    return adapter.uid, adapter.version, adapter.params._version

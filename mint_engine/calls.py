@@ -121,7 +121,7 @@ class Collecting(Work):
             try:
                 output = self.output()
                 if self.call.state is not None and self.scratch is not None:
-                    add_gradients(self.call.adapter, self.call.state, self.scratch)
+                    add_gradients(self.call.state, self.scratch)
                 return output
             except NonFiniteError as error:
                 self.error = error
@@ -138,14 +138,13 @@ def refused_gradients() -> NonFiniteError:
     return NonFiniteError("gradient: not finite; the call was refused and the adapter is as it was")
 
 
-def add_gradients(adapter: Adapter, state: TrainState, scratch: Tensor) -> None:
+def add_gradients(state: TrainState, scratch: Tensor) -> None:
     """Add a whole call's gradients to those since the last step. Raises NonFiniteError, and then adds nothing.
 
-    ``scratch`` may be ``state.grads`` itself, if they are the first: then what is found out about them is kept for the
-    step, which needs the same sums.
+    ``scratch`` may be ``state.grads`` itself, if they are the first: then their norm is kept for the step.
     """
     first = scratch is state.grads
-    total = state.measure(adapter)[0] if first and scratch.is_cpu else float(scratch.sum())
+    total = state.measure_norm() if first and scratch.is_cpu else float(scratch.sum())
     if not math.isfinite(total) and not bool(torch.isfinite(scratch).all()):
         raise refused_gradients()
     if not first:

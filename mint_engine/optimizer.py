@@ -42,21 +42,22 @@ def begin_step(
     """The same; on a GPU it is only queued. What is queued behind it finds the new weights."""
     if decoder is not None and (found := programs(decoder)) is not None:
         return queue_step(found, adapter, state, params)
-    norm, low, high = state.statistics(adapter)
+    norm = state.norm()
     if not math.isfinite(norm):
         state.zero_grads()
         raise _dropped(norm)
     conditions = _conditions(params)
-    if not _bound(low, high, conditions) < conditions.limit:
-        raise _refused(low, high, params)
+    bound = _bound(state.largest(adapter), conditions)
+    if not bound < conditions.limit:
+        raise _refused(bound, params)
     borders = None if decoder is None else decoder.borders
     offset = None if borders is None else borders.offset_of(adapter)
     places = Places([(adapter.params.numel(), None)], "cpu") if borders is None else borders.places(adapter, offset)
     numbers = hyperparameters(grad_scale=min(1.0, conditions.clip / (norm + 1e-6)), **_numbers(state, params))
     hyper = torch.tensor(numbers, dtype=torch.float32)
-    adamw_places_(adapter.params, state.grads, state.exp_avg, state.exp_avg_sq, hyper, places)
-    state.has_grads = False
+    largest = adamw_places_(adapter.params, state.grads, state.exp_avg, state.exp_avg_sq, hyper, places)
     _written(adapter, borders, offset)
+    state.taken(adapter, largest)
     return _done(state, norm)
 
 
@@ -91,7 +92,8 @@ class _Step:
         if what == TAKEN:
             self._outcome = _done(self._state, norm)
         else:
-            self._outcome = _dropped(norm) if what == DROPPED else _refused(low, high, self._params)
+            bound = _bound(max(-low, high), _conditions(self._params))
+            self._outcome = _dropped(norm) if what == DROPPED else _refused(bound, self._params)
         if self._state.settle == self.settle:
             self._state.settle = None
 
@@ -124,18 +126,18 @@ def _conditions(p: AdamParams) -> Conditions:
     )
 
 
-def _bound(low: float, high: float, conditions: Conditions) -> float:
-    return max(-low, high) * conditions.growth + conditions.update
+def _bound(largest: float, conditions: Conditions) -> float:
+    return largest * conditions.growth + conditions.update
 
 
 def _dropped(norm: float) -> NonFiniteError:
     return NonFiniteError(f"gradient: its norm is {norm}; the step was refused and the gradients were dropped")
 
 
-def _refused(low: float, high: float, p: AdamParams) -> NonFiniteError:
+def _refused(bound: float, p: AdamParams) -> NonFiniteError:
     return NonFiniteError(
         f"optim_step: learning_rate {p.learning_rate} and weight_decay {p.weight_decay} could take weights to "
-        f"{_bound(low, high, _conditions(p)):.1e}, beyond fp32; the step was refused"
+        f"{bound:.1e}, beyond fp32; the step was refused"
     )
 
 

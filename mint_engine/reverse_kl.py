@@ -115,7 +115,7 @@ def run(
     for chosen in micro_batches([d.student.size + d.reference.size for d in data], max_tokens):
         pairs = [data[i] for i in chosen]
         per_row += _one_pass(decoder, adapter, scratch, reference, pairs, temperature, first_datum=chosen.start)
-    add_gradients(adapter, state, scratch)
+    add_gradients(state, scratch)
     losses = [float((d.weights.astype(np.float64) * kl).sum()) for d, kl in zip(data, per_row, strict=True)]
     weighted = np.concatenate([kl[d.weights != 0] for d, kl in zip(data, per_row, strict=True)])
     return ReverseKLOutput(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from mint_engine import trainer
 from mint_engine.adapters import Adapter, TrainState
 from mint_engine.errors import NonFiniteError
-from mint_engine.kernels import adamw_statistics
+from mint_engine.kernels import adamw_largest, adamw_norm
 from mint_engine.models.decoder import Decoder
 from mint_engine.optimizer import optim_step
 from mint_engine.types import AdamParams, LoraConfig
@@ -84,8 +85,8 @@ EVENTS = ["forward_backward", "refused call", "refused step", "step", "gradients
 
 @settings(max_examples=40, deadline=None)
 @given(events=st.lists(st.sampled_from(EVENTS), max_size=8), at_head=st.booleans())
-def test_a_step_takes_the_norm_of_the_gradients_there_are(tiny_tied: Path, events: list[str], at_head: bool) -> None:
-    """Whatever was written since the norm was taken for a call, by whom: it is not an old one that clips."""
+def test_a_step_knows_the_gradients_and_weights_there_are(tiny_tied: Path, events: list[str], at_head: bool) -> None:
+    """Whoever wrote to them since they were measured: it is not an old norm that clips, nor an old bound."""
     decoder = load_decoder(tiny_tied)
     adapter, state = trained(decoder, 4, train_unembed=at_head)
     state.zero_grads()
@@ -116,24 +117,26 @@ def test_a_step_takes_the_norm_of_the_gradients_there_are(tiny_tied: Path, event
     with torch.no_grad():
         for event in events:
             happen(event)
-            assert state.statistics(adapter) == adamw_statistics(state.grads, adapter.params)
+            assert state.norm() == adamw_norm(state.grads)
+            assert state.largest(adapter) == adamw_largest(adapter.params)
 
 
-def test_a_call_and_its_step_read_the_gradients_once(tiny_tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_and_its_step_measure_what_they_need_once(tiny_tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = load_decoder(tiny_tied)
     adapter, state = trained(decoder, 4)
     state.zero_grads()
     data = checked(make_data("cross_entropy", (5, 3), 199), "cross_entropy", decoder)
-    calls: list[int] = []
+    measured: list[str] = []
+    for measure in (adamw_norm, adamw_largest):
 
-    def counted(*args: torch.Tensor) -> tuple[float, float, float]:
-        calls.append(len(args[0]))
-        return adamw_statistics(*args)
+        def counted(t: torch.Tensor, measure: Callable[[torch.Tensor], float] = measure) -> float:
+            measured.append(measure.__name__)
+            return measure(t)
 
-    monkeypatch.setattr("mint_engine.adapters.adamw_statistics", counted)
+        monkeypatch.setattr(f"mint_engine.adapters.{measure.__name__}", counted)
     with torch.no_grad():
-        trainer.run(decoder, adapter, state, *data)
-        norm = float(state.grads.norm())
-        found = optim_step(adapter, state, ADAM, decoder)
-    assert found.metrics["grad_norm"] == pytest.approx(norm)
-    assert len(calls) == 1
+        for _ in range(3):
+            trainer.run(decoder, adapter, state, *data)
+            norm = float(state.grads.norm())
+            assert optim_step(adapter, state, ADAM, decoder).metrics["grad_norm"] == pytest.approx(norm)
+    assert measured == ["adamw_norm", "adamw_largest", "adamw_norm", "adamw_norm"]

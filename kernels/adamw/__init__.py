@@ -1,6 +1,7 @@
 """AdamW over one flat fp32 buffer, in place; with its result in the compute dtype where it is used, if asked for.
 
-`adamw_statistics` is what must be known before a step; `write_places_` puts parameters where a step would.
+`adamw_norm` and `adamw_largest` are what must be known before a step; `write_places_` puts parameters where a step
+would.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ from mint_engine.kernels import args
 from mint_engine.kernels.adamw.places import Places
 from mint_engine.kernels.op import Op
 
-__all__ = ["Places", "adamw_", "adamw_places_", "adamw_statistics", "hyperparameters", "write_places_"]
+__all__ = [
+    "Places",
+    "adamw_",
+    "adamw_largest",
+    "adamw_norm",
+    "adamw_places_",
+    "hyperparameters",
+    "write_places_",
+]
 
 _op = Op("adamw")
 
@@ -79,7 +88,7 @@ def adamw_places_(
     places: Places,
     *,
     face: str | None = None,
-) -> None:
+) -> float | None:
     """``adamw_``; each new parameter rounded to the compute dtype into its place in a border; ``grad`` emptied.
 
     The step's numbers are data on the device, so that a captured launch can be replayed with others; so is whether
@@ -93,6 +102,9 @@ def adamw_places_(
         places: where the elements go.
         face: run this face ("triton", "cpu", "reference") or raise.
 
+    Returns:
+        What ``adamw_largest`` says of the new parameters, if this face found it out in passing (the CPU's); else None.
+
     Bytes moved: 8 n elements of fp32 and n of the compute dtype.
 
     Raises:
@@ -104,9 +116,9 @@ def adamw_places_(
     args.tensor("adamw_places_", "hyper", hyper, (9,), dtype)
     if places.size != n:
         raise ValueError(f"places: expected {n} elements, got {places.size} (adamw_places_)")
-    _op.pick(face, param, grad, exp_avg, exp_avg_sq, hyper).adamw_places_(
-        param, grad, exp_avg, exp_avg_sq, hyper, places
-    )
+    run = _op.pick(face, param, grad, exp_avg, exp_avg_sq, hyper).adamw_places_
+    largest: float | None = run(param, grad, exp_avg, exp_avg_sq, hyper, places)
+    return largest
 
 
 def write_places_(param: torch.Tensor, places: Places, *, face: str | None = None) -> None:
@@ -126,23 +138,34 @@ def write_places_(param: torch.Tensor, places: Places, *, face: str | None = Non
     _op.pick(face, param).write_places_(param, places)
 
 
-def adamw_statistics(grad: torch.Tensor, param: torch.Tensor, *, face: str | None = None) -> tuple[float, float, float]:
-    """The L2 norm of ``grad``, the smallest and the largest of ``param``; both NaN if one of ``param`` is not finite.
+def adamw_norm(grad: torch.Tensor, *, face: str | None = None) -> float:
+    """The L2 norm of ``grad``, flat contiguous ``[n]`` float32: NaN or infinite if one of it is.
 
     Squares are summed in fp32 within blocks of 1024 and in float64 across them; the number of threads changes no bit.
+    So values beyond 1e19 may make the norm infinite.
 
     Args:
-        grad, param: flat contiguous ``[n]`` float32, n at least 1.
         face: run this face ("cpu", "reference") or raise.
 
-    Bytes moved: 2 n elements.
+    Bytes moved: n elements.
 
     Raises:
         ValueError: a shape or dtype does not match, or ``face`` cannot run.
     """
-    for name, t in (("grad", grad), ("param", param)):
-        args.tensor("adamw_statistics", name, t, (param.numel(),), torch.float32)
-    if not param.numel():
-        raise ValueError("param: expected at least one element, got none (adamw_statistics)")
-    found: tuple[float, float, float] = _op.pick(face, grad, param).adamw_statistics(grad, param)
-    return found
+    args.tensor("adamw_norm", "grad", grad, (grad.numel(),), torch.float32)
+    return float(_op.pick(face, grad).adamw_norm(grad))
+
+
+def adamw_largest(param: torch.Tensor, *, face: str | None = None) -> float:
+    """The largest magnitude in ``param``, flat contiguous ``[n]`` float32: NaN if one of it is not finite.
+
+    Args:
+        face: run this face ("cpu", "reference") or raise.
+
+    Bytes moved: n elements.
+
+    Raises:
+        ValueError: a shape or dtype does not match, or ``face`` cannot run.
+    """
+    args.tensor("adamw_largest", "param", param, (param.numel(),), torch.float32)
+    return float(_op.pick(face, param).adamw_largest(param))

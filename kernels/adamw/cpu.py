@@ -38,15 +38,19 @@ def adamw_places_(
     exp_avg_sq: torch.Tensor,
     hyper: torch.Tensor,
     places: Places,
-) -> None:
+) -> float | None:
     *numbers, what = hyper.tolist()
     if what > 0:
+        found = array("d", (0.0,))
         native.adamw_places(
             NATIVE_DTYPES[places.dtype], param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
             places.table.data_ptr(), len(places.table), BLOCK, *numbers,
+            found.buffer_info()[0],
         )  # fmt: skip
-    elif what:
+        return found[0]
+    if what:
         grad.zero_()
+    return None
 
 
 def write_places_(param: torch.Tensor, places: Places) -> None:
@@ -55,8 +59,13 @@ def write_places_(param: torch.Tensor, places: Places) -> None:
     )
 
 
-def adamw_statistics(grad: torch.Tensor, param: torch.Tensor) -> tuple[float, float, float]:
-    found = array("d", (0.0, 0.0, 0.0))
-    native.adamw_statistics(0, grad.data_ptr(), param.data_ptr(), param.numel(), found.buffer_info()[0])
-    norm, low, high = found
-    return norm, low, high
+def adamw_norm(grad: torch.Tensor) -> float:
+    found = array("d", (0.0,))
+    native.adamw_norm(0, grad.data_ptr(), grad.numel(), found.buffer_info()[0])
+    return found[0]
+
+
+def adamw_largest(param: torch.Tensor) -> float:
+    found = array("d", (0.0,))
+    native.adamw_largest(0, param.data_ptr(), param.numel(), found.buffer_info()[0])
+    return found[0]

@@ -53,7 +53,10 @@ def write_places_(param: torch.Tensor, places: Places) -> None:
         view.copy_(param[part].view(view.shape))
 
 
-def adamw_statistics(grad: torch.Tensor, param: torch.Tensor) -> tuple[float, float, float]:
-    low, high = torch.aminmax(param)
-    bounds = (float(low), float(high)) if bool(torch.isfinite(low) & torch.isfinite(high)) else (torch.nan, torch.nan)
-    return float(torch.linalg.vector_norm(grad, dtype=torch.float64)), *bounds
+def adamw_norm(grad: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(grad, dtype=torch.float64))
+
+
+def adamw_largest(param: torch.Tensor) -> float:
+    largest = torch.linalg.vector_norm(param, ord=torch.inf) if param.numel() else param.new_zeros(())
+    return float(largest + 0.0 * largest)  # 0 * inf is NaN

@@ -8,7 +8,7 @@ import pytest
 import torch
 from check import normal, within_budget
 
-from mint_engine.kernels import Places, adamw_, adamw_places_, adamw_statistics, hyperparameters, write_places_
+from mint_engine.kernels import Places, adamw_, adamw_largest, adamw_norm, adamw_places_, hyperparameters, write_places_
 
 HYPER = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -66,8 +66,9 @@ def test_the_step_goes_to_its_places_in_the_same_pass(face: str, dtype: torch.dt
     for i, g in enumerate(grads):
         hyper.copy_(torch.tensor(hyperparameters(**HYPER, step=i + 1, grad_scale=0.5)))
         emptied = g.clone()
-        adamw_places_(got[0], emptied, got[1], got[2], hyper, places, face=face)
+        largest = adamw_places_(got[0], emptied, got[1], got[2], hyper, places, face=face)
         assert not emptied.any()
+        assert largest == (float(got[0].abs().max()) if face == "cpu" else None)
     scaled = [g * 0.5 for g in grads]
     exact, plain = torch_steps(param.double(), scaled), torch_steps(param, scaled)
     for name, x, y, z in zip(("param", "exp_avg", "exp_avg_sq"), got, exact, plain, strict=True):
@@ -119,6 +120,17 @@ def test_places_that_do_not_fit_are_named() -> None:
         adamw_places_(t, t, t, t, torch.zeros(9), Places([(24, view)], "cpu"))
 
 
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_a_parameter_that_is_not_finite_after_the_step_is_told(broken: float) -> None:
+    t = [normal(5000, seed=i).abs() for i in range(4)]
+    t[0][4321] = broken
+    largest = adamw_places_(
+        *t, torch.tensor(hyperparameters(**HYPER, step=3)), Places([(5000, None)], "cpu"), face="cpu"
+    )
+    assert largest is not None
+    assert math.isnan(largest)
+
+
 def test_the_gradients_are_empty_after_the_step(face: str) -> None:
     t = [normal(5000, seed=i).abs() for i in range(4)]
     hyper = torch.tensor(hyperparameters(**HYPER, step=3))
@@ -127,30 +139,32 @@ def test_the_gradients_are_empty_after_the_step(face: str) -> None:
     assert bool((t[2] != 0).all())
 
 
-@pytest.mark.parametrize("statistics_face", ["cpu", "reference"])
+@pytest.mark.parametrize("measuring", ["cpu", "reference"])
 @pytest.mark.parametrize("n", [1, 1000, 4096 + 17, 300001])
-def test_statistics(statistics_face: str, n: int) -> None:
+def test_norm_and_largest(measuring: str, n: int) -> None:
     grad, param = normal(n, seed=1, scale=1e-3), normal(n, seed=2)
-    norm, low, high = adamw_statistics(grad, param, face=statistics_face)
     exact = float(grad.double().norm())
-    assert abs(norm - exact) <= 2e-7 * exact
-    assert (low, high) == (float(param.min()), float(param.max()))
+    assert abs(adamw_norm(grad, face=measuring) - exact) <= 2e-7 * exact
+    assert adamw_largest(param, face=measuring) == float(param.abs().max())
+    grad[-1] = torch.nan
+    assert math.isnan(adamw_norm(grad, face=measuring))
     for broken in (torch.nan, torch.inf, -torch.inf):
         param[n // 2] = broken
-        _, low, high = adamw_statistics(grad, param, face=statistics_face)
-        assert math.isnan(low)
-        assert math.isnan(high)
-    grad[-1] = torch.nan
-    assert math.isnan(adamw_statistics(grad, param, face=statistics_face)[0])
+        assert math.isnan(adamw_largest(param, face=measuring))
 
 
-def test_statistics_do_not_depend_on_the_number_of_threads() -> None:
-    grad, param, threads = normal(300001, seed=1), normal(300001, seed=2), torch.get_num_threads()
+def test_of_nothing_norm_and_largest_are_zero() -> None:
+    for face in ("cpu", "reference"):
+        assert adamw_norm(torch.empty(0), face=face) == adamw_largest(torch.empty(0), face=face) == 0.0
+
+
+def test_the_norm_does_not_depend_on_the_number_of_threads() -> None:
+    grad, threads = normal(300001, seed=1), torch.get_num_threads()
     try:
         found = []
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            found.append(adamw_statistics(grad, param, face="cpu"))
+            found.append(adamw_norm(grad, face="cpu"))
     finally:
         torch.set_num_threads(threads)
     assert found[0] == found[1] == found[2]
