@@ -86,9 +86,11 @@ struct DecodeStep {
     StepAdapters adapters;
     int64_t rows, hidden, ffn, n_q, n_kv, d;
     float eps;
-    const float *cos, *sin;
+    const float *cos, *sin;  // of position 0
     int64_t cos_stride, sin_stride;
+    const int32_t* lengths;
 
+    int64_t* cells;  // of the pools, where each row's k and v go
     T *x, *h, *x1, *projected, *rotated, *heads, *a;
     int64_t ranks, x1_stride, heads_stride, a_stride, qkv_width, qk_width;
 
@@ -97,6 +99,7 @@ struct DecodeStep {
         qk_width = (n_q + n_kv) * d, qkv_width = qk_width + n_kv * d;
         x1_stride = hidden + 3 * ranks, heads_stride = n_q * d + ranks, a_stride = ffn + ranks;
         Bump b{base, 0};
+        cells = take<int64_t>(b, rows);
         x = take<T>(b, rows * hidden);
         h = take<T>(b, rows * hidden);
         x1 = take<T>(b, rows * x1_stride);
@@ -209,7 +212,7 @@ struct DecodeStep {
 
     // One layer, by the whole team. `first`: x is the stream. `following`: the layer after it, or null.
     void layer(const StepLayer<T>& l, bool first, const StepLayer<T>* following, PagedAttention<S, T> attention,
-               T* k_cells, T* v_cells, const int64_t* slots) {
+               T* k_cells, T* v_cells) {
         const Range mine = my_rows(rows);
         const int64_t n = mine.end - mine.begin, q_width = n_q * d, kv_width = n_kv * d;
         const auto norm = [&](const T* weight, bool add) {
@@ -226,14 +229,14 @@ struct DecodeStep {
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(l.qkv.bias, c, j, cols, projected, qkv_width, rows);
                 });
-        if (n > 0)
-            qk_norm_rope<S, T>(projected + mine.begin * qkv_width, qkv_width, cos + mine.begin * cos_stride, cos_stride,
-                               sin + mine.begin * sin_stride, sin_stride, n_q, n_kv, l.q_norm, l.k_norm, eps,
-                               rotated + mine.begin * qk_width, qk_width, n, d);
         for (int64_t i = mine.begin; i < mine.end; ++i) {
-            std::memcpy(k_cells + slots[i] * kv_width, rotated + i * qk_width + q_width, size_t(kv_width) * sizeof(T));
-            std::memcpy(v_cells + slots[i] * kv_width, projected + i * qkv_width + qk_width,
-                        size_t(kv_width) * sizeof(T));
+            const int64_t position = lengths[i] - 1;
+            const T* qkv = projected + i * qkv_width;
+            T* qk = rotated + i * qk_width;
+            qk_norm_rope<S, T>(qkv, qkv_width, cos + position * cos_stride, cos_stride, sin + position * sin_stride,
+                               sin_stride, n_q, n_kv, l.q_norm, l.k_norm, eps, qk, qk_width, 1, d);
+            std::memcpy(k_cells + cells[i] * kv_width, qk + q_width, size_t(kv_width) * sizeof(T));
+            std::memcpy(v_cells + cells[i] * kv_width, qkv + qk_width, size_t(kv_width) * sizeof(T));
         }
         team->meeting.wait();
         attention.q = rotated, attention.k_pool = k_cells, attention.v_pool = v_cells;
@@ -284,12 +287,12 @@ struct DecodeStep {
 };
 
 // tokens [rows] of an embedding [.., hidden]; layers: n_layers StepLayer, head: a StepHead; pools [n_layers, n_blocks,
-// block, n_kv d] contiguous; slots[i]: the cell that row i's k and v go to; logits [n_wanted, vocab] of the rows
-// `wanted`, ascending. head_segments: the segments of those rows.
+// block, n_kv d] contiguous; a row's own token is the last of its length, and its k and v go to that cell; cos and sin
+// [positions, ..]; logits [n_wanted, vocab] of the rows `wanted`, ascending. head_segments: the segments of those rows.
 template <class S, class T>
 void decode_step(const int64_t* tokens, const T* embedding, int64_t embedding_stride, const int64_t* layers,
                  int64_t n_layers, const int64_t* head, const float* cos, int64_t cos_stride, const float* sin,
-                 int64_t sin_stride, T* k_pool, T* v_pool, int64_t n_blocks, int64_t block, const int64_t* slots,
+                 int64_t sin_stride, int64_t positions, T* k_pool, T* v_pool, int64_t n_blocks, int64_t block,
                  const int32_t* table, int64_t table_stride, int64_t max_blocks, const int32_t* lengths,
                  const int64_t* segments, const int64_t* head_segments, const float* scales, int64_t n_segments,
                  const int64_t* wanted, int64_t n_wanted, float* logits, int64_t rows, int64_t hidden, int64_t ffn,
@@ -301,8 +304,8 @@ void decode_step(const int64_t* tokens, const T* embedding, int64_t embedding_st
     for (int64_t i = 0; i < rows; ++i) {
         check::at_least(op, "tokens", tokens[i], 0);
         check::at_least(op, "V", vocab, tokens[i] + 1);
-        check::at_least(op, "slots", slots[i], 0);
-        check::at_least(op, "cells in the pool", n_blocks * block, slots[i] + 1);
+        check::at_least(op, "lengths", lengths[i], 1);
+        check::at_least(op, "positions of cos and sin", positions, lengths[i]);
     }
     for (int64_t w = 0; w < n_wanted; ++w) {
         check::at_least(op, "wanted", wanted[w], 0);
@@ -323,20 +326,24 @@ void decode_step(const int64_t* tokens, const T* embedding, int64_t embedding_st
     step.adapters = {segments, scales, n_segments};
     step.rows = rows, step.hidden = hidden, step.ffn = ffn, step.n_q = n_q, step.n_kv = n_kv, step.d = d;
     step.eps = eps, step.cos = cos, step.sin = sin, step.cos_stride = cos_stride, step.sin_stride = sin_stride;
+    step.lengths = lengths;
     attention.validate(n_blocks, max_blocks);
     team.tasks = attention.tasks(omp_get_max_threads());
     const size_t bytes = step.place(nullptr);
     step.place(static_cast<char*>(scratch(Slot::kLayer, bytes)));
     attention.q_stride = step.qk_width;
-    for (int64_t i = 0; i < rows; ++i)
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t position = lengths[i] - 1;
+        step.cells[i] = table[i * table_stride + position / block] * block + position % block;
         std::memcpy(step.x + i * hidden, embedding + tokens[i] * embedding_stride, size_t(hidden) * sizeof(T));
+    }
 #pragma omp parallel
     {
         const typename S::Tiles registers;
         DecodeStep<S, T> mine = step;
         for (int64_t i = 0; i < n_layers; ++i)
             mine.layer(all[i], i == 0, i + 1 < n_layers ? all + i + 1 : nullptr, attention, k_pool + i * pool,
-                       v_pool + i * pool, slots);
+                       v_pool + i * pool);
         mine.adapters.segments = head_segments;
         mine.head(*reinterpret_cast<const StepHead<T>*>(head), wanted, n_wanted, logits, vocab);
     }

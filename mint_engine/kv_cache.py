@@ -152,10 +152,8 @@ class KVCache:
 
     def table(self, sequences: Sequence[CachedSequence]) -> np.ndarray:
         """Block table int32 [n, most blocks], padded with -1."""
-        out = np.full((len(sequences), max(len(s.blocks) for s in sequences)), -1, dtype=np.int32)
-        for row, seq in zip(out, sequences, strict=True):
-            row[: len(seq.blocks)] = seq.blocks
-        return out
+        most = max(len(s.blocks) for s in sequences)
+        return np.array([s.blocks + [-1] * (most - len(s.blocks)) for s in sequences], dtype=np.int32)
 
 
 def blocks_for(tokens: int) -> int:

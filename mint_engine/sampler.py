@@ -206,6 +206,8 @@ class Sampler:
             chunks.append((job, start, stop))
             if budget <= 0:
                 break
+        if not chunks and not uncached:
+            return False
         chunks.sort(key=lambda chunk: adapter_order(chunk[0].request.adapter))
         with plan.own_products():  # a row, in the layers and the head, has the same bits in any company
             if chunks:
@@ -213,7 +215,7 @@ class Sampler:
                 self._guarded(requests, lambda: self._compute_chunks(chunks, published))
             for job in uncached:
                 self._guarded([job.request], lambda job=job: self._score_whole(job))  # type: ignore[misc]
-        return bool(chunks or uncached)
+        return True
 
     def _compute_chunks(self, chunks: list[tuple[Job, int, int]], published: list[int]) -> None:
         prompts: list[tuple[Job, Piece]] = []
@@ -318,7 +320,8 @@ class Sampler:
             each = source if isinstance(source, Tensor) else decode(self._decoder, self._cache, source)
             found = sample(each, draws, uniforms)
         tokens, logprobs = (t.tolist() for t in found)
-        drawn = zip(tokens, logprobs, [None] * len(draws) if each is None else each, strict=True)
+        looked_at = each if any(row.request.topk for row in rows) else None
+        drawn = zip(tokens, logprobs, [None] * len(draws) if looked_at is None else looked_at, strict=True)
         for row, draft in zip(rows, proposed, strict=True):
             self._take(row, draft, list(islice(drawn, 1 + len(draft))))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 
 import numpy as np
@@ -29,6 +30,9 @@ class Draw:
         return self.top_k < 1 and self.top_p >= 1
 
 
+_AT_ONCE = 32  # uniform numbers
+
+
 class UniformStream:
     """Uniform numbers in [0, 1) of one sample: Philox keyed by (seed, sample index), fresh entropy without a seed."""
 
@@ -42,8 +46,8 @@ class UniformStream:
         if self._generator is None:
             key = None if self._seed is None else np.array([self._seed % 2**64, self._index], dtype=np.uint64)
             self._generator = np.random.Generator(np.random.Philox(key=key))
-        while len(self._ahead) < count:
-            self._ahead.append(float(self._generator.random()))
+        if len(self._ahead) < count:
+            self._ahead.extend(self._generator.random(max(count, _AT_ONCE)).tolist())  # the numbers it gives one by one
         return list(islice(self._ahead, count))
 
     def next(self) -> float:
@@ -53,11 +57,7 @@ class UniformStream:
 
 def sample(logits: Tensor, draws: Sequence[Draw], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
     """One token per row of ``logits`` fp32 [R, V], and its tempered log-probability: see ``kernels.sample_rows``."""
-    most = logits.shape[1]  # as good as off; a larger one need not fit into an int64
-    arguments = (
-        _temperatures(draws), torch.tensor([min(d.top_k, most) for d in draws]),
-        torch.tensor([d.top_p for d in draws], dtype=torch.float64), torch.tensor(uniforms, dtype=torch.float64),
-    )  # fmt: skip
+    arguments = (*_parameters(tuple(draws), logits.shape[1]), _column(uniforms, np.float64))
     return kernels.sample_rows(logits, *(upload(a, logits.device) for a in arguments))
 
 
@@ -68,5 +68,16 @@ def alternatives(logits: Tensor, draws: Sequence[Draw], k: int) -> list[list[tup
     return [list(zip(t, p, strict=True)) for t, p in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
 
 
+@lru_cache(maxsize=64)
+def _parameters(draws: tuple[Draw, ...], vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Temperatures, top_k, top_p of each row: the same step after step, while nobody joins or leaves."""
+    top_k = [min(d.top_k, vocab) for d in draws]  # which is as good as off; a larger one need not fit into an int64
+    return _temperatures(draws), _column(top_k, np.int64), _column([d.top_p for d in draws], np.float64)
+
+
 def _temperatures(draws: Sequence[Draw]) -> Tensor:
-    return torch.tensor([d.temperature for d in draws], dtype=torch.float32)
+    return _column([d.temperature for d in draws], np.float32)
+
+
+def _column(values: Sequence[float], dtype: type) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype=dtype))

@@ -59,18 +59,25 @@ def decode(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], wanted: Se
     """
     if decoder.device.type == "cuda" and wanted is None:
         return decode_programs(decoder, cache).logits(_step(cache, pieces))
-    rows, c = _Rows.of(decoder, cache, pieces), decoder.config
-    chosen = torch.arange(len(rows.tokens)) if wanted is None else torch.tensor(wanted, dtype=torch.int64)
     if not kernels.decode_step_supported(decoder.norm, cache.k, cache.v):
+        rows = _Rows.of(decoder, cache, pieces)
         h = _hidden(decoder, cache, rows, _sampled_attend(decoder, cache, pieces))
+        chosen = _chosen(wanted, len(h))
         own = rows.seating.select(chosen)
         return decoder.logits(decoder.head_input(h[upload(chosen, decoder.device)], own), own)
-    cos, sin = decoder.rope.rows(rows.positions)
-    table, lengths = _context(cache, pieces)
+    # On a CPU the step waits for what is done here, with caches that the weights have swept: few calls, small arrays.
+    tokens, (table, lengths) = _tokens(pieces), _context(cache, pieces)
+    cos, sin = decoder.rope.first(int(lengths.max()))
+    adapters = _adapters(decoder, decoder.borders.seat(_seats(pieces)))
     return kernels.decode_step(
-        decoder.step_model(), rows.tokens, cos, sin, cache.k, cache.v, rows.slots, table, lengths, chosen,
-        c.head_dim**-0.5, adapters=_adapters(decoder, rows.seating),
+        decoder.step_model(), tokens, cos, sin, cache.k, cache.v, torch.from_numpy(table), torch.from_numpy(lengths),
+        _chosen(wanted, len(tokens)), decoder.config.head_dim**-0.5, adapters=adapters,
     )  # fmt: skip
+
+
+def _chosen(wanted: Sequence[int] | None, rows: int) -> Tensor:
+    """The ``wanted`` of so many rows, int64; all of them by default."""
+    return torch.from_numpy(np.arange(rows) if wanted is None else np.array(wanted, dtype=np.int64))
 
 
 def _step(cache: KVCache, pieces: Sequence[Piece]) -> Step:
@@ -80,7 +87,7 @@ def _step(cache: KVCache, pieces: Sequence[Piece]) -> Step:
         tokens=np.concatenate([p.tokens for p in pieces]),
         positions=np.concatenate([np.arange(p.start, p.stop) for p in pieces]),
         slots=_slots(cache, [(p, p.start) for p in pieces]).numpy(),
-        table=table.numpy(), lengths=lengths.numpy(),
+        table=table, lengths=lengths,
         seats=seats([p.adapter for p in pieces], [len(p.tokens) for p in pieces]),
     )  # fmt: skip
 
@@ -110,14 +117,22 @@ class _Rows:
 
     @staticmethod
     def of(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) -> _Rows:
-        bounds = [0, *accumulate(len(p.tokens) for p in pieces)]
-        seats = [(p.adapter, a, b) for p, a, b in zip(pieces, bounds[:-1], bounds[1:], strict=True)]
         return _Rows(
-            tokens=torch.from_numpy(np.concatenate([p.tokens for p in pieces])),
+            tokens=_tokens(pieces),
             positions=torch.from_numpy(np.concatenate([np.arange(p.start, p.stop) for p in pieces])),
             slots=upload(_slots(cache, [(p, p.start) for p in pieces]), decoder.device),
-            seating=decoder.borders.seat(seats),
+            seating=decoder.borders.seat(_seats(pieces)),
         )
+
+
+def _tokens(pieces: Sequence[Piece]) -> Tensor:
+    return torch.from_numpy(np.concatenate([p.tokens for p in pieces]))
+
+
+def _seats(pieces: Sequence[Piece]) -> list[tuple[Adapter | None, int, int]]:
+    """Whose rows are where, as `Borders.seat` wants to know."""
+    bounds = [0, *accumulate(len(p.tokens) for p in pieces)]
+    return [(p.adapter, a, b) for p, a, b in zip(pieces, bounds[:-1], bounds[1:], strict=True)]
 
 
 def _hidden(decoder: Decoder, cache: KVCache, rows: _Rows, attend: Attend) -> Tensor:
@@ -142,11 +157,13 @@ def _adapters(decoder: Decoder, seating: Seating) -> kernels.StepAdapters | None
     return kernels.StepAdapters(torch.tensor(segments), torch.tensor(scales, dtype=torch.float32), seating.ranks)
 
 
-def _context(cache: KVCache, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+def _context(cache: KVCache, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
     """(block table int32 [M, blocks], lengths int32 [M]) of sampled rows, each up to itself."""
-    table = np.repeat(cache.table([p.cache for p in pieces]), [len(p.tokens) for p in pieces], axis=0)
+    table, counts = cache.table([p.cache for p in pieces]), [len(p.tokens) for p in pieces]
+    if sum(counts) == len(pieces):
+        return table, np.array([p.stop for p in pieces], dtype=np.int32)
     lengths = np.concatenate([np.arange(p.start, p.stop, dtype=np.int32) + 1 for p in pieces])
-    return torch.from_numpy(table), torch.from_numpy(lengths)
+    return np.repeat(table, counts, axis=0), lengths
 
 
 def _prompt_attend(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) -> Attend:
@@ -167,7 +184,7 @@ def _prompt_attend(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) ->
 
 def _sampled_attend(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) -> Attend:
     """Each row attends alone to the blocks of its sequence, up to itself."""
-    table, lengths = (upload(t, decoder.device) for t in _context(cache, pieces))
+    table, lengths = (upload(torch.from_numpy(t), decoder.device) for t in _context(cache, pieces))
     heads = decoder.config.num_heads, decoder.config.num_kv_heads, decoder.config.head_dim**-0.5
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:

@@ -114,6 +114,7 @@ class StepModel:
                 self.ranks = min(self.ranks, self._room(f"layer {i}: {name}", getattr(layer, name), size))
         self.table = np.array([self._addresses(layer) for layer in layers], dtype=np.int64)
         self.head_table = np.array([norm.data_ptr(), *_addresses(head)], dtype=np.int64)
+        self.addresses = self.table.ctypes.data, self.head_table.ctypes.data  # of the tables
 
     def _room(self, name: str, w: Linear, size: tuple[int, int, int]) -> int:
         n, k, m = size
@@ -163,7 +164,6 @@ def decode_step(
     sin: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
-    slots: Tensor,
     block_table: Tensor,
     lengths: Tensor,
     wanted: Tensor,
@@ -177,10 +177,9 @@ def decode_step(
     Args:
         model: the weights, float32 or bfloat16 (the reference takes float64 too).
         tokens: ``[M]`` int64.
-        cos, sin: ``[M, d/2]`` float32, as in ``qk_norm_rope``.
+        cos, sin: ``[P, d/2]`` float32, the rotary tables of positions 0 to P - 1; P at least the longest length.
         k_pool, v_pool: ``[layers, n_blocks, block, n_kv*d]``, contiguous; the rows' k and v are written to them.
-        slots: ``[M]`` int64, the cell (block * block size + offset) of each row's own k and v.
-        block_table, lengths: as in ``paged_attention``; a row's own token is the last of its length.
+        block_table, lengths: as in ``paged_attention``, lengths at least 1: a row's own token is the last of them.
         wanted: ``[R]`` int64, ascending: the rows whose logits are asked for.
         scale: of the attention scores.
         adapters: None for the base model alone.
@@ -196,7 +195,7 @@ def decode_step(
     table = args.statistics_dtype(model.norm.dtype)
     args.tensor(op, "tokens", tokens, (m,), torch.int64)
     for name, t in (("cos", cos), ("sin", sin)):
-        args.tensor(op, name, t, (m, d // 2), table)
+        args.tensor(op, name, t, (len(cos), d // 2), table)
     width = model.n_kv * d
     for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
         if pool.dim() != 4 or not pool.is_contiguous():
@@ -204,13 +203,12 @@ def decode_step(
                 f"{name}: expected [layers, n_blocks, block, {width}], contiguous, got {list(pool.shape)} ({op})"
             )
         args.tensor(op, name, pool, (len(model.layers), *k_pool.shape[1:3], width), model.norm.dtype)
-    args.tensor(op, "slots", slots, (m,), torch.int64)
     args.tensor(op, "lengths", lengths, (m,), torch.int32)
     args.tensor(op, "block_table", block_table, (m, args.matrix(op, "block_table", block_table)[1]), torch.int32)
     args.tensor(op, "wanted", wanted, (len(wanted),), torch.int64)
     if adapters is not None and adapters.ranks > model.ranks:
         raise ValueError(f"adapters: expected at most the border's {model.ranks} ranks, got {adapters.ranks} ({op})")
     logits: Tensor = _op.pick(face, model.norm, k_pool, v_pool).decode_step(
-        model, tokens, cos, sin, k_pool, v_pool, slots, block_table.contiguous(), lengths, wanted, scale, adapters
+        model, tokens, cos, sin, k_pool, v_pool, block_table.contiguous(), lengths, wanted, scale, adapters
     )
     return logits

@@ -21,7 +21,6 @@ def decode_step(
     sin: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
-    slots: Tensor,
     block_table: Tensor,
     lengths: Tensor,
     wanted: Tensor,
@@ -36,11 +35,12 @@ def decode_step(
         of_wanted = segments.clone()  # those of the rows that reach the head
         of_wanted[:, :2] = torch.searchsorted(wanted, segments[:, :2].contiguous())
         seated = segments.data_ptr(), of_wanted.data_ptr(), scales.data_ptr(), len(scales)
+    layers, head = model.addresses
     native.decode_step(
         NATIVE_DTYPES[model.norm.dtype], tokens.data_ptr(), model.embedding.data_ptr(), model.embedding.stride(0),
-        model.table.ctypes.data, len(model.layers), model.head_table.ctypes.data, cos.data_ptr(), cos.stride(0),
-        sin.data_ptr(), sin.stride(0), k_pool.data_ptr(), v_pool.data_ptr(), k_pool.shape[1], k_pool.shape[2],
-        slots.data_ptr(), block_table.data_ptr(), block_table.stride(0), block_table.shape[1], lengths.data_ptr(),
+        layers, len(model.layers), head, cos.data_ptr(), cos.stride(0),
+        sin.data_ptr(), sin.stride(0), len(cos), k_pool.data_ptr(), v_pool.data_ptr(), k_pool.shape[1], k_pool.shape[2],
+        block_table.data_ptr(), block_table.stride(0), block_table.shape[1], lengths.data_ptr(),
         *seated, wanted.data_ptr(), len(wanted), logits.data_ptr(), len(tokens), model.hidden, model.ffn, model.n_q,
         model.n_kv, model.d, vocab, model.eps, scale,
     )  # fmt: skip

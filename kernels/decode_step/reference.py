@@ -25,13 +25,15 @@ def decode_step(
     sin: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
-    slots: Tensor,
     block_table: Tensor,
     lengths: Tensor,
     wanted: Tensor,
     scale: float,
     adapters: StepAdapters | None,
 ) -> Tensor:
+    positions, block = lengths.long() - 1, k_pool.shape[2]
+    own = block_table.gather(1, (positions // block)[:, None]).squeeze(1).long()
+    slots, cos, sin = own * block + positions % block, cos[positions], sin[positions]
     x, h = model.embedding[tokens], None
     for i, layer in enumerate(model.layers):
         x, h = _layer(model, layer, x, h, cos, sin, k_pool[i], v_pool[i], slots, block_table, lengths, scale, adapters)

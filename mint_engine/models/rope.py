@@ -198,8 +198,12 @@ class RopeTable:
                 raise ValueError(f"positions: expected values >= 0, got {lowest}")
             length = highest + 1
         positions = upload(positions, self._frequencies.device)
-        cos, sin = self._table
-        if length > cos.shape[0]:
-            # Doubling keeps the cost of a decode that grows token by token linear.
-            self._table = cos, sin = self._compute(max(length, 2 * cos.shape[0], 256))
+        cos, sin = self.first(length)
         return cos[positions], sin[positions]
+
+    def first(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) of the positions below ``length`` and of some more."""
+        if length > self._table[0].shape[0]:
+            # Doubling keeps the cost of a decode that grows token by token linear.
+            self._table = self._compute(max(length, 2 * self._table[0].shape[0], 256))
+        return self._table

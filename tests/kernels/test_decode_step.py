@@ -102,20 +102,27 @@ def batch(rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
     table = torch.full((rows, 3), -1, dtype=torch.int32)
     width = N_KV * D
     k_pool, v_pool = (torch.full((LAYERS, 3 * rows + 1, BLOCK, width), float("nan"), dtype=dtype) for _ in range(2))
-    slots = []
     for i, n in enumerate(lengths.tolist()):
         blocks = [3 * rows - 3 * i - j for j in range(-(-n // BLOCK))]
         table[i, : len(blocks)] = torch.tensor(blocks)
         cells = [blocks[t // BLOCK] * BLOCK + t % BLOCK for t in range(n)]
         for seed, pool in ((i, k_pool), (i + 99, v_pool)):
             pool.view(LAYERS, -1, width)[:, cells[:-1]] = normal(LAYERS, n - 1, width, seed=seed, dtype=dtype)
-        slots.append(cells[-1])
-    angles = normal(rows, D // 2, seed=3)
+    angles = normal(12, D // 2, seed=3)  # of positions: more than are used
     return {
         "tokens": torch.arange(rows) * 7 % VOCAB, "cos": angles.cos(), "sin": angles.sin(), "k_pool": k_pool,
-        "v_pool": v_pool, "slots": torch.tensor(slots), "block_table": table, "lengths": lengths,
+        "v_pool": v_pool, "block_table": table, "lengths": lengths,
         "wanted": torch.arange(rows),
     }  # fmt: skip
+
+
+OF_ROWS = ("tokens", "block_table", "lengths")
+
+
+def own_cells(b: dict[str, Tensor]) -> Tensor:
+    """The cell of each row's own token, of the pools' [n_blocks * block]."""
+    positions = b["lengths"].long() - 1
+    return b["block_table"][torch.arange(len(positions)), positions // BLOCK].long() * BLOCK + positions % BLOCK
 
 
 def run(m: StepModel, b: dict[str, Any], adapters: StepAdapters | None = None, face: str | None = None) -> Any:
@@ -146,7 +153,7 @@ def test_a_step_matches_float64(
     got, plain = run(m, b, adapters, face), run(m, b, adapters, "reference")
     exact = run(converted(m, torch.float64), wide, adapters, "reference")
     within_budget("logits", got[0], exact[0], plain[0])
-    cells = b["slots"]
+    cells = own_cells(b)
     for name, g, e, p, before in zip(
         ("k", "v"), got[1:], exact[1:], plain[1:], (b["k_pool"], b["v_pool"]), strict=True
     ):
@@ -169,14 +176,15 @@ def one_by_one(m: StepModel, b: dict[str, Tensor], rank: int, scale: float) -> T
     def product(w: Bordered, x: Tensor) -> Tensor:
         return bordered_linear(*linear(w, x), bias=w.bias, face="cpu")
 
-    x, h, rows = m.embedding[b["tokens"]], None, len(b["tokens"])
+    x, h, rows, cells = m.embedding[b["tokens"]], None, len(b["tokens"]), own_cells(b)
+    cos, sin = (b[name][b["lengths"].long() - 1] for name in ("cos", "sin"))
     for i, w in enumerate(m.layers):
         x1, h1 = rms_norm(x, w.attention_norm, EPS, residual=h, face="cpu")
         qkv = product(w.qkv, x1)
-        qk = qk_norm_rope(qkv, b["cos"], b["sin"], N_Q, N_KV, q_weight=w.q_norm, k_weight=w.k_norm, eps=EPS, face="cpu")
+        qk = qk_norm_rope(qkv, cos, sin, N_Q, N_KV, q_weight=w.q_norm, k_weight=w.k_norm, eps=EPS, face="cpu")
         k_pool, v_pool = b["k_pool"][i].clone(), b["v_pool"][i].clone()
-        k_pool.view(-1, N_KV * D)[b["slots"]] = qk[:, N_Q * D :]
-        v_pool.view(-1, N_KV * D)[b["slots"]] = qkv[:, qk.shape[1] :]
+        k_pool.view(-1, N_KV * D)[cells] = qk[:, N_Q * D :]
+        v_pool.view(-1, N_KV * D)[cells] = qkv[:, qk.shape[1] :]
         o = torch.empty(rows, N_Q * D, dtype=x.dtype)
         table, lengths = b["block_table"], b["lengths"]
         paged_attention(qk[:, : N_Q * D], k_pool, v_pool, table, lengths, N_Q, N_KV, SCALE, out=o, face="cpu")
@@ -222,7 +230,7 @@ def test_a_row_has_the_same_bits_alone_and_in_company(
     for isa in ISAS:
         with using(isa, threads):
             together = run(m, b, seated(*segments), "cpu")[0]
-        own = {name: t if name.endswith("pool") else t[at : at + 1] for name, t in b.items()}
+        own = {name: b[name][at : at + 1] if name in OF_ROWS else b[name] for name in b}
         adapters = seated(*((0, 1, *s[2:]) for s in segments if s[0] <= at < s[1]))
         scale = torch.tensor([seated(*segments).scales[i] for i, s in enumerate(segments) if s[0] <= at < s[1]])
         adapters = replace(adapters, scales=scale)
@@ -260,14 +268,16 @@ def test_only_what_is_wanted_reaches_the_head(face: str, dtype: torch.dtype) -> 
 
 def test_arguments_that_do_not_fit_are_named() -> None:
     m, b = model(torch.float32), batch(2, torch.float32)
-    with pytest.raises(ValueError, match=r"slots: expected torch.int64 \[2\], got torch.int64 \[1\] \(decode_step\)"):
-        run(m, {**b, "slots": b["slots"][:1]})
+    with pytest.raises(ValueError, match=r"tokens: expected torch.int64 \[2\], got torch.int32 \[2\] \(decode_step\)"):
+        run(m, {**b, "tokens": b["tokens"].int()})
     with pytest.raises(ValueError, match=r"k_pool: expected \[layers, n_blocks, block, 32\], contiguous"):
         run(m, {**b, "k_pool": b["k_pool"].transpose(1, 2)})
     with pytest.raises(ValueError, match=r"adapters: expected at most the border's 24 ranks, got 25 \(decode_step\)"):
         run(m, b, StepAdapters(torch.zeros(0, 5, dtype=torch.int64), torch.zeros(0), 25))
-    with pytest.raises(ValueError, match=r"cells in the pool: expected 1001 or more, got 28"):
-        run(m, {**b, "slots": torch.tensor([1000, 0])}, face="cpu")
+    with pytest.raises(ValueError, match=r"lengths: expected 1 or more, got 0"):
+        run(m, {**b, "lengths": torch.tensor([4, 0], dtype=torch.int32)}, face="cpu")
+    with pytest.raises(ValueError, match=r"positions of cos and sin: expected 4 or more, got 3"):
+        run(m, {**b, "cos": b["cos"][:3], "sin": b["sin"][:3]}, face="cpu")
     with pytest.raises(ValueError, match=r"rows: expected 3 or more, got 2"):
         run(m, {**b, "wanted": torch.tensor([2])}, face="cpu")
     m.layers[1].o.n = 7
