@@ -33,8 +33,12 @@ struct StepLinear {
     int64_t a_stride;
     const T* b;
     int64_t b_stride;
+    const uint32_t *words, *second;  // weight_words of the rows, or of either half of them; null: there are none
 
-    WeightRows<T> rows() const { return {w, stride, scales}; }
+    // The rows of k elements from `from` on; their words, if they are there and may be read.
+    WeightRows<T> rows(int64_t k, bool reads_words, int64_t from = 0) const {
+        return {w, stride, scales, reads_words ? from == 0 ? words : second : nullptr, from, k / 2};
+    }
 };
 
 template <class T>
@@ -84,6 +88,7 @@ struct DecodeStep {
 
     StepTeam* team;
     StepAdapters adapters;
+    bool reads_words;
     int64_t rows, hidden, ffn, n_q, n_kv, d;
     float eps;
     const float *cos, *sin;  // of position 0
@@ -111,9 +116,14 @@ struct DecodeStep {
     }
 
     // What a thread reads first of a product with n columns.
-    static Prefetch begin_of(const StepLinear<T>& w, int64_t n, int64_t k, int64_t calls) {
+    Prefetch begin_of(const StepLinear<T>& w, int64_t n, int64_t k, int64_t calls) const {
         const int64_t j = omp_get_thread_num() * C;
-        return j < n ? w.rows().ahead(j, min64(C, n - j), k, calls) : Prefetch();
+        return j < n ? w.rows(k, reads_words).ahead(j, min64(C, n - j), k, calls) : Prefetch();
+    }
+
+    // How often a product of `w` lets a Prefetch do some of its work, for each panel.
+    int64_t calls_of(const StepLinear<T>& w, int64_t count, int64_t k) const {
+        return X::prefetch_calls(w.rows(k, reads_words), count, k);
     }
 
     // S of every row whose adapter trains the group: into x's tail.
@@ -130,7 +140,7 @@ struct DecodeStep {
             const auto scale = S::set1(adapters.scales[s]);
             for (int64_t j = 0; j < width; j += C, ++turn) {
                 if (n == 0 || turn % omp_get_num_threads() != omp_get_thread_num()) continue;
-                const X left(in + first * stride, stride, k, &all, 1, false, 1);
+                const X left(factor, in + first * stride, stride, k, &all, 1, 1);
                 const int64_t cols = min64(C, width - j);
                 Prefetch next;
                 left.multiply(factor, j, cols, left.sums(), &next);
@@ -169,25 +179,31 @@ struct DecodeStep {
             static_cast<RowGroup<T>*>(scratch(Slot::kGroups, size_t(2 * adapters.count + 1) * sizeof(RowGroup<T>)));
         const int64_t n_groups = groups_of(w, group, m, count, groups);
         const int64_t panels = ceil_div(n, C), threads = omp_get_num_threads();
-        // Where B follows W in memory a row is fetched with all of it that is used.
+        const WeightRows<T> one = w.rows(k, reads_words), two = w.rows(k, reads_words, n);
+        // B is fetched with W: as one row where it follows W in memory and W's rows are what is read.
+        const int64_t tail = m * adapters.reach(group), calls = calls_of(w, count, k);
         const bool follows = w.scales == nullptr && w.b == static_cast<const T*>(w.w) + k && w.b_stride == w.stride;
-        const int64_t wide = k + (follows ? m * adapters.reach(group) : 0);
-        const auto fetch = [&](int64_t j) {
-            return w.rows().ahead(j, min64(C, (j < n ? n : 2 * n) - j), wide, X::prefetch_calls(count, k));
+        const auto fetch = [&](const WeightRows<T>& from, int64_t j, int64_t cols) {
+            const bool together = follows && from.words == nullptr;
+            Prefetch ahead = from.ahead(j, cols, k + (together ? tail : 0), calls);
+            if (tail > 0 && !together)
+                ahead.also = Lines(w.b + j * w.b_stride, cols, w.b_stride * int64_t(sizeof(T)),
+                                   tail * int64_t(sizeof(T)), calls);
+            return ahead;
         };
         if (omp_get_thread_num() < panels && count > 0) {
-            const X left(in, stride, k, groups, n_groups, w.scales != nullptr, 2);
+            const X left(one, in, stride, k, groups, n_groups, 2);
             float *c = left.sums(), *c2 = left.sums(1);
             for (int64_t p = omp_get_thread_num(), following; p < panels; p = following) {
                 following = threads + team->claimed++;  // the first of each thread is its own
                 const int64_t j = p * C, cols = min64(C, n - j), j1 = following * C;
-                Prefetch ahead = j1 < n ? fetch(j1) : after;
+                Prefetch ahead = j1 < n ? fetch(one, j1, min64(C, n - j1)) : after;
                 if (pairs) {
-                    Prefetch second = fetch(n + j);
-                    left.multiply(w.rows(), j, cols, c, &second);
-                    left.multiply(w.rows(), n + j, cols, c2, &ahead);
+                    Prefetch second = fetch(two, n + j, cols);
+                    left.multiply(one, j, cols, c, &second);
+                    left.multiply(two, n + j, cols, c2, &ahead);
                 } else {
-                    left.multiply(w.rows(), j, cols, c, &ahead);
+                    left.multiply(one, j, cols, c, &ahead);
                 }
                 out(j, cols, c, c2);
             }
@@ -225,7 +241,7 @@ struct DecodeStep {
         norm(l.attention_norm, !first);
         team->meeting.wait();
         product(l.qkv, 1, 3, x1, x1_stride, rows, qkv_width, hidden, false,
-                begin_of(l.o, hidden, q_width, X::prefetch_calls(rows, hidden)),
+                begin_of(l.o, hidden, q_width, calls_of(l.qkv, rows, hidden)),
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(l.qkv.bias, c, j, cols, projected, qkv_width, rows);
                 });
@@ -243,14 +259,14 @@ struct DecodeStep {
         paged_attention_share(attention, team->tasks, team->claimed, heads, heads_stride);
         meet();
         product(l.o, 2, 1, heads, heads_stride, rows, hidden, q_width, false,
-                begin_of(l.gate_up, ffn, hidden, X::prefetch_calls(rows, q_width)),
+                begin_of(l.gate_up, ffn, hidden, calls_of(l.o, rows, q_width)),
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(l.o.bias, c, j, cols, x, hidden, rows);
                 });
         norm(l.mlp_norm, true);
         team->meeting.wait();
         product(l.gate_up, 4, 2, x1, x1_stride, rows, ffn, hidden, true,
-                begin_of(l.down, hidden, ffn, X::prefetch_calls(rows, hidden)),
+                begin_of(l.down, hidden, ffn, calls_of(l.gate_up, rows, hidden)),
                 [&](int64_t j, int64_t cols, const float* gate, const float* up) {
                     alignas(64) T both[2 * C];
                     for (int64_t i = 0; i < rows; ++i) {
@@ -261,7 +277,7 @@ struct DecodeStep {
                 });
         const Prefetch after = following == nullptr
                                    ? Prefetch()
-                                   : begin_of(following->qkv, qkv_width, hidden, X::prefetch_calls(rows, ffn));
+                                   : begin_of(following->qkv, qkv_width, hidden, calls_of(l.down, rows, ffn));
         product(l.down, 8, 1, a, a_stride, rows, hidden, ffn, false, after,
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(nullptr, c, j, cols, x, hidden, rows);
@@ -288,12 +304,13 @@ struct DecodeStep {
 
 // tokens [rows] of an embedding [.., hidden]; layers: n_layers StepLayer, head: a StepHead; pools [n_layers, n_blocks,
 // block, n_kv d] contiguous; a row's own token is the last of its length, and its k and v go to that cell; cos and sin
-// [positions, ..]; logits [n_wanted, vocab] of the rows `wanted`, ascending. head_segments: the segments of those rows.
+// [positions, ..]; word_columns: of the panels in which words are kept; logits [n_wanted, vocab] of the rows `wanted`,
+// ascending. head_segments: the segments of those rows.
 template <class S, class T>
 void decode_step(const int64_t* tokens, const T* embedding, int64_t embedding_stride, const int64_t* layers,
-                 int64_t n_layers, const int64_t* head, const float* cos, int64_t cos_stride, const float* sin,
-                 int64_t sin_stride, int64_t positions, T* k_pool, T* v_pool, int64_t n_blocks, int64_t block,
-                 const int32_t* table, int64_t table_stride, int64_t max_blocks, const int32_t* lengths,
+                 int64_t n_layers, const int64_t* head, int64_t word_columns, const float* cos, int64_t cos_stride,
+                 const float* sin, int64_t sin_stride, int64_t positions, T* k_pool, T* v_pool, int64_t n_blocks,
+                 int64_t block, const int32_t* table, int64_t table_stride, int64_t max_blocks, const int32_t* lengths,
                  const int64_t* segments, const int64_t* head_segments, const float* scales, int64_t n_segments,
                  const int64_t* wanted, int64_t n_wanted, float* logits, int64_t rows, int64_t hidden, int64_t ffn,
                  int64_t n_q, int64_t n_kv, int64_t d, int64_t vocab, float eps, float scale) {
@@ -324,6 +341,7 @@ void decode_step(const int64_t* tokens, const T* embedding, int64_t embedding_st
     DecodeStep<S, T> step{};
     step.team = &team;
     step.adapters = {segments, scales, n_segments};
+    step.reads_words = kReadsWords<S, T> && word_columns == FewRows<S, T>::C;
     step.rows = rows, step.hidden = hidden, step.ffn = ffn, step.n_q = n_q, step.n_kv = n_kv, step.d = d;
     step.eps = eps, step.cos = cos, step.sin = sin, step.cos_stride = cos_stride, step.sin_stride = sin_stride;
     step.lengths = lengths;

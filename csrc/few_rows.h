@@ -4,13 +4,15 @@
 // which of the two ran. What differs is the blocking. A panel of weight rows is transposed kDepth elements at a time
 // into L1, where all rows of x meet it, while the next panel is fetched a few lines at a time. For more rows than a
 // register tile has (few_rows_in_place.h) and in tiles (few_rows_tiles.h) the weight is not even transposed; where bf16
-// has to be widened, a handful of rows meets it in registers (few_rows_straight.h).
+// has to be widened, a handful of rows meets it in registers (few_rows_straight.h); and a weight that is kept
+// transposed is multiplied as it is (few_rows_words.h).
 //
 // Rows may go on into a tail of their own: groups of neighbouring rows have the columns of their adapter's B after W
 // and their S after x, summed as if [W | B] lay in memory without gaps. A weight may be int8 with a scale for each row;
 // its sums are scaled before the tail is added.
 #pragma once
 #include "few_rows_in_place.h"
+#include "few_rows_words.h"
 
 namespace mint {
 
@@ -30,9 +32,14 @@ class FewRows<S, T, false> {
     static constexpr int64_t C = Q::kCols;
 
     // `groups` hold all rows, in order. With a tail, k is even. `buffers`: how many panels' sums are kept at once.
-    FewRows(const T* x, int64_t stride, int64_t k, const RowGroup<T>* groups, int64_t n_groups, bool, int64_t buffers)
-        : groups_(groups), n_groups_(n_groups), rows_(groups[n_groups - 1].end), k_(k) {
-        if (in_place(rows_)) {
+    FewRows(const WeightRows<T>& w, const T* x, int64_t stride, int64_t k, const RowGroup<T>* groups, int64_t n_groups,
+            int64_t buffers)
+        : groups_(groups),
+          n_groups_(n_groups),
+          rows_(groups[n_groups - 1].end),
+          k_(k),
+          is_in_place_(in_place(w, rows_)) {
+        if (is_in_place_) {
             in_place_.prepare(x, stride, k, groups, n_groups, buffers);
             return;
         }
@@ -50,18 +57,20 @@ class FewRows<S, T, false> {
         }
     }
 
-    float* sums(int64_t buffer = 0) const {
-        return in_place(rows_) ? in_place_.sums(buffer) : sums_ + buffer * rows_ * C;
-    }
-    static int64_t prefetch_calls(int64_t rows, int64_t k) {
-        if (in_place(rows)) return FewRowsInPlace<S, T>::prefetch_calls(k);
+    float* sums(int64_t buffer = 0) const { return is_in_place_ ? in_place_.sums(buffer) : sums_ + buffer * rows_ * C; }
+    static int64_t prefetch_calls(const WeightRows<T>& w, int64_t rows, int64_t k) {
+        if (w.words != nullptr) return ceil_div(rows, kWordRows<S, T>) * max64(k / (2 * kWordStep), 1);
+        if (in_place(w, rows)) return FewRowsInPlace<S, T>::prefetch_calls(k);
         if (Q::kWidensWords && rows <= Straight::kMost) return Straight::prefetch_calls(k);
         return ceil_div(Q::depth(k), S::W);
     }
 
     // c[i * C + j] (fp32) = x row i . weight row first + j, for j < cols <= C; columns are padded to whole vectors.
     void multiply(const WeightRows<T>& w, int64_t first, int64_t cols, float* c, Prefetch* next) const {
-        if (in_place(rows_)) return in_place_.multiply(w, first, cols, c, next);
+        if (is_in_place_) return in_place_.multiply(w, first, cols, c, next);
+        if constexpr (kReadsWords<S, T>) {
+            if (w.words != nullptr) return multiply_words(w, first, cols, c, next);
+        }
         if constexpr (Q::kWidensWords) {
             if (fits_straight_ && cols % S::W == 0) return straight_.multiply(w, first, cols, c, next);
         }
@@ -80,6 +89,46 @@ class FewRows<S, T, false> {
             for (int64_t i = 0; i < rows_; ++i)
                 for (int64_t j = 0; j < cols; ++j) c[i * C + j] *= w.scales[first + j];
         }
+        go_on(first, cols, rest, c);
+    }
+
+  private:
+    static constexpr int64_t kWide = S::W * Q::kStep;
+
+    // The same where the weight's words are kept.
+    void multiply_words(const WeightRows<T>& w, int64_t first, int64_t cols, float* c, Prefetch* next) const {
+        constexpr int64_t kElements = 2 / Q::kStep;  // of a word
+        const int64_t depth = Q::depth(k_), whole = depth / kDepth * kDepth, nv = ceil_div(cols, S::W);
+        const uint32_t* panel = w.panel(first);
+        const auto chunk = [&](int64_t k0, int64_t count, float* to, bool accumulate) {
+            const Rows x{x_.data + 4 * k0, x_.stride, false};
+            for (int64_t i = 0; i < rows_; i += kWordRows<S, T>)
+                words_tile_of<S, T>(min64(kWordRows<S, T>, rows_ - i), nv, x.at(i), panel + k0 / kElements * C,
+                                    count / kElements, to + i * C, C, accumulate, next);
+        };
+        bool tails = false;
+        for (int64_t g = 0; g < n_groups_; ++g) tails = tails || groups_[g].width > 0;
+        if (depth == 0) std::memset(c, 0, size_t(rows_ * C) * sizeof(float));
+        for (int64_t k0 = 0; k0 < whole; k0 += kDepth) chunk(k0, kDepth, c, k0 > 0);
+        const int64_t rest = depth - whole;
+        if (rest > 0 && !tails) chunk(whole, rest, c, whole > 0);
+        if (!tails) return;
+        // What W leaves of a chunk of kDepth goes on with B.
+        if constexpr (Q::kWidensWords) {
+            if (fits_straight_ && cols % S::W == 0) {
+                if (whole == 0) std::memset(c, 0, size_t(rows_ * C) * sizeof(float));
+                if (rest > 0) chunk(whole, rest, straight_.begun(), false);
+                for (int64_t g = 0; g < n_groups_; ++g) straight_.tail(groups_[g], first, nv, rest, c);
+                return;
+            }
+        }
+        if (rest > 0) words_to_panel<S, T>(panel + whole / kElements * C, rest / kElements, panel_);
+        go_on(first, cols, rest, c);
+    }
+
+    // c (+)= what is left: `rest` elements of W, which are in panel_, and every group's B.
+    void go_on(int64_t first, int64_t cols, int64_t rest, float* c) const {
+        const int64_t depth = Q::depth(k_), whole = depth / kDepth * kDepth;
         for (const RowGroup<T>* g = groups_; g < groups_ + n_groups_; ++g) {
             const int64_t tail = Q::depth(g->width), room = rest > 0 ? min64(kDepth - rest, tail) : 0;
             const bool half = (g->width > 0 ? g->width : k_) % Q::kStep != 0;
@@ -96,12 +145,10 @@ class FewRows<S, T, false> {
         }
     }
 
-  private:
-    static constexpr int64_t kWide = S::W * Q::kStep;
-
     // A tile's worth of rows is better multiplied with a transposed weight: then the weight's own columns fill lanes.
     // And a weight that has to be widened for every panel of x is better widened once.
-    static bool in_place(int64_t rows) {
+    static bool in_place(const WeightRows<T>& w, int64_t rows) {
+        if (w.words != nullptr) return false;
         if (Q::kWidensWords && (rows <= Straight::kMost || rows > C)) return false;
         return FewRowsInPlace<S, T>::kPossible && rows > S::kMr;
     }
@@ -137,6 +184,7 @@ class FewRows<S, T, false> {
 
     const RowGroup<T>* groups_;
     int64_t n_groups_, rows_, k_;
+    bool is_in_place_;
     Rows x_;
     P* panel_;     // [2 kDepth][C]
     T* unpacked_;  // [C][kWide]
@@ -164,11 +212,12 @@ void few_rows(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_
         const Range mine = my_rows(panels);
         if (mine.begin < mine.end) {
             const typename S::Tiles registers;
-            const X left(x, x_stride, k, &all, 1, false, 1);
+            const X left(weight, x, x_stride, k, &all, 1, 1);
             for (int64_t p = mine.begin; p < mine.end; ++p) {
                 const int64_t j = p * X::C, ahead = j + X::C;
                 Prefetch next;
-                if (p + 1 < mine.end) next = weight.ahead(ahead, min64(X::C, n - ahead), k, X::prefetch_calls(rows, k));
+                if (p + 1 < mine.end)
+                    next = weight.ahead(ahead, min64(X::C, n - ahead), k, X::prefetch_calls(weight, rows, k));
                 left.multiply(weight, j, min64(X::C, n - j), left.sums(), &next);
                 for (int64_t i = 0; i < rows; ++i) out(i, j, min64(X::C, n - j), left.sums() + i * X::C);
             }

@@ -79,6 +79,7 @@ class FewRowsStraight {
         for (int64_t g = 0; g < n_groups; ++g) tails_ = tails_ || groups[g].width > 0;
     }
 
+    float* begun() const { return begun_; }
     static int64_t prefetch_calls(int64_t k) { return ceil_div(k, straight_block<bf16>) * S::kNv; }
 
     // See FewRows; cols are whole vectors.

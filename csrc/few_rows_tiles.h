@@ -14,11 +14,11 @@ class FewRows<S, T, true> {
   public:
     static constexpr int64_t C = 32;  // rows of the weight, which are columns of the result
 
-    FewRows(const T* x, int64_t stride, int64_t k, const RowGroup<T>* groups, int64_t n_groups, bool int8,
+    FewRows(const WeightRows<T>& w, const T* x, int64_t stride, int64_t k, const RowGroup<T>* groups, int64_t n_groups,
             int64_t buffers)
         : groups_(groups), n_groups_(n_groups), rows_(groups[n_groups - 1].end), k_(k), base_(k) {
         for (int64_t g = 0; g < n_groups; ++g)
-            if (groups[g].width > 0 && !int8) base_ = k / kK * kK;  // W's last step goes on with B
+            if (groups[g].width > 0 && w.scales == nullptr) base_ = k / kK * kK;  // W's last step goes on with B
         ld_ = ceil_div(rows_, 16) * 16;
         int64_t words = ceil_div(base_, kK) * 16 * ld_, most = 0;
         for (int64_t g = 0; g < n_groups; ++g) {
@@ -42,7 +42,7 @@ class FewRows<S, T, true> {
     }
 
     float* sums(int64_t buffer = 0) const { return sums_ + buffer * C * ld_; }
-    static int64_t prefetch_calls(int64_t, int64_t k) { return ceil_div(k, kK); }
+    static int64_t prefetch_calls(const WeightRows<T>&, int64_t, int64_t k) { return ceil_div(k, kK); }
 
     void multiply(const WeightRows<T>& w, int64_t first, int64_t cols, float* c, Prefetch* next) const {
         const int64_t steps = ceil_div(base_, kK), m = cols > 16 ? 32 : 16;

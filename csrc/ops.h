@@ -56,4 +56,6 @@
     X(target_dlogits)          \
     X(target_dlogits_kept)     \
     X(target_logprob)          \
-    X(top_logprobs)
+    X(top_logprobs)            \
+    X(weight_words)            \
+    X(word_columns)

@@ -35,13 +35,13 @@ class Lines {  // inlined everywhere: see MINT_INLINE
 // What a product fetches while it multiplies: what the next one reads, and where it will write its own results. (A
 // store that waits for its line took as long as a third of the multiplications in tiles.)
 struct Prefetch {
-    Lines reads, writes;
+    Lines reads, also, writes;  // `also`: is read beside it
 
     Prefetch() = default;
     __attribute__((always_inline)) Prefetch(const void* first, int64_t rows, int64_t stride, int64_t bytes,
                                             int64_t calls)
         : reads(first, rows, stride, bytes, calls) {}
-    __attribute__((always_inline)) void some() { reads.some<false>(), writes.some<true>(); }
+    __attribute__((always_inline)) void some() { reads.some<false>(), also.some<false>(), writes.some<true>(); }
 };
 
 // Where a product goes.

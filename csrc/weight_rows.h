@@ -12,6 +12,8 @@ struct WeightRows {
     const void* data;
     int64_t stride;
     const float* scales;
+    const uint32_t* words = nullptr;          // if not null, rows words_from and on are there too: weight_words
+    int64_t words_from = 0, words_depth = 0;  // words of a row
 
     // Elements [k, k + n) of row j in T; where they lie, or in `to`.
     void copy(int64_t j, int64_t k, int64_t n, T* to) const {
@@ -23,9 +25,13 @@ struct WeightRows {
         for (int64_t i = 0; i < n; ++i) put_exact(to + i, float(from[i]));
     }
     Prefetch ahead(int64_t j, int64_t n, int64_t k, int64_t calls) const {
+        if (words != nullptr) return Prefetch(panel(j), 1, 0, n * words_depth * 4, calls);
         const int64_t size = scales != nullptr ? 1 : int64_t(sizeof(T));
         return Prefetch(static_cast<const char*>(data) + j * stride * size, n, stride * size, k * size, calls);
     }
+
+    // The panel of words that begins with row j.
+    const uint32_t* panel(int64_t j) const { return words + (j - words_from) * words_depth; }
 
   private:
     // What int8 holds is exact in T.

@@ -18,7 +18,14 @@ from mint_engine.kernels.bordered_linear import (
     expand_backward,
     shrink,
 )
-from mint_engine.kernels.decode_step import StepAdapters, StepModel, decode_step, decode_step_supported
+from mint_engine.kernels.decode_step import (
+    StepAdapters,
+    StepModel,
+    Words,
+    decode_step,
+    decode_step_supported,
+    decode_words,
+)
 from mint_engine.kernels.decoder_layer import (
     LayerCall,
     decoder_layer_supported,
@@ -56,6 +63,7 @@ __all__ = [
     "Shrink",
     "StepAdapters",
     "StepModel",
+    "Words",
     "adamw_",
     "adamw_largest",
     "adamw_norm",
@@ -68,6 +76,7 @@ __all__ = [
     "bordered_linear_backward",
     "decode_step",
     "decode_step_supported",
+    "decode_words",
     "decoder_layer_supported",
     "decoder_layers",
     "decoder_layers_backward",

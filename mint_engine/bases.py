@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mint_engine.datums import Limits
+from mint_engine.device import machine_bytes
 from mint_engine.gpu.memory import free_bytes
 from mint_engine.models.config import ModelConfig, load_config
 from mint_engine.models.decoder import ACTIVATION_BYTES, Decoder
@@ -87,12 +88,12 @@ class BaseModels:
         on_load: Callable[[Sampler], None],
         wake: Callable[[], None],
         *,
-        int8: bool = False,
+        weights: str | None = None,
         speculation: int = 0,
     ) -> None:
         self._home, self._dtype, self._device = home, dtype, device
         self._cache_bytes, self._activation_bytes = cache_bytes, activation_bytes
-        self._on_load, self._wake, self._int8, self._speculation = on_load, wake, int8, speculation
+        self._on_load, self._wake, self._weights, self._speculation = on_load, wake, weights, speculation
         self._lock = threading.Lock()
         self._loading: dict[str, Future[Base]] = {}
 
@@ -144,10 +145,12 @@ class BaseModels:
             names = set(reader.names())
             progress.update(task, total=len(names))
             decoder = Decoder(
-                config, reader, self._dtype, device=self._device, int8=self._int8,
+                config, reader, self._dtype, device=self._device, int8=self._weights == "int8",
                 activation_bytes=self._activation_bytes or ACTIVATION_BYTES,
                 on_tensor=lambda _: progress.advance(task),
             )  # fmt: skip
+        fits = 8 * decoder.resident_bytes <= machine_bytes()
+        decoder.keeps_words = self._weights == "twice" or (self._weights is None and fits)
         sampler = Sampler(decoder, self._cache_bytes, self._wake, speculation=self._speculation)
         if self._device.type == "cuda" and not self._activation_bytes:
             decoder.activation_bytes = free_bytes(self._device)  # now that weights and KV cache have theirs

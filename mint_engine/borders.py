@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mint_engine.adapters import Adapter, LinearGroup
-from mint_engine.kernels import Places, write_places_
+from mint_engine.kernels import Places, Words, write_places_
 
 Shape: TypeAlias = tuple[int, tuple[str, ...]]  # of an adapter: its rank, and the groups it trains
 
@@ -31,6 +31,7 @@ class BorderedWeight:
         self.n, self.k, self.m = group.out_features, group.in_features, len(group.modules)
         self.bias: Tensor | None = None
         self.int8: tuple[Tensor, Tensor] | None = None  # W as decode steps read it: values [N, K] and scales [N]
+        self.words: Words | None = None  # or so: see `kernels.decode_words`
         self.buf = torch.zeros(self.n + self.m * ranks, self.k + self.m * ranks, dtype=dtype, device=device)
 
     @property

@@ -44,6 +44,11 @@ def resolve(device: str | torch.device | None = None) -> torch.device:
     return torch.device("cuda", index)
 
 
+def machine_bytes() -> int:
+    """The machine's memory, the GPU's not counted."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 @cache
 def _say_that_there_is_a_gpu() -> None:
     """Once. It becomes the default when a run of ``python -m benchmarks.gpu`` has found everything right on one."""

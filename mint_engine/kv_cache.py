@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mint_engine.device import machine_bytes
 from mint_engine.kv_blocks import BlockPool
 from mint_engine.models.config import ModelConfig
 
@@ -22,7 +22,7 @@ def default_bytes(device: torch.device) -> int:
     """A quarter of the memory of the machine or of the GPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] // 4
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    return machine_bytes() // 4
 
 
 @dataclass(eq=False)

@@ -141,6 +141,7 @@ struct Avx2 {
             to[2 * i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
         }
     }
+    MINT_INLINE Words load_words(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
     MINT_INLINE Words set1_word(uint32_t word) { return _mm256_set1_epi32(int(word)); }
     // Element I of every word.
     template <class E, int I>

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from mint_engine.kernels import args
+from mint_engine.kernels.decode_step.words import Words
 from mint_engine.kernels.op import Op
 
-__all__ = ["StepAdapters", "StepModel", "decode_step", "decode_step_supported"]
+__all__ = ["StepAdapters", "StepModel", "Words", "decode_step", "decode_step_supported", "decode_words"]
 
 _op = Op("decode_step")
 
@@ -36,11 +37,13 @@ class Linear(Protocol):
     """``buf`` ``[[W, B], [A, 0]]`` with W [n, k] of m stacked modules; ``bias`` [n] or None.
 
     ``int8``: None, or (values int8 [n, k], scales float32 [n]): a step reads ``values * scales`` instead of W.
+    ``words``: None, or what :func:`decode_words` made of W, of gate_up's in two parts: a step reads them instead.
     """
 
     buf: Tensor
     bias: Tensor | None
     int8: tuple[Tensor, Tensor] | None
+    words: Words | None
     n: int
     k: int
     m: int
@@ -112,8 +115,10 @@ class StepModel:
                 args.tensor("decode_step", f"layer {i}: {name}", weight, (hidden,), dtype)
             for name, size in zip(GROUPS, sizes, strict=True):
                 self.ranks = min(self.ranks, self._room(f"layer {i}: {name}", getattr(layer, name), size))
+        # Panels are as wide as the instruction set's that made them. One that has others reads the weights as they are.
+        self.word_columns = 0 if head.words is None else head.words.columns
         self.table = np.array([self._addresses(layer) for layer in layers], dtype=np.int64)
-        self.head_table = np.array([norm.data_ptr(), *_addresses(head)], dtype=np.int64)
+        self.head_table = np.array([norm.data_ptr(), *self._addresses_of(head)], dtype=np.int64)
         self.addresses = self.table.ctypes.data, self.head_table.ctypes.data  # of the tables
 
     def _room(self, name: str, w: Linear, size: tuple[int, int, int]) -> int:
@@ -133,23 +138,39 @@ class StepModel:
         """The fields of StepLayer (csrc/decode_step.h)."""
         norms = (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
         linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
-        return [*(_pointer(t) for t in norms), *(field for w in linears for field in _addresses(w))]
+        return [*(_pointer(t) for t in norms), *(field for w in linears for field in self._addresses_of(w))]
+
+    def _addresses_of(self, w: Linear) -> list[int]:
+        """The fields of StepLinear."""
+        stride = w.buf.stride(0)
+        a = w.buf.data_ptr() + w.n * stride * w.buf.element_size()
+        b = w.buf.data_ptr() + w.k * w.buf.element_size()
+        weight, words = [w.buf.data_ptr(), stride, 0], [0, 0]
+        if w.int8 is not None:
+            values, scales = w.int8
+            weight = [values.data_ptr(), values.stride(0), scales.data_ptr()]
+        elif w.words is not None and w.words.columns == self.word_columns:
+            words = [part.data_ptr() for part in w.words.parts]
+        return [*weight, _pointer(w.bias), a, stride, b, stride, words[0], words[-1]]
 
 
 def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _addresses(w: Linear) -> list[int]:
-    """The fields of StepLinear."""
-    stride = w.buf.stride(0)
-    a = w.buf.data_ptr() + w.n * stride * w.buf.element_size()
-    b = w.buf.data_ptr() + w.k * w.buf.element_size()
-    weight = [w.buf.data_ptr(), stride, 0]
-    if w.int8 is not None:
-        values, scales = w.int8
-        weight = [values.data_ptr(), values.stride(0), scales.data_ptr()]
-    return [*weight, _pointer(w.bias), a, stride, b, stride]
+def decode_words(weight: Tensor, parts: int = 1) -> Words | None:
+    """The words of ``weight [n, k]`` as a decode step would read them here, in parts of n / parts rows; as large as it.
+
+    Nothing is transposed then at every step. None where that is of no use: in float32, for an odd k, on a GPU, and on
+    CPUs that read a weight's rows faster (AMX) or have neither AVX2 nor AVX-512 BF16.
+    """
+    n, k = args.matrix("decode_words", "weight", weight)
+    if n % parts:
+        raise ValueError(f"parts: expected a divisor of {n} rows, got {parts} (decode_words)")
+    if weight.dtype is not torch.bfloat16 or k % 2 or not decode_step_supported(weight):
+        return None
+    words: Words | None = _op.cpu.words(weight, parts)
+    return words
 
 
 def decode_step_supported(*tensors: Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mint_engine.kernels.decode_step.words import Words
 from mint_engine.kernels.op import NATIVE_DTYPES, native
 from mint_engine.kernels.op import native_reason as supports  # noqa: F401
 
@@ -38,10 +39,23 @@ def decode_step(
     layers, head = model.addresses
     native.decode_step(
         NATIVE_DTYPES[model.norm.dtype], tokens.data_ptr(), model.embedding.data_ptr(), model.embedding.stride(0),
-        layers, len(model.layers), head, cos.data_ptr(), cos.stride(0),
+        layers, len(model.layers), head, model.word_columns, cos.data_ptr(), cos.stride(0),
         sin.data_ptr(), sin.stride(0), len(cos), k_pool.data_ptr(), v_pool.data_ptr(), k_pool.shape[1], k_pool.shape[2],
         block_table.data_ptr(), block_table.stride(0), block_table.shape[1], lengths.data_ptr(),
         *seated, wanted.data_ptr(), len(wanted), logits.data_ptr(), len(tokens), model.hidden, model.ffn, model.n_q,
         model.n_kv, model.d, vocab, model.eps, scale,
     )  # fmt: skip
     return logits
+
+
+def words(weight: Tensor, parts: int) -> Words | None:
+    code, found = NATIVE_DTYPES[weight.dtype], torch.zeros(1, dtype=torch.int64)
+    native.word_columns(code, found.data_ptr())
+    if not (columns := int(found)):
+        return None
+    (n, k), out = weight.shape, []
+    for part in weight.split(n // parts) if n else [weight]:
+        panels = -(-len(part) // columns)
+        out.append(torch.empty(panels * columns * k // 2, dtype=torch.int32))
+        native.weight_words(code, part.data_ptr(), part.stride(0), len(part), k, out[-1].data_ptr())
+    return Words(columns, tuple(out))

@@ -39,8 +39,8 @@ class EngineCore:
     ) -> None:  # fmt: skip
         if dtype not in DTYPES:
             raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-        if weights not in (None, "int8"):
-            raise UserError(f"weights: expected None or 'int8', got {weights!r}")
+        if weights not in (None, "int8", "once", "twice"):
+            raise UserError(f"weights: expected None, 'int8', 'once' or 'twice', got {weights!r}")
         if isinstance(speculation, bool) or not isinstance(speculation, int) or speculation < 0:
             raise UserError(f"speculation: expected an integer of at least 0, got {speculation!r}")
         self.dtype, self.device, self.home = dtype, resolve(device), home
@@ -52,7 +52,7 @@ class EngineCore:
         cache_bytes = kv_cache_bytes or default_bytes(self.device)
         add, wake = self._executor.add_stepper, self._executor.notify
         self._bases = BaseModels(
-            home, DTYPES[dtype], self.device, cache_bytes, activation_bytes, add, wake, int8=weights == "int8",
+            home, DTYPES[dtype], self.device, cache_bytes, activation_bytes, add, wake, weights=weights,
             speculation=speculation,
         )  # fmt: skip
         self._residents = Residents(self._executor.lane)

@@ -55,9 +55,12 @@ class Engine(Models, Training, Checkpoints, Parking):
             and 1; the operations get the rest while there is something to sample. Who is alone gets everything.
         speculation: tokens that a sample may propose in a step, from text that repeats itself (docs/sampling.md);
             0 for none. What is sampled does not change.
-        weights: None, or "int8": base models' linear weights are rounded to int8 with a scale for each output channel.
-            Decode steps read these, half the bytes of bfloat16; everything else computes with the same values in
-            ``dtype``, so both copies are kept. For sampling: it is another, slightly worse base model.
+        weights: how base models' weights are kept for decode steps on a CPU. "once": as they are. "twice": in bfloat16
+            a model gets a second copy, in the order in which a step reads it, when it is first sampled: the same bits,
+            faster. "int8": linear weights are rounded to int8 with a scale for each output channel; steps read these,
+            half the bytes, everything else computes with the same values in ``dtype``, and both copies are kept. For
+            sampling: it is another, slightly worse base model. Default: "twice" if the copy takes at most an eighth of
+            the machine's memory, else "once".
     """
 
     def __init__(

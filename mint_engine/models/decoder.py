@@ -45,6 +45,7 @@ class Decoder:
         self.rope = RopeTable(config, self.device)
         self.space = Workspace(self.device)
         self.programs: Any = None  # of `mint_engine.gpu`, on a GPU
+        self.keeps_words = False  # whether decode steps get a copy of the weights: `kernels.decode_words`
 
         def read(name: str) -> Tensor:
             tensor = reader.get(name).to(self.device).to(dtype)
@@ -118,7 +119,8 @@ class Decoder:
         """Memory of the weights, with their borders as wide as they are now."""
         tensors = [w.buf for w in self.borders.weights] + ([] if self._embedding is None else [self._embedding])
         tensors += [t for w in self.borders.weights for t in w.int8 or ()]
-        return sum(t.nbytes for t in tensors)
+        words = sum(w.words.nbytes for w in self.borders.weights if w.words is not None)
+        return words + sum(t.nbytes for t in tensors)
 
     @property
     def embedding(self) -> Tensor:
@@ -286,6 +288,11 @@ class Decoder:
         """The weights as ``kernels.decode_step`` takes them: made again when the borders have grown."""
         if self._step_model is None or self._step_model[0] != self.borders.capacity:
             c = self.config
+            if self.keeps_words and self._step_model is None:
+                for w in self.borders.weights:
+                    if w.int8 is None:
+                        # A step multiplies gate and up side by side.
+                        w.words = kernels.decode_words(w.weight, 2 if w.group.name.endswith(".gate_up") else 1)
             model = kernels.StepModel(
                 self.layers, self.norm, self.head, self.embedding, c.num_heads, c.num_kv_heads, c.rms_norm_eps
             )

@@ -36,9 +36,11 @@ class Settings(BaseSettings):
         "once; clients can name no other.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Compute dtype: bfloat16 or float32.")
-    weights: Literal["int8"] | None = Field(
+    weights: Literal["int8", "once", "twice"] | None = Field(
         default=None,
-        description="int8: base models rounded to int8 per output channel, for faster sampling; default as they are.",
+        description="How base models are kept for sampling on a CPU. int8: rounded to int8 per output channel; once: "
+        "as they are; twice: with a copy in the order in which decode steps read it. Default: twice if it takes at "
+        "most an eighth of the memory.",
     )
     device: str | None = Field(
         default=None,

@@ -16,8 +16,10 @@ from torch import Tensor
 from mint_engine.kernels import (
     StepAdapters,
     StepModel,
+    Words,
     bordered_linear,
     decode_step,
+    decode_words,
     logits,
     paged_attention,
     plan,
@@ -41,6 +43,7 @@ class Bordered:
     m: int
     bias: Tensor | None = None
     int8: tuple[Tensor, Tensor] | None = None
+    words: Words | None = None
 
     def forward_weight(self, offset: int, rank: int) -> Tensor:
         """[W | B] of one adapter."""
@@ -84,6 +87,16 @@ def model(dtype: torch.dtype, *, bias: bool = False, norms: bool = False, hidden
     ]  # fmt: skip
     head = bordered(VOCAB, hidden, 1, 99, dtype)
     return StepModel(layers, norm(hidden, 98), head, head.buf[:VOCAB, :hidden], N_Q, N_KV, EPS)
+
+
+def with_words(m: StepModel) -> StepModel:
+    """The same weights, kept in words too."""
+
+    def kept(w: Bordered, parts: int = 1) -> Bordered:
+        return replace(w, words=decode_words(w.buf[: w.n, : w.k], parts))
+
+    layers = [replace(w, qkv=kept(w.qkv), o=kept(w.o), gate_up=kept(w.gate_up, 2), down=kept(w.down)) for w in m.layers]
+    return StepModel(layers, m.norm, kept(m.head), m.embedding, N_Q, N_KV, EPS)
 
 
 def converted(m: StepModel, dtype: torch.dtype) -> StepModel:
@@ -237,6 +250,47 @@ def test_a_row_has_the_same_bits_alone_and_in_company(
         with using(isa, 1):
             alone = run(m, {**own, "wanted": torch.zeros(1, dtype=torch.int64)}, adapters, "cpu")[0]
         assert torch.equal(together[at], alone[0]), isa
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 20, 70])
+@pytest.mark.parametrize("hidden", [HIDDEN, 64, LONG, 256])
+@pytest.mark.parametrize("seats", [None, MIXED, EIGHTS], ids=["base", "ranks 2 and 4", "ranks of 8"])
+@pytest.mark.parametrize("extras", [{}, {"bias": True, "norms": True}])
+def test_kept_words_change_no_bit(seats: StepAdapters | None, hidden: int, rows: int, extras: dict) -> None:
+    if seats is not None and rows < 5:
+        seats = seated((0, 1, 2, 8, ALL))
+    m, b = model(torch.bfloat16, hidden=hidden, **extras), batch(rows, torch.bfloat16)
+    for isa in ISAS:
+        with using(isa, 2):
+            kept = with_words(m)
+            assert (kept.word_columns > 0) == (isa in ("avx2", "avx512_bf16"))
+            for a, c in zip(run(kept, b, seats, "cpu"), run(m, b, seats, "cpu"), strict=True):
+                assert torch.equal(a.nan_to_num(7.0), c.nan_to_num(7.0)), isa
+
+
+def test_words_of_other_panels_are_left_alone() -> None:
+    """Of an instruction set whose panels are as wide as none here, say: the weights themselves are read."""
+    m, b = model(torch.bfloat16), batch(3, torch.bfloat16)
+    for w in [m.head, *(getattr(la, name) for la in m.layers for name in ("qkv", "o", "gate_up", "down"))]:
+        w.words = Words(7, (torch.zeros(1, dtype=torch.int32),))
+    other = StepModel(m.layers, m.norm, m.head, m.embedding, N_Q, N_KV, EPS)
+    assert torch.equal(run(other, b, face="cpu")[0], run(model(torch.bfloat16), b, face="cpu")[0])
+
+
+def test_words_are_pairs_of_neighbours_of_many_rows() -> None:
+    weight = normal(61, 44, seed=1, dtype=torch.bfloat16)
+    words = decode_words(weight)
+    if words is None:
+        pytest.skip("this CPU reads none")
+    columns = words.columns
+    panels = words.parts[0].view(torch.bfloat16).view(-1, 22, columns, 2)
+    rows = panels.permute(0, 2, 1, 3).reshape(-1, 44)
+    assert torch.equal(rows[:61], weight)
+    assert not rows[61:].any()
+    assert decode_words(weight.float()) is None
+    assert decode_words(normal(4, 7, seed=1, dtype=torch.bfloat16)) is None
+    with pytest.raises(ValueError, match=r"parts: expected a divisor of 61 rows, got 2 \(decode_words\)"):
+        decode_words(weight, 2)
 
 
 @pytest.mark.parametrize("rows", [5, 20])

@@ -1,0 +1,148 @@
+// few_rows.h where the weight's words are kept in panels (weight_words): pairs of bf16 that are neighbours in k, as the
+// register tile reads them. Nothing is transposed, and memory is read in the order in which it lies.
+#pragma once
+#include "check.h"
+#include "gemm.h"
+#include "weight_rows.h"
+
+namespace mint {
+
+template <class S, class T>
+constexpr bool kReadsWords = (Panel<S, T>::kPairs && !Panel<S, T>::kTiles) || Panel<S, T>::kWidensWords;
+
+// Rows of a tile: where words are widened the masks want registers, too, and one sum on the stack takes twice the time.
+template <class S, class T>
+constexpr int kWordRows = Panel<S, T>::kWidensWords ? S::kMr - 1 : S::kMr;
+
+constexpr int64_t kWordStep = 4;  // words between two chances to fetch ahead
+
+// c[M][ldc] (+)= M rows of x * Nv vectors of columns of a panel, over `count` words. As register_tile sums them.
+template <class S, class T, int M, int Nv>
+void words_tile(Rows x, const uint32_t* panel, int64_t count, float* c, int64_t ldc, bool accumulate, Prefetch* next) {
+    using Q = Panel<S, T>;
+    typename S::F acc[M][Nv];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
+        for (int j = 0; j < Nv; ++j) acc[i][j] = S::zero();
+    const char* rows[M];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) rows[i] = x.data + i * x.stride;
+    const auto word = [&](int64_t w) __attribute__((always_inline)) {
+        const uint32_t* line = panel + w * Q::kCols;
+        if constexpr (Q::kPairs) {
+            typename S::B b[Nv];
+#pragma GCC unroll 16
+            for (int j = 0; j < Nv; ++j) b[j] = S::load_pairs(line + j * S::W);
+#pragma GCC unroll 16
+            for (int i = 0; i < M; ++i) {
+                uint32_t pair;
+                std::memcpy(&pair, rows[i] + 4 * w, 4);
+                const auto a = S::set1_pair(pair);
+#pragma GCC unroll 16
+                for (int j = 0; j < Nv; ++j) acc[i][j] = S::dot(acc[i][j], a, b[j]);
+            }
+        } else {
+            const auto add = [&](auto element) __attribute__((always_inline)) {
+                constexpr int e = decltype(element)::value;
+                typename S::F b[Nv];
+#pragma GCC unroll 16
+                for (int j = 0; j < Nv; ++j) b[j] = S::template widened<bf16, e>(S::load_words(line + j * S::W));
+#pragma GCC unroll 16
+                for (int i = 0; i < M; ++i) {
+                    float value;
+                    std::memcpy(&value, rows[i] + 8 * w + 4 * e, 4);
+                    const auto a = S::set1(value);
+#pragma GCC unroll 16
+                    for (int j = 0; j < Nv; ++j) acc[i][j] = S::fma(a, b[j], acc[i][j]);
+                }
+            };
+            add(std::integral_constant<int, 0>());
+            add(std::integral_constant<int, 1>());
+        }
+    };
+    int64_t w = 0;
+    for (; w + kWordStep <= count; w += kWordStep) {
+        next->some();
+#pragma GCC unroll 16
+        for (int64_t s = 0; s < kWordStep; ++s) word(w + s);
+    }
+    for (; w < count; ++w) word(w);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
+        for (int j = 0; j < Nv; ++j) {
+            float* p = c + i * ldc + j * S::W;
+            S::store(p, accumulate ? S::add(S::load(p), acc[i][j]) : acc[i][j]);
+        }
+}
+
+// The tile of m <= M rows and nv <= Nv vectors.
+template <class S, class T, int M = kWordRows<S, T>, int Nv = S::kNv>
+MINT_INLINE void words_tile_of(int64_t m, int64_t nv, Rows x, const uint32_t* panel, int64_t count, float* c,
+                               int64_t ldc, bool accumulate, Prefetch* next) {
+    if constexpr (M > 1) {
+        if (m < M) return words_tile_of<S, T, M - 1, Nv>(m, nv, x, panel, count, c, ldc, accumulate, next);
+    }
+    if constexpr (Nv > 1) {
+        if (nv < Nv) return words_tile_of<S, T, M, Nv - 1>(m, nv, x, panel, count, c, ldc, accumulate, next);
+    }
+    words_tile<S, T, M, Nv>(x, panel, count, c, ldc, accumulate, next);
+}
+
+// `count` words of a panel as pack_panel would have made them.
+template <class S, class T>
+void words_to_panel(const uint32_t* words, int64_t count, typename Panel<S, T>::P* to) {
+    using Q = Panel<S, T>;
+    constexpr int64_t C = Q::kCols;
+    if constexpr (Q::kPairs) {
+        std::memcpy(to, words, size_t(count * C) * 4);
+    } else {
+        for (int64_t w = 0; w < count; ++w, words += C, to += 2 * C)
+            for (int64_t j = 0; j < C; j += S::W) {
+                const auto both = S::load_words(words + j);
+                S::store(to + j, S::template widened<bf16, 0>(both));
+                S::store(to + C + j, S::template widened<bf16, 1>(both));
+            }
+    }
+}
+
+// *columns = those of a panel of words; 0 where products of few rows read none.
+template <class S, class T>
+void word_columns(int64_t* columns) {
+    *columns = kReadsWords<S, T> ? Panel<S, T>::kCols : 0;
+}
+
+// to = the words of n weight rows of k elements, k even: of each panel of rows the first word of every row, the second
+// of every row and so on; zeros where the last panel has no row.
+template <class S, class T>
+void weight_words(const T* weight, int64_t stride, int64_t n, int64_t k, uint32_t* to) {
+    const char* op = "weight_words";
+    check::row_stride(op, "weight", stride, n, k);
+    check::multiple(op, "k", k, 2);
+    if constexpr (!kReadsWords<S, T>) {
+        check::at_least(op, "words that are read here", 0, 1);
+    } else {
+        constexpr int64_t C = Panel<S, T>::kCols, W = S::W;
+        const int64_t words = k / 2, panels = ceil_div(n, C);
+#pragma omp parallel for schedule(static) if (n * k > kSerialWork)
+        for (int64_t p = 0; p < panels; ++p) {
+            const char* rows = reinterpret_cast<const char*>(weight + p * C * stride);
+            const int64_t bytes = stride * int64_t(sizeof(T)), real = min64(C, n - p * C);
+            uint32_t* panel = to + p * C * words;
+            for (int64_t j = 0; j < C; j += W) {
+                int64_t w = 0;
+                if (j + W <= real)
+                    for (; w + W <= words; w += W)
+                        S::transpose(rows + j * bytes + 4 * w, bytes, reinterpret_cast<float*>(panel + w * C + j), C);
+                for (; w < words; ++w)
+                    for (int64_t l = j; l < j + W; ++l) {
+                        panel[w * C + l] = 0;
+                        if (l < real) std::memcpy(panel + w * C + l, rows + l * bytes + 4 * w, 4);
+                    }
+            }
+        }
+    }
+}
+
+}  // namespace mint

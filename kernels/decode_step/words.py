@@ -1,0 +1,22 @@
+"""A weight's words: a second copy of it, in the order in which a decode step on a CPU reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Words:
+    """Pairs of bfloat16 that are neighbours in k, of ``columns`` rows of the weight at a time, transposed.
+
+    ``parts``: int32, of all rows; or of either half of them, where a step multiplies them side by side (gate and up).
+    """
+
+    columns: int
+    parts: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
