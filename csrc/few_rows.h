@@ -59,7 +59,8 @@ class FewRows<S, T, false> {
 
     float* sums(int64_t buffer = 0) const { return is_in_place_ ? in_place_.sums(buffer) : sums_ + buffer * rows_ * C; }
     static int64_t prefetch_calls(const WeightRows<T>& w, int64_t rows, int64_t k) {
-        if (w.words != nullptr) return ceil_div(rows, kWordRows<S, T>) * max64(k / (2 * kWordStep), 1);
+        if (w.words != nullptr)
+            return (widens_once(rows) ? 1 : ceil_div(rows, kWordRows<S, T>)) * max64(k / (2 * kWordStep), 1);
         if (in_place(w, rows)) return FewRowsInPlace<S, T>::prefetch_calls(k);
         if (Q::kWidensWords && rows <= Straight::kMost) return Straight::prefetch_calls(k);
         return ceil_div(Q::depth(k), S::W);
@@ -101,6 +102,10 @@ class FewRows<S, T, false> {
         const int64_t depth = Q::depth(k_), whole = depth / kDepth * kDepth, nv = ceil_div(cols, S::W);
         const uint32_t* panel = w.panel(first);
         const auto chunk = [&](int64_t k0, int64_t count, float* to, bool accumulate) {
+            if (widens_once(rows_)) {
+                words_to_panel<S, T>(panel + k0 / kElements * C, count / kElements, panel_, next);
+                return tiles(0, rows_, cols, k0, count, false, panel_, to);
+            }
             const Rows x{x_.data + 4 * k0, x_.stride, false};
             for (int64_t i = 0; i < rows_; i += kWordRows<S, T>)
                 words_tile_of<S, T>(min64(kWordRows<S, T>, rows_ - i), nv, x.at(i), panel + k0 / kElements * C,
@@ -122,7 +127,7 @@ class FewRows<S, T, false> {
                 return;
             }
         }
-        if (rest > 0) words_to_panel<S, T>(panel + whole / kElements * C, rest / kElements, panel_);
+        if (rest > 0) words_to_panel<S, T>(panel + whole / kElements * C, rest / kElements, panel_, next);
         go_on(first, cols, rest, c);
     }
 
@@ -152,6 +157,9 @@ class FewRows<S, T, false> {
         if (Q::kWidensWords && (rows <= Straight::kMost || rows > C)) return false;
         return FewRowsInPlace<S, T>::kPossible && rows > S::kMr;
     }
+
+    // Whether words become a panel for many rows, instead of being widened by each tile.
+    static bool widens_once(int64_t rows) { return Q::kWidensWords && rows > C; }
 
     // `count` elements of k from k0 on, W at a time.
     void pack_weight(const WeightRows<T>& w, int64_t first, int64_t cols, int64_t k0, int64_t count,

@@ -92,18 +92,22 @@ MINT_INLINE void words_tile_of(int64_t m, int64_t nv, Rows x, const uint32_t* pa
 
 // `count` words of a panel as pack_panel would have made them.
 template <class S, class T>
-void words_to_panel(const uint32_t* words, int64_t count, typename Panel<S, T>::P* to) {
+void words_to_panel(const uint32_t* words, int64_t count, typename Panel<S, T>::P* to, Prefetch* next) {
     using Q = Panel<S, T>;
     constexpr int64_t C = Q::kCols;
-    if constexpr (Q::kPairs) {
-        std::memcpy(to, words, size_t(count * C) * 4);
-    } else {
-        for (int64_t w = 0; w < count; ++w, words += C, to += 2 * C)
+    for (int64_t w = 0; w < count; ++w, words += C) {
+        if (w % kWordStep == 0) next->some();
+        if constexpr (Q::kPairs) {
+            std::memcpy(to, words, size_t(C) * 4);
+            to += C;
+        } else {
             for (int64_t j = 0; j < C; j += S::W) {
                 const auto both = S::load_words(words + j);
                 S::store(to + j, S::template widened<bf16, 0>(both));
                 S::store(to + C + j, S::template widened<bf16, 1>(both));
             }
+            to += 2 * C;
+        }
     }
 }
 

@@ -18,11 +18,6 @@ from mint_engine.models.decoder import Decoder
 from mint_engine.types import Datum, LoraConfig, ModelInput
 
 
-@pytest.fixture(scope="module")
-def decoder(tiny_tied: Path) -> Decoder:
-    return load_decoder(tiny_tied, torch.bfloat16)
-
-
 def trained_logprobs(decoder: Decoder, adapter: Adapter, tokens: list[int]) -> np.ndarray:
     """Of tokens[1:]."""
     datum = Datum(
@@ -32,9 +27,12 @@ def trained_logprobs(decoder: Decoder, adapter: Adapter, tokens: list[int]) -> n
     return out.loss_fn_outputs[0]["logprobs"].to_numpy()
 
 
+@pytest.mark.parametrize("words", [False, True], ids=["once", "twice"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_bf16_sampling_reports_what_training_computes(decoder: Decoder, isa: str) -> None:
+def test_bf16_sampling_reports_what_training_computes(tiny_tied: Path, isa: str, words: bool) -> None:
     """Company of two adapters, a prompt in chunks, 140 tokens: nothing of it moves a hidden state by a bit."""
+    decoder = load_decoder(tiny_tied, torch.bfloat16)
+    decoder.keeps_words = words
     adapters = [trained_adapter(decoder, LoraConfig(rank=r, seed=r), scale=0.1) for r in (4, 7)]
     prompt = [(11 * i + 5) % 199 for i in range(70)]
     with using(isa), plan.own_products():

@@ -48,7 +48,7 @@ def test_they_reach_the_engine(made: list, monkeypatch: pytest.MonkeyPatch, tmp_
         ("MINT_SAMPLING_SHARE", "nan", "sampling_share: expected a number between 0 and 1, both excluded, got nan"),
         ("MINT_SPECULATION", "-1", "MINT_SPECULATION: expected a number of tokens, got '-1'"),
         ("MINT_SPECULATION", "some", "MINT_SPECULATION: expected a number of tokens, got 'some'"),
-        ("MINT_WEIGHTS", "int4", "weights: expected None or 'int8', got 'int4'"),
+        ("MINT_WEIGHTS", "int4", "weights: expected None, 'int8', 'once' or 'twice', got 'int4'"),
     ],
 )
 def test_nonsense_is_refused(
