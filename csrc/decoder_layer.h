@@ -1,5 +1,6 @@
-// Decoder layers of a training pass in one call, forward or backward: models/layer.py's ops one after the other, with
-// nothing but C++ between them. That file says what is computed, in what order, and why; here are only addresses.
+// Decoder layers of a training pass or of a pass over prompts in one call, forward or backward: models/layer.py's ops
+// one after the other, with nothing but C++ between them. That file says what is computed, in what order, and why; here
+// are only addresses.
 //
 // Python fills the structs as rows of int64 (kernels/decoder_layer): all fields are 8 bytes. Rows of S and dS lie in
 // the tails of the buffers they belong to, each row's own adapter's from the first column on.
@@ -30,9 +31,15 @@ struct LayerPass {
     const float *cos, *sin;
     int64_t table_stride, some;
     const int64_t* at;
+    // Of prompts, else null: the cells of a layer's pools that the rows' k and v go to; and if there were tokens before
+    // them, the cells of all n_held tokens of the sequences, whose bounds are cu_keys.
+    const int64_t *slots, *held;
+    int64_t n_held;
+    const int32_t* cu_keys;
     Seats qkv, o, gate_up, down;  // qkv's of all rows, the others' of some
 
     int64_t q_width() const { return n_q * d; }
+    int64_t kv_width() const { return n_kv * d; }
     int64_t qk_width() const { return (n_q + n_kv) * d; }
 };
 
@@ -45,6 +52,7 @@ struct ForwardRoom {
     T *h, *x, *s_qkv, *qkv, *qk, *o;
     float* lse;
     T *o_some, *h_some, *out, *x2, *h2, *s_gate_up, *gate_up, *a, *s_down;
+    T *k_cells, *v_cells, *k_held, *v_held;  // of prompts: the layer's pools, and room for the held tokens
 };
 
 // Buffers of a backward, and at which address the gradients of each seat begin, per linear. dh has rows of dh_stride.
@@ -75,6 +83,15 @@ void gather_rows(const T* from, int64_t from_stride, const int64_t* at, int64_t 
 #pragma omp parallel for schedule(static) if (count * width > kSerialWork)
     for (int64_t i = 0; i < count; ++i)
         std::memcpy(to + i * to_stride, from + at[i] * from_stride, size_t(width) * sizeof(T));
+}
+
+// to[at[i]] = from[i], rows of `width` elements.
+template <class T>
+void scatter_rows(const T* from, int64_t from_stride, const int64_t* at, int64_t count, int64_t width, T* to,
+                  int64_t to_stride) {
+#pragma omp parallel for schedule(static) if (count * width > kSerialWork)
+    for (int64_t i = 0; i < count; ++i)
+        std::memcpy(to + at[i] * to_stride, from + i * from_stride, size_t(width) * sizeof(T));
 }
 
 // to[at[i]] = from[i], the other of `rows` rows zero; at ascends.
@@ -110,8 +127,20 @@ void layer_forward(const LayerWeights<T>& w, const LayerPass& p, const ForwardRo
                        eps, r.qk, qk_width, m, p.d);
     // Of all rows the attention has what o reads; where some go on, its own room has no tail.
     const int64_t o_stride = q_width + p.o.tail, all_stride = p.at == nullptr ? o_stride : q_width;
-    attention<S, T>(r.qk, qk_width, r.qk + q_width, qk_width, r.qkv + qk_width, w.qkv.n, r.o, all_stride, r.lse,
-                    p.cu_seqlens, p.cu_seqlens, p.sequences, m, m, p.n_q, p.n_kv, p.d, scale);
+    const T *k = r.qk + q_width, *v = r.qkv + qk_width;
+    int64_t k_stride = qk_width, v_stride = w.qkv.n, keys = m;
+    if (p.slots != nullptr) {
+        const int64_t width = p.kv_width();
+        scatter_rows(k, k_stride, p.slots, m, width, r.k_cells, width);
+        scatter_rows(v, v_stride, p.slots, m, width, r.v_cells, width);
+        if (p.held != nullptr) {
+            gather_rows(r.k_cells, width, p.held, p.n_held, width, r.k_held, width);
+            gather_rows(r.v_cells, width, p.held, p.n_held, width, r.v_held, width);
+            k = r.k_held, v = r.v_held, k_stride = v_stride = width, keys = p.n_held;
+        }
+    }
+    attention<S, T>(r.qk, qk_width, k, k_stride, v, v_stride, r.o, all_stride, r.lse, p.cu_seqlens,
+                    p.held == nullptr ? p.cu_seqlens : p.cu_keys, p.sequences, m, keys, p.n_q, p.n_kv, p.d, scale);
 
     T* o = r.o;
     const T* h = r.residual == nullptr ? r.delta : r.h;

@@ -241,15 +241,25 @@ class Sampler:
 
     def _compute_prompts(self, pieces: list[tuple[Job, Piece]]) -> dict[Job, Tensor]:
         """Compute and score prompts of one adapter; the logits that the first tokens are drawn from."""
-        h, seating = prefill(self._decoder, self._cache, [piece for _, piece in pieces])
-        self.tokens_prefilled += len(h)
         row, last = 0, {}
+        scored: list[tuple[Job, range, int]] = []  # rows of a prompt that are read, and where they are in the pass
+        wanted: set[int] = set()
         for job, piece in pieces:
-            self._score(job, piece, h[row : row + len(piece.tokens)], seating, row)
+            if job.scorer is not None and (read := job.scorer.rows(piece.start, piece.stop)):
+                scored.append((job, read, row + read.start - piece.start))
+                wanted.update(range(scored[-1][2], scored[-1][2] + len(read)))
             row += len(piece.tokens)
             if job.rows and not job.remaining:
                 last[job] = row - 1
-        return self._logits(last, h, seating)
+        wanted.update(last.values())
+        chosen = torch.tensor(sorted(wanted or {row - 1}))
+        h, seating = prefill(self._decoder, self._cache, [piece for _, piece in pieces], chosen)
+        self.tokens_prefilled += row
+        for job, read, first in scored:
+            at = int(torch.searchsorted(chosen, first))
+            self._score(job, read, h, seating, at)
+        places = torch.searchsorted(chosen, torch.tensor(list(last.values()), dtype=torch.int64)).tolist()
+        return self._logits(dict(zip(last, places, strict=True)), h, seating)
 
     def _logits(self, rows: dict[Job, int], h: Tensor, seating: Seating) -> dict[Job, Tensor]:
         """The logits [V] of these rows, on the device, where tokens are drawn."""
@@ -260,14 +270,12 @@ class Sampler:
         x = self._decoder.head_input(h[at], own)
         return dict(zip(rows, self._decoder.logits(x, own), strict=True))
 
-    def _score(self, job: Job, piece: Piece, h: Tensor, seating: Seating, offset: int) -> None:
-        """Score the rows ``h`` of a piece, which are rows ``offset, ...`` of the pass."""
-        if job.scorer is None or not (rows := job.scorer.rows(piece.start, piece.stop)):
-            return
-        first = rows.start - piece.start
-        own = seating.select(torch.arange(offset + first, offset + first + len(rows)))
-        x = self._decoder.head_input(h[first : first + len(rows)], own)
-        job.scorer.add(self._decoder, x, own, rows.start)
+    def _score(self, job: Job, read: range, h: Tensor, seating: Seating, at: int) -> None:
+        """Score the rows of a prompt that are ``read``; they lie in ``h`` from row ``at`` on."""
+        assert job.scorer is not None
+        own = seating.select(torch.arange(at, at + len(read)))
+        x = self._decoder.head_input(h[at : at + len(read)], own)
+        job.scorer.add(self._decoder, x, own, read.start)
 
     def _finish_jobs(self, jobs: list[Job], ends: dict[Job, Tensor]) -> None:
         """Answer what was only to be scored; draw the next token of every other job's rows from its last logits."""
@@ -288,7 +296,8 @@ class Sampler:
         attend = self._decoder.packed_attend(batch)
         h, _ = self._decoder.hidden(batch.tokens, batch.positions, seating, attend)
         self.tokens_prefilled += len(h)
-        self._score(job, Piece(job.request.adapter, job.cache, job.tokens, 0), h, seating, 0)
+        if job.scorer is not None and (read := job.scorer.rows(0, len(h))):
+            self._score(job, read, h, seating, read.start)
         job.cache.length = len(job.tokens)
         self._finish_jobs([job], self._logits({job: len(h) - 1}, h, seating) if job.rows else {})
 

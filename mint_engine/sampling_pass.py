@@ -22,7 +22,7 @@ from mint_engine.device import computing_on, upload
 from mint_engine.gpu.decode import Step, decode_programs, seats
 from mint_engine.kv_cache import CachedSequence, KVCache
 from mint_engine.models.decoder import Decoder
-from mint_engine.models.layer import Attend
+from mint_engine.models.layer import Attend, Cells, Context
 from mint_engine.sampling import Draw
 
 
@@ -40,15 +40,21 @@ class Piece:
         return self.start + len(self.tokens)
 
 
-def prefill(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) -> tuple[Tensor, Seating]:
+def prefill(
+    decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], wanted: Tensor | None = None
+) -> tuple[Tensor, Seating]:
     """(residual stream [M, H], seating) of the rows of prompts; their K and V go into the cache.
+
+    Of the ``wanted`` rows only, if given (int64, ascending, at least one): the others are spared the last layer.
 
     A piece's earlier tokens must be in the cache or come from a piece before it. Rows have the same bits in any company
     of their own adapter's where products are our own (`kernels.plan`); where an adapter sits in the border moves sums.
     """
     with computing_on(decoder.device):
-        rows, attend = _Rows.of(decoder, cache, pieces), _prompt_attend(decoder, cache, pieces)
-        return _hidden(decoder, cache, rows, attend), rows.seating
+        rows = _Rows.of(decoder, cache, pieces)
+        attend = _PromptAttend(decoder, cache, pieces, rows.slots)
+        h, _ = decoder.hidden(rows.tokens, rows.positions, rows.seating, attend, rows=wanted)
+        return h, rows.seating if wanted is None else rows.seating.select(wanted)
 
 
 def decode(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], wanted: Sequence[int] | None = None) -> Tensor:
@@ -61,7 +67,9 @@ def decode(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], wanted: Se
         return decode_programs(decoder, cache).logits(_step(cache, pieces))
     if not kernels.decode_step_supported(decoder.norm, cache.k, cache.v):
         rows = _Rows.of(decoder, cache, pieces)
-        h = _hidden(decoder, cache, rows, _sampled_attend(decoder, cache, pieces))
+        h, _ = decoder.hidden(
+            rows.tokens, rows.positions, rows.seating, _sampled_attend(decoder, cache, pieces, rows.slots)
+        )
         chosen = _chosen(wanted, len(h))
         own = rows.seating.select(chosen)
         return decoder.logits(decoder.head_input(h[upload(chosen, decoder.device)], own), own)
@@ -135,14 +143,6 @@ def _seats(pieces: Sequence[Piece]) -> list[tuple[Adapter | None, int, int]]:
     return [(p.adapter, a, b) for p, a, b in zip(pieces, bounds[:-1], bounds[1:], strict=True)]
 
 
-def _hidden(decoder: Decoder, cache: KVCache, rows: _Rows, attend: Attend) -> Tensor:
-    def store_and_attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        cache.write(layer, rows.slots, k, v)
-        attend(layer, q, k, v, out)
-
-    return decoder.hidden(rows.tokens, rows.positions, rows.seating, store_and_attend)[0]
-
-
 def _adapters(decoder: Decoder, seating: Seating) -> kernels.StepAdapters | None:
     """The seating as decode_step takes it. An adapter trains a kind of module in every layer or in none."""
     if not seating.segments:
@@ -166,28 +166,36 @@ def _context(cache: KVCache, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.nd
     return np.repeat(table, counts, axis=0), lengths
 
 
-def _prompt_attend(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) -> Attend:
-    """Causal attention of each piece over its sequence so far."""
-    cu_seqlens = _cumulative([len(p.tokens) for p in pieces])
-    cu_keys, held = cu_seqlens, None
-    if any(p.start for p in pieces):
-        cu_keys = _cumulative([p.stop for p in pieces])
-        held = upload(_slots(cache, [(p, 0) for p in pieces]), decoder.device)
-    heads = decoder.config.num_heads, decoder.config.num_kv_heads, decoder.config.head_dim**-0.5
+class _PromptAttend:
+    """K and V of a pass's rows go into the cache; then each piece attends causally, over its sequence so far.
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        keys, values = (k, v) if held is None else cache.read(layer, held)
-        kernels.attention(q, keys, values, cu_seqlens, *heads, cu_keys=cu_keys, out=out)
+    ``bounds`` and ``context`` say the same to whoever does that in a call of its own (`models/fused.py`).
+    """
 
-    return attend
+    def __init__(self, decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], slots: Tensor) -> None:
+        self.bounds = _cumulative([len(p.tokens) for p in pieces])
+        keys, held = self.bounds, None
+        if any(p.start for p in pieces):
+            keys = _cumulative([p.stop for p in pieces])
+            held = upload(_slots(cache, [(p, 0) for p in pieces]), decoder.device)
+        self.context = Context(Cells(slots, cache.k, cache.v), held, keys)
+        self._cache, c = cache, decoder.config
+        self._heads = c.num_heads, c.num_kv_heads, c.head_dim**-0.5
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        held, keys = self.context.held, self.context.cu_keys
+        self._cache.write(layer, self.context.cells.slots, k, v)
+        k, v = (k, v) if held is None else self._cache.read(layer, held)
+        kernels.attention(q, k, v, self.bounds, *self._heads, cu_keys=keys, out=out)
 
 
-def _sampled_attend(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) -> Attend:
-    """Each row attends alone to the blocks of its sequence, up to itself."""
+def _sampled_attend(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], slots: Tensor) -> Attend:
+    """The rows' K and V go into the cache; then each attends alone to the blocks of its sequence, up to itself."""
     table, lengths = (upload(torch.from_numpy(t), decoder.device) for t in _context(cache, pieces))
     heads = decoder.config.num_heads, decoder.config.num_kv_heads, decoder.config.head_dim**-0.5
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        cache.write(layer, slots, k, v)
         kernels.paged_attention(q, cache.k[layer], cache.v[layer], table, lengths, *heads, out=out)
 
     return attend

@@ -145,7 +145,7 @@ def test_a_pass_that_fails_leaves_nothing_to_be_found(tiny_tied: Path, monkeypat
         raise MemoryError("no more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sampler.cache, "write", out_of_memory)
+        patch.setattr("mint_engine.models.fused.decoder_layers", out_of_memory)
         future = sampler.submit(request(PREFIX))
         step(sampler)
         assert isinstance(future.exception(timeout=0), MemoryError)

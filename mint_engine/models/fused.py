@@ -1,7 +1,7 @@
-"""Layers of a training pass on a CPU in one call (`kernels/decoder_layer`): what `layer.py` does op by op.
+"""Layers of a training pass, or of one over prompts, on a CPU in one call: what `layer.py` does op by op.
 
-A layer's results are buffers whose addresses are known before: so the layers of a pass can wait for each other
-(:class:`Waiting`) and be one call together, with no Python in between.
+The call is `kernels/decoder_layer`. A layer's results are buffers whose addresses are known before: so the layers of a
+pass can wait for each other (:class:`Waiting`) and be one call together, with no Python in between.
 
 Here are the addresses only: of the weights, once; of what all layers of a pass share, once per pass; of the buffers of
 a layer, which are those that layer.py takes, under the same names.
@@ -30,19 +30,25 @@ Kept: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 
 class Weights:
-    """A layer's LayerWeights. To be made again when a border has been replaced."""
+    """A layer's LayerWeights. To be made again when a tensor has been replaced, as borders are."""
 
     def __init__(self, layer: DecoderLayer) -> None:
-        linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
-        self._bufs = [w.buf for w in linears]
-        fields = [_address(t) for t in (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)]
-        for w in linears:
+        self._tensors = _tensors(layer)
+        fields = [_address(t) for t in self._tensors[:4]]
+        for w in (layer.qkv, layer.o, layer.gate_up, layer.down):
             rows = [n for _, n in w.group.modules]
             fields += [w.buf.data_ptr(), w.buf.stride(0), _address(w.bias), w.n, w.k, w.m, *rows, *[0] * (3 - w.m)]
         self.table = np.array(fields, dtype=np.int64)
 
     def fit(self, layer: DecoderLayer) -> bool:
-        return all(w.buf is b for w, b in zip((layer.qkv, layer.o, layer.gate_up, layer.down), self._bufs, strict=True))
+        return all(a is b for a, b in zip(_tensors(layer), self._tensors, strict=True))
+
+
+def _tensors(layer: DecoderLayer) -> tuple[Tensor | None, ...]:
+    return (
+        layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm,
+        layer.qkv.buf, layer.o.buf, layer.gate_up.buf, layer.down.buf,
+    )  # fmt: skip
 
 
 class Waiting:
@@ -93,12 +99,17 @@ class Shared:
         self.tails = [linear.tail(w, s) for w, s in self.linears]
         self.count = count
         seats = [_seats(segments) for segments in self.segments]
-        self._kept = cu_seqlens, some, seats
+        slots = held = keys = None
+        if p.context is not None:
+            slots, held, keys = p.context.cells.slots, p.context.held, p.context.cu_keys
+        self._kept = cu_seqlens, some, seats, slots, held, keys
+        self.held = 0 if held is None else len(held)
         self.table = np.array(
             [
                 rows, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim,
                 len(cu_seqlens) - 1, cu_seqlens.data_ptr(),
                 p.cos.data_ptr(), p.sin.data_ptr(), p.cos.stride(0), count, _address(some),
+                _address(slots), _address(held), self.held, _address(keys),
                 *(
                     field
                     for table, segments, tail in zip(seats, self.segments, self.tails, strict=True)
@@ -172,7 +183,7 @@ def forward(
     stream = delta if h is None else take("h", m, hidden, kept=True)
     qkv = take("qkv", m, layer.qkv.n, kept=True)
     attended = o = take("o", m, layer.o.k + (tail_o if rows is None else 0), kept=True)
-    lse = p.space.take(("lse", layer.index), (n_q, m), torch.float32)
+    lse = p.space.take(("lse", at), (n_q, m), torch.float32)
     gathered: list[Tensor | None] = [None, None]
     if rows is not None:
         o = take("o of some", some, layer.o.k + tail_o, kept=True)
@@ -192,6 +203,7 @@ def forward(
         delta, h, stream, take("x", m, hidden + tail_qkv), s_qkv, qkv,
         take("qk", m, (n_q + p.config.num_kv_heads) * d), attended, lse, *gathered, out,
         take("x behind", some, hidden + tail_gate_up), h2, s_gate_up, gate_up, take("a", some, ffn + tail_down), s_down,
+        *_cells(layer, p, shared),
     )  # fmt: skip
     addresses = np.array([_address(t) for t in room], dtype=np.int64)
     p.waiting.add(
@@ -201,6 +213,17 @@ def forward(
     if s_qkv is None or s_gate_up is None or s_down is None:
         return out, h2, None
     return out, h2, (stream, s_qkv, qkv, attended[:, : layer.o.k], lse, o, h2, s_gate_up, gate_up, s_down)
+
+
+def _cells(layer: DecoderLayer, p: Pass, shared: Shared) -> list[Tensor | None]:
+    """The layer's pools of K and V, and room for what they hold of the sequences."""
+    if p.context is None:
+        return [None] * 4
+    cells, width = p.context.cells, p.config.num_kv_heads * p.config.head_dim
+    room: list[Tensor | None] = [None, None]
+    if shared.held:
+        room = [p.space.take(f"{name} held", (shared.held, width), cells.k.dtype) for name in ("k", "v")]
+    return [cells.k[layer.index], cells.v[layer.index], *room]
 
 
 def backward(

@@ -64,6 +64,18 @@ class Cells:
     v: Tensor
 
 
+@dataclass(frozen=True)
+class Context:
+    """Where the K and V of a prompt's rows go; and if tokens of the sequences came before, where all of them are.
+
+    ``held`` int64 [keys]: the cells of the sequences' tokens, which lie end to end with bounds ``cu_keys`` int32.
+    """
+
+    cells: Cells
+    held: Tensor | None
+    cu_keys: Tensor
+
+
 @dataclass
 class Pass:
     """What all layers share in one pass: who sits where, the rotary tables of the rows, how to attend, memory."""
@@ -88,6 +100,11 @@ class Pass:
     def bounds(self) -> Tensor | Bounds | None:
         """Of the sequences, where rows attend to their own only."""
         return getattr(self.attend, "bounds", None) if self.cu_seqlens is None else self.cu_seqlens
+
+    @property
+    def context(self) -> Context | None:
+        """Of prompts, whose rows attend to what a cache holds, too."""
+        return getattr(self.attend, "context", None)
 
 
 @dataclass

@@ -16,8 +16,10 @@ from mint_engine.adapters import Adapter, TrainState
 from mint_engine.calls import Call
 from mint_engine.kernels import op, op_by_op
 from mint_engine.kernels.plan import own_products
+from mint_engine.kv_cache import BLOCK_TOKENS, KVCache
 from mint_engine.models import checkpointed, fused
 from mint_engine.models.decoder import Decoder
+from mint_engine.sampling_pass import Piece, prefill
 from mint_engine.types import LoraConfig
 
 pytestmark = pytest.mark.skipif(op.native is None, reason="the C++ kernels are not built")
@@ -179,3 +181,60 @@ def test_a_border_that_has_grown_is_found(tiny_tied: Path, layers: list[str]) ->
     ((_, again),) = step(decoder, [adapter])
     assert len(layers) == 12
     assert torch.equal(grads, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("rank", [0, 5])
+def test_prompts_over_a_cache_have_the_bits_of_the_ops(
+    tmp_path: Path, family: str, dtype: torch.dtype, rank: int, layers: list[str]
+) -> None:
+    """Two sequences in scattered blocks, in two passes: both begin in the first, one of them goes on in the second."""
+    decoder = load_decoder(build_tiny(family, tmp_path), dtype)
+    adapter = trained_adapter(decoder, LoraConfig(rank=rank, seed=0)) if rank else None
+    tokens = [(np.arange(70) * 11 + 5) % 199, (np.arange(40) * 7 + 3) % 199]
+    found = []
+    for block in (nullcontext, op_by_op):
+        cache = KVCache(decoder.config, dtype, 1 << 20)
+        cache.k.fill_(torch.nan)
+        cache.v.fill_(torch.nan)
+        sequences = [cache.open(), cache.open()]
+        for _ in range(2):  # their blocks take turns
+            for sequence in sequences:
+                cache.reserve(sequence, len(sequence.blocks) * BLOCK_TOKENS + BLOCK_TOKENS)
+        cache.reserve(sequences[0], 70)
+        streams = []
+        for stops in ((33, 40), (70, 40)):
+            pieces = [Piece(adapter, seq, t[seq.length : stop], seq.length) for seq, t, stop in
+                      zip(sequences, tokens, stops, strict=True) if stop > seq.length]  # fmt: skip
+            with torch.no_grad(), own_products(), block():
+                every, _ = prefill(decoder, cache, pieces)
+                some = torch.tensor([0, 7, len(every) - 1])
+                chosen, seating = prefill(decoder, cache, pieces, some)
+            assert torch.equal(chosen, every[some])
+            assert all(s.stop - s.start == 3 for s in seating.segments)
+            streams.append(every)
+            for sequence, stop in zip(sequences, stops, strict=True):
+                sequence.length = stop
+        found.append((*streams, cache.k.nan_to_num(7.0), cache.v.nan_to_num(7.0)))
+    assert layers == ["decoder_layers"] * 3 * 4
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_pass_over_prompts_that_breaks_off_leaves_nothing_waiting(
+    tiny_tied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = load_decoder(tiny_tied)
+    cache = KVCache(decoder.config, torch.float32, 1 << 20)
+    sequence = cache.open()
+    cache.reserve(sequence, 20)
+    pieces = [Piece(None, sequence, np.arange(20) % 199, 0)]
+    with torch.no_grad(), own_products():
+        expected, _ = prefill(decoder, cache, pieces)
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "decoder_layers", lambda *_: pytest.fail("no more memory"))
+            with pytest.raises(pytest.fail.Exception):
+                prefill(decoder, cache, pieces)
+        again, _ = prefill(decoder, cache, pieces)
+    assert torch.equal(again, expected)

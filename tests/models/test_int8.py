@@ -53,7 +53,7 @@ def test_decode_steps_and_prompts_see_the_same_weights(tiny_tied: Path) -> None:
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="weights: expected None or 'int8', got 'int4'"):
+    with pytest.raises(UserError, match="weights: expected None, 'int8', 'once' or 'twice', got 'int4'"):
         Engine(home=tmp_path, weights="int4")
 
 
