@@ -59,8 +59,7 @@ class FewRows<S, T, false> {
 
     float* sums(int64_t buffer = 0) const { return is_in_place_ ? in_place_.sums(buffer) : sums_ + buffer * rows_ * C; }
     static int64_t prefetch_calls(const WeightRows<T>& w, int64_t rows, int64_t k) {
-        if (w.words != nullptr)
-            return (widens_once(rows) ? 1 : ceil_div(rows, kWordRows<S, T>)) * max64(k / (2 * kWordStep), 1);
+        if (w.words != nullptr) return max64(k / (2 * kWordStep), 1);
         if (in_place(w, rows)) return FewRowsInPlace<S, T>::prefetch_calls(k);
         if (Q::kWidensWords && rows <= Straight::kMost) return Straight::prefetch_calls(k);
         return ceil_div(Q::depth(k), S::W);
@@ -102,14 +101,16 @@ class FewRows<S, T, false> {
         const int64_t depth = Q::depth(k_), whole = depth / kDepth * kDepth, nv = ceil_div(cols, S::W);
         const uint32_t* panel = w.panel(first);
         const auto chunk = [&](int64_t k0, int64_t count, float* to, bool accumulate) {
+            const uint32_t* words = panel + k0 / kElements * C;
+            const WordsAhead ahead(words, (depth - k0) / kElements, next);
             if (widens_once(rows_)) {
-                words_to_panel<S, T>(panel + k0 / kElements * C, count / kElements, panel_, next);
+                words_to_panel<S, T>(words, count / kElements, panel_, ahead);
                 return tiles(0, rows_, cols, k0, count, false, panel_, to);
             }
             const Rows x{x_.data + 4 * k0, x_.stride, false};
             for (int64_t i = 0; i < rows_; i += kWordRows<S, T>)
-                words_tile_of<S, T>(min64(kWordRows<S, T>, rows_ - i), nv, x.at(i), panel + k0 / kElements * C,
-                                    count / kElements, to + i * C, C, accumulate, next);
+                words_tile_of<S, T>(min64(kWordRows<S, T>, rows_ - i), nv, x.at(i), words, count / kElements,
+                                    to + i * C, C, accumulate, i == 0 ? &ahead : nullptr);
         };
         bool tails = false;
         for (int64_t g = 0; g < n_groups_; ++g) tails = tails || groups_[g].width > 0;
@@ -127,7 +128,10 @@ class FewRows<S, T, false> {
                 return;
             }
         }
-        if (rest > 0) words_to_panel<S, T>(panel + whole / kElements * C, rest / kElements, panel_, next);
+        if (rest > 0) {
+            const uint32_t* words = panel + whole / kElements * C;
+            words_to_panel<S, T>(words, rest / kElements, panel_, WordsAhead(words, rest / kElements, next));
+        }
         go_on(first, cols, rest, c);
     }
 

@@ -35,7 +35,8 @@ class Lines {  // inlined everywhere: see MINT_INLINE
 // What a product fetches while it multiplies: what the next one reads, and where it will write its own results. (A
 // store that waits for its line took as long as a third of the multiplications in tiles.)
 struct Prefetch {
-    Lines reads, also, writes;  // `also`: is read beside it
+    Lines reads, also, writes;   // `also`: is read beside it
+    const char* then = nullptr;  // where what is read in one piece begins (few_rows_words.h)
 
     Prefetch() = default;
     __attribute__((always_inline)) Prefetch(const void* first, int64_t rows, int64_t stride, int64_t bytes,

@@ -25,7 +25,11 @@ struct WeightRows {
         for (int64_t i = 0; i < n; ++i) put_exact(to + i, float(from[i]));
     }
     Prefetch ahead(int64_t j, int64_t n, int64_t k, int64_t calls) const {
-        if (words != nullptr) return Prefetch(panel(j), 1, 0, n * words_depth * 4, calls);
+        if (words != nullptr) {
+            Prefetch next;
+            next.then = reinterpret_cast<const char*>(panel(j));
+            return next;
+        }
         const int64_t size = scales != nullptr ? 1 : int64_t(sizeof(T));
         return Prefetch(static_cast<const char*>(data) + j * stride * size, n, stride * size, k * size, calls);
     }
