@@ -115,10 +115,12 @@ struct DecodeStep {
         return b.used;
     }
 
-    // What a thread reads first of a product with n columns.
-    Prefetch begin_of(const StepLinear<T>& w, int64_t n, int64_t k, int64_t calls) const {
+    // What a thread reads first of a product with n columns: its first panel of A and of W.
+    Prefetch begin_of(const StepLinear<T>& w, int64_t group, int64_t m, int64_t n, int64_t k, int64_t calls) const {
         const int64_t j = omp_get_thread_num() * C;
-        return j < n ? w.rows(k, reads_words).ahead(j, min64(C, n - j), k, calls) : Prefetch();
+        Prefetch first = j < n ? w.rows(k, reads_words).ahead(j, min64(C, n - j), k, calls) : Prefetch();
+        first.also = factor(group, m, omp_get_thread_num()).lines(w, k, calls);
+        return first;
     }
 
     // How often a product of `w` lets a Prefetch do some of its work, for each panel.
@@ -126,33 +128,54 @@ struct DecodeStep {
         return X::prefetch_calls(w.rows(k, reads_words), count, k);
     }
 
-    // S of every row whose adapter trains the group: into x's tail.
-    void shrink(const StepLinear<T>& w, int64_t group, int64_t m, int64_t k, T* in, int64_t stride) {
-        int64_t turn = 0;
-        bool any = false;
+    // A panel of an adapter's A: `cols` rows of it from row `row` of the border on, for rows of x from `first` on.
+    struct Factor {
+        int64_t row, cols, first, rows, column;  // column: of S; cols 0: there is none
+        float scale;
+
+        Lines lines(const StepLinear<T>& w, int64_t k, int64_t calls) const {
+            if (cols == 0) return {};
+            constexpr int64_t kSize = sizeof(T);
+            return Lines(w.a + row * w.a_stride, cols, w.a_stride * kSize, k * kSize, calls);
+        }
+    };
+
+    // The panel whose turn is the turn-th among those of the group.
+    Factor factor(int64_t group, int64_t m, int64_t turn) const {
         for (int64_t s = 0; s < adapters.count; ++s) {
             const int64_t* segment = adapters.segments + s * 5;
-            if (!(segment[4] & group)) continue;
-            any = true;
-            const int64_t first = segment[0], n = segment[1] - first, width = m * segment[3];
-            const WeightRows<T> factor{w.a + m * segment[2] * w.a_stride, w.a_stride, nullptr};
-            const RowGroup<T> all{0, n, nullptr, 0, 0};
-            const auto scale = S::set1(adapters.scales[s]);
-            for (int64_t j = 0; j < width; j += C, ++turn) {
-                if (n == 0 || turn % omp_get_num_threads() != omp_get_thread_num()) continue;
-                const X left(factor, in + first * stride, stride, k, &all, 1, 1);
-                const int64_t cols = min64(C, width - j);
-                Prefetch next;
-                left.multiply(factor, j, cols, left.sums(), &next);
-                for (int64_t i = 0; i < n; ++i) {
-                    T* row = in + (first + i) * stride + k + j;
-                    for_vectors<S>(cols, [&](int64_t v, int lanes) __attribute__((always_inline)) {
-                        S::store_n(row + v, S::mul(scale, S::load_n(left.sums() + i * C + v, lanes)), lanes);
-                    });
-                }
+            const int64_t rows = segment[1] - segment[0], width = m * segment[3], panels = ceil_div(width, C);
+            if (!(segment[4] & group) || rows == 0) continue;
+            const int64_t j = turn * C;
+            if (turn < panels)
+                return {m * segment[2] + j, min64(C, width - j), segment[0], rows, j, adapters.scales[s]};
+            turn -= panels;
+        }
+        return {};
+    }
+
+    // S of every row whose adapter trains the group: into x's tail.
+    void shrink(const StepLinear<T>& w, int64_t group, int64_t m, int64_t k, T* in, int64_t stride) {
+        if (factor(group, m, 0).cols == 0) return;
+        const WeightRows<T> a{w.a, w.a_stride, nullptr};
+        const int64_t threads = omp_get_num_threads();
+        for (int64_t turn = omp_get_thread_num();; turn += threads) {
+            const Factor f = factor(group, m, turn);
+            if (f.cols == 0) break;
+            const RowGroup<T> all{0, f.rows, nullptr, 0, 0};
+            const X left(a, in + f.first * stride, stride, k, &all, 1, 1);
+            Prefetch next;
+            next.reads = factor(group, m, turn + threads).lines(w, k, X::prefetch_calls(a, f.rows, k));
+            left.multiply(a, f.row, f.cols, left.sums(), &next);
+            const auto scale = S::set1(f.scale);
+            for (int64_t i = 0; i < f.rows; ++i) {
+                T* row = in + (f.first + i) * stride + k + f.column;
+                for_vectors<S>(f.cols, [&](int64_t v, int lanes) __attribute__((always_inline)) {
+                    S::store_n(row + v, S::mul(scale, S::load_n(left.sums() + i * C + v, lanes)), lanes);
+                });
             }
         }
-        if (any) team->meeting.wait();
+        team->meeting.wait();
     }
 
     // The rows in groups of one adapter each, for a linear.
@@ -241,7 +264,7 @@ struct DecodeStep {
         norm(l.attention_norm, !first);
         team->meeting.wait();
         product(l.qkv, 1, 3, x1, x1_stride, rows, qkv_width, hidden, false,
-                begin_of(l.o, hidden, q_width, calls_of(l.qkv, rows, hidden)),
+                begin_of(l.o, 2, 1, hidden, q_width, calls_of(l.qkv, rows, hidden)),
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(l.qkv.bias, c, j, cols, projected, qkv_width, rows);
                 });
@@ -259,14 +282,14 @@ struct DecodeStep {
         paged_attention_share(attention, team->tasks, team->claimed, heads, heads_stride);
         meet();
         product(l.o, 2, 1, heads, heads_stride, rows, hidden, q_width, false,
-                begin_of(l.gate_up, ffn, hidden, calls_of(l.o, rows, q_width)),
+                begin_of(l.gate_up, 4, 2, ffn, hidden, calls_of(l.o, rows, q_width)),
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(l.o.bias, c, j, cols, x, hidden, rows);
                 });
         norm(l.mlp_norm, true);
         team->meeting.wait();
         product(l.gate_up, 4, 2, x1, x1_stride, rows, ffn, hidden, true,
-                begin_of(l.down, hidden, ffn, calls_of(l.gate_up, rows, hidden)),
+                begin_of(l.down, 8, 1, hidden, ffn, calls_of(l.gate_up, rows, hidden)),
                 [&](int64_t j, int64_t cols, const float* gate, const float* up) {
                     alignas(64) T both[2 * C];
                     for (int64_t i = 0; i < rows; ++i) {
@@ -277,7 +300,7 @@ struct DecodeStep {
                 });
         const Prefetch after = following == nullptr
                                    ? Prefetch()
-                                   : begin_of(following->qkv, qkv_width, hidden, calls_of(l.down, rows, ffn));
+                                   : begin_of(following->qkv, 1, 3, qkv_width, hidden, calls_of(l.down, rows, ffn));
         product(l.down, 8, 1, a, a_stride, rows, hidden, ffn, false, after,
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(nullptr, c, j, cols, x, hidden, rows);
