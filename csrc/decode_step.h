@@ -59,6 +59,8 @@ struct StepAdapters {
     const int64_t* segments;
     const float* scales;
     int64_t count;
+    const int64_t* words;  // null, or of each segment and linear the addresses of B's words: of W's two parts; 0: none
+    int64_t linears;
 
     // Ranks of border, from its beginning, that some adapter uses for the group.
     int64_t reach(int64_t group) const {
@@ -179,13 +181,19 @@ struct DecodeStep {
     }
 
     // The rows in groups of one adapter each, for a linear.
-    int64_t groups_of(const StepLinear<T>& w, int64_t group, int64_t m, int64_t count, RowGroup<T>* groups) const {
+    int64_t groups_of(const StepLinear<T>& w, int64_t index, int64_t group, int64_t m, int64_t count,
+                      RowGroup<T>* groups) const {
         int64_t n = 0, at = 0;
         for (int64_t s = 0; s < adapters.count; ++s) {
             const int64_t* segment = adapters.segments + s * 5;
             if (segment[0] > at) groups[n++] = {at, segment[0], w.b, 0, 0};
             const bool trains = segment[4] & group;
             groups[n++] = {segment[0], segment[1], w.b + m * segment[2], w.b_stride, trains ? m * segment[3] : 0};
+            if (adapters.words != nullptr) {
+                const int64_t* words = adapters.words + (s * adapters.linears + index) * 2;
+                groups[n - 1].words = reinterpret_cast<const uint32_t*>(words[0]);
+                groups[n - 1].second = reinterpret_cast<const uint32_t*>(words[1]);
+            }
             at = segment[1];
         }
         if (at < count || n == 0) groups[n++] = {at, count, w.b, 0, 0};
@@ -195,21 +203,21 @@ struct DecodeStep {
     // out(j, columns, c, c2) for every panel: c [count, C] = in W^T from column j on, and with `pairs` c2 = the same n
     // columns further on. All threads of the team call it; it ends with a barrier.
     template <class Out>
-    void product(const StepLinear<T>& w, int64_t group, int64_t m, T* in, int64_t stride, int64_t count, int64_t n,
-                 int64_t k, bool pairs, Prefetch after, Out out) {
+    void product(const StepLinear<T>& w, int64_t index, int64_t group, int64_t m, T* in, int64_t stride, int64_t count,
+                 int64_t n, int64_t k, bool pairs, Prefetch after, Out out) {
         shrink(w, group, m, k, in, stride);
         auto* groups =
             static_cast<RowGroup<T>*>(scratch(Slot::kGroups, size_t(2 * adapters.count + 1) * sizeof(RowGroup<T>)));
-        const int64_t n_groups = groups_of(w, group, m, count, groups);
+        const int64_t n_groups = groups_of(w, index, group, m, count, groups);
         const int64_t panels = ceil_div(n, C), threads = omp_get_num_threads();
         const WeightRows<T> one = w.rows(k, reads_words), two = w.rows(k, reads_words, n);
-        // B is fetched with W: as one row where it follows W in memory and W's rows are what is read.
+        // B is fetched with W: as one row where it follows W in memory and W's rows are what is read. (Not its words.)
         const int64_t tail = m * adapters.reach(group), calls = calls_of(w, count, k);
         const bool follows = w.scales == nullptr && w.b == static_cast<const T*>(w.w) + k && w.b_stride == w.stride;
         const auto fetch = [&](const WeightRows<T>& from, int64_t j, int64_t cols) {
             const bool together = follows && from.words == nullptr;
             Prefetch ahead = from.ahead(j, cols, k + (together ? tail : 0), calls);
-            if (tail > 0 && !together)
+            if (tail > 0 && !together && adapters.words == nullptr)
                 ahead.also = Lines(w.b + j * w.b_stride, cols, w.b_stride * int64_t(sizeof(T)),
                                    tail * int64_t(sizeof(T)), calls);
             return ahead;
@@ -250,8 +258,8 @@ struct DecodeStep {
     }
 
     // One layer, by the whole team. `first`: x is the stream. `following`: the layer after it, or null.
-    void layer(const StepLayer<T>& l, bool first, const StepLayer<T>* following, PagedAttention<S, T> attention,
-               T* k_cells, T* v_cells) {
+    void layer(const StepLayer<T>& l, int64_t index, bool first, const StepLayer<T>* following,
+               PagedAttention<S, T> attention, T* k_cells, T* v_cells) {
         const Range mine = my_rows(rows);
         const int64_t n = mine.end - mine.begin, q_width = n_q * d, kv_width = n_kv * d;
         const auto norm = [&](const T* weight, bool add) {
@@ -263,7 +271,7 @@ struct DecodeStep {
         };
         norm(l.attention_norm, !first);
         team->meeting.wait();
-        product(l.qkv, 1, 3, x1, x1_stride, rows, qkv_width, hidden, false,
+        product(l.qkv, 4 * index, 1, 3, x1, x1_stride, rows, qkv_width, hidden, false,
                 begin_of(l.o, 2, 1, hidden, q_width, calls_of(l.qkv, rows, hidden)),
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(l.qkv.bias, c, j, cols, projected, qkv_width, rows);
@@ -281,14 +289,14 @@ struct DecodeStep {
         attention.q = rotated, attention.k_pool = k_cells, attention.v_pool = v_cells;
         paged_attention_share(attention, team->tasks, team->claimed, heads, heads_stride);
         meet();
-        product(l.o, 2, 1, heads, heads_stride, rows, hidden, q_width, false,
+        product(l.o, 4 * index + 1, 2, 1, heads, heads_stride, rows, hidden, q_width, false,
                 begin_of(l.gate_up, 4, 2, ffn, hidden, calls_of(l.o, rows, q_width)),
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(l.o.bias, c, j, cols, x, hidden, rows);
                 });
         norm(l.mlp_norm, true);
         team->meeting.wait();
-        product(l.gate_up, 4, 2, x1, x1_stride, rows, ffn, hidden, true,
+        product(l.gate_up, 4 * index + 2, 4, 2, x1, x1_stride, rows, ffn, hidden, true,
                 begin_of(l.down, 8, 1, hidden, ffn, calls_of(l.gate_up, rows, hidden)),
                 [&](int64_t j, int64_t cols, const float* gate, const float* up) {
                     alignas(64) T both[2 * C];
@@ -301,7 +309,7 @@ struct DecodeStep {
         const Prefetch after = following == nullptr
                                    ? Prefetch()
                                    : begin_of(following->qkv, 1, 3, qkv_width, hidden, calls_of(l.down, rows, ffn));
-        product(l.down, 8, 1, a, a_stride, rows, hidden, ffn, false, after,
+        product(l.down, 4 * index + 3, 8, 1, a, a_stride, rows, hidden, ffn, false, after,
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(nullptr, c, j, cols, x, hidden, rows);
                 });
@@ -317,7 +325,7 @@ struct DecodeStep {
                            x1 + w * x1_stride, x1_stride, 1, hidden);
         }
         team->meeting.wait();
-        product(head.linear, 16, 1, x1, x1_stride, n_wanted, vocab, hidden, false, Prefetch(),
+        product(head.linear, adapters.linears - 1, 16, 1, x1, x1_stride, n_wanted, vocab, hidden, false, Prefetch(),
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     for (int64_t w = 0; w < n_wanted; ++w)
                         std::memcpy(logits + w * vocab + j, c + w * C, size_t(cols) * sizeof(float));
@@ -327,7 +335,8 @@ struct DecodeStep {
 
 // tokens [rows] of an embedding [.., hidden]; layers: n_layers StepLayer, head: a StepHead; pools [n_layers, n_blocks,
 // block, n_kv d] contiguous; a row's own token is the last of its length, and its k and v go to that cell; cos and sin
-// [positions, ..]; word_columns: of the panels in which words are kept; logits [n_wanted, vocab] of the rows `wanted`,
+// [positions, ..]; word_columns: of the panels in which words are kept, W's and,
+// in `words`, B's (StepAdapters); logits [n_wanted, vocab] of the rows `wanted`,
 // ascending. head_segments: the segments of those rows.
 template <class S, class T>
 void decode_step(const int64_t* tokens, const T* embedding, int64_t embedding_stride, const int64_t* layers,
@@ -335,8 +344,9 @@ void decode_step(const int64_t* tokens, const T* embedding, int64_t embedding_st
                  const float* sin, int64_t sin_stride, int64_t positions, T* k_pool, T* v_pool, int64_t n_blocks,
                  int64_t block, const int32_t* table, int64_t table_stride, int64_t max_blocks, const int32_t* lengths,
                  const int64_t* segments, const int64_t* head_segments, const float* scales, int64_t n_segments,
-                 const int64_t* wanted, int64_t n_wanted, float* logits, int64_t rows, int64_t hidden, int64_t ffn,
-                 int64_t n_q, int64_t n_kv, int64_t d, int64_t vocab, float eps, float scale) {
+                 const int64_t* words, const int64_t* wanted, int64_t n_wanted, float* logits, int64_t rows,
+                 int64_t hidden, int64_t ffn, int64_t n_q, int64_t n_kv, int64_t d, int64_t vocab, float eps,
+                 float scale) {
     const char* op = "decode_step";
     check::multiple(op, "d", d, 2);
     check::multiple(op, "hidden", hidden, 2);
@@ -363,8 +373,8 @@ void decode_step(const int64_t* tokens, const T* embedding, int64_t embedding_st
     StepTeam team;
     DecodeStep<S, T> step{};
     step.team = &team;
-    step.adapters = {segments, scales, n_segments};
     step.reads_words = kReadsWords<S, T> && word_columns == FewRows<S, T>::C;
+    step.adapters = {segments, scales, n_segments, step.reads_words ? words : nullptr, 4 * n_layers + 1};
     step.rows = rows, step.hidden = hidden, step.ffn = ffn, step.n_q = n_q, step.n_kv = n_kv, step.d = d;
     step.eps = eps, step.cos = cos, step.sin = sin, step.cos_stride = cos_stride, step.sin_stride = sin_stride;
     step.lengths = lengths;
@@ -383,7 +393,7 @@ void decode_step(const int64_t* tokens, const T* embedding, int64_t embedding_st
         const typename S::Tiles registers;
         DecodeStep<S, T> mine = step;
         for (int64_t i = 0; i < n_layers; ++i)
-            mine.layer(all[i], i == 0, i + 1 < n_layers ? all + i + 1 : nullptr, attention, k_pool + i * pool,
+            mine.layer(all[i], i, i == 0, i + 1 < n_layers ? all + i + 1 : nullptr, attention, k_pool + i * pool,
                        v_pool + i * pool);
         mine.adapters.segments = head_segments;
         mine.head(*reinterpret_cast<const StepHead<T>*>(head), wanted, n_wanted, logits, vocab);

@@ -100,6 +100,14 @@ class FewRows<S, T, false> {
         constexpr int64_t kElements = 2 / Q::kStep;  // of a word
         const int64_t depth = Q::depth(k_), whole = depth / kDepth * kDepth, nv = ceil_div(cols, S::W);
         const uint32_t* panel = w.panel(first);
+        // Rows [begin, end) of to (+)= those of x from element k0 on * a run of words.
+        const auto run = [&](int64_t begin, int64_t end, int64_t k0, const WordRun& words, float* to, bool accumulate,
+                             const WordsAhead* ahead) {
+            const Rows x{x_.data + 4 * k0, x_.stride, false};
+            for (int64_t i = begin; i < end; i += kWordRows<S, T>)
+                words_tile_of<S, T>(min64(kWordRows<S, T>, end - i), nv, x.at(i), words, to + i * C, C, accumulate,
+                                    i == begin ? ahead : nullptr);
+        };
         const auto chunk = [&](int64_t k0, int64_t count, float* to, bool accumulate) {
             const uint32_t* words = panel + k0 / kElements * C;
             const WordsAhead ahead(words, (depth - k0) / kElements, next);
@@ -107,19 +115,34 @@ class FewRows<S, T, false> {
                 words_to_panel<S, T>(words, count / kElements, panel_, ahead);
                 return tiles(0, rows_, cols, k0, count, false, panel_, to);
             }
-            const Rows x{x_.data + 4 * k0, x_.stride, false};
-            for (int64_t i = 0; i < rows_; i += kWordRows<S, T>)
-                words_tile_of<S, T>(min64(kWordRows<S, T>, rows_ - i), nv, x.at(i), words, count / kElements,
-                                    to + i * C, C, accumulate, i == 0 ? &ahead : nullptr);
+            run(0, rows_, k0, {words, count / kElements}, to, accumulate, &ahead);
         };
-        bool tails = false;
-        for (int64_t g = 0; g < n_groups_; ++g) tails = tails || groups_[g].width > 0;
+        bool tails = false, own = !widens_once(rows_);  // own: all tails are words too
+        for (const RowGroup<T>* g = groups_; g < groups_ + n_groups_; ++g) {
+            tails = tails || g->width > 0;
+            own = own && (g->width == 0 || g->words != nullptr);
+        }
         if (depth == 0) std::memset(c, 0, size_t(rows_ * C) * sizeof(float));
         for (int64_t k0 = 0; k0 < whole; k0 += kDepth) chunk(k0, kDepth, c, k0 > 0);
         const int64_t rest = depth - whole;
         if (rest > 0 && !tails) chunk(whole, rest, c, whole > 0);
         if (!tails) return;
         // What W leaves of a chunk of kDepth goes on with B.
+        if (own) {
+            const uint32_t* left = panel + whole / kElements * C;
+            const WordsAhead ahead(left, rest / kElements, next);
+            for (const RowGroup<T>* g = groups_; g < groups_ + n_groups_; ++g) {
+                const int64_t tail = Q::depth(g->width), room = rest > 0 ? min64(kDepth - rest, tail) : 0;
+                const uint32_t* more = tail > 0 ? g->panel(w, first) : nullptr;
+                if (rest > 0)
+                    run(g->begin, g->end, whole, {left, rest / kElements, more, room / kElements}, c, whole > 0,
+                        g == groups_ ? &ahead : nullptr);
+                for (int64_t t = room; t < tail; t += kDepth)
+                    run(g->begin, g->end, depth + t, {more + t / kElements * C, min64(kDepth, tail - t) / kElements}, c,
+                        true, nullptr);
+            }
+            return;
+        }
         if constexpr (Q::kWidensWords) {
             if (fits_straight_ && cols % S::W == 0) {
                 if (whole == 0) std::memset(c, 0, size_t(rows_ * C) * sizeof(float));

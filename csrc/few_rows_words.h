@@ -40,11 +40,18 @@ class WordsAhead {
     Prefetch* next_;
 };
 
-// c[M][ldc] (+)= M rows of x * Nv vectors of columns of a panel, over `count` words. As register_tile sums them.
+// `count` words of a panel; then as many words of another.
+struct WordRun {
+    const uint32_t* panel;
+    int64_t count;
+    const uint32_t* more = nullptr;
+    int64_t many = 0;
+};
+
+// c[M][ldc] (+)= M rows of x * Nv vectors of columns of a panel, over the words of a run. As register_tile sums them.
 // `ahead`: null where the words are near already.
 template <class S, class T, int M, int Nv>
-void words_tile(Rows x, const uint32_t* panel, int64_t count, float* c, int64_t ldc, bool accumulate,
-                const WordsAhead* ahead) {
+void words_tile(Rows x, const WordRun& run, float* c, int64_t ldc, bool accumulate, const WordsAhead* ahead) {
     using Q = Panel<S, T>;
     typename S::F acc[M][Nv];
 #pragma GCC unroll 16
@@ -54,8 +61,9 @@ void words_tile(Rows x, const uint32_t* panel, int64_t count, float* c, int64_t 
     const char* rows[M];
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) rows[i] = x.data + i * x.stride;
-    const auto word = [&](int64_t w) __attribute__((always_inline)) {
-        const uint32_t* line = panel + w * Q::kCols;
+    const uint32_t *panel = run.panel, *more = run.more;
+    const int64_t count = run.count, end = count + run.many;
+    const auto word = [&](int64_t w, const uint32_t* line) __attribute__((always_inline)) {
         if constexpr (Q::kPairs) {
             typename S::B b[Nv];
 #pragma GCC unroll 16
@@ -91,9 +99,10 @@ void words_tile(Rows x, const uint32_t* panel, int64_t count, float* c, int64_t 
     for (; w + kWordStep <= count; w += kWordStep) {
         if (ahead != nullptr) ahead->some<Q::kCols>(w);
 #pragma GCC unroll 16
-        for (int64_t s = 0; s < kWordStep; ++s) word(w + s);
+        for (int64_t s = 0; s < kWordStep; ++s) word(w + s, panel + (w + s) * Q::kCols);
     }
-    for (; w < count; ++w) word(w);
+    for (; w < count; ++w) word(w, panel + w * Q::kCols);
+    for (; w < end; ++w) word(w, more + (w - count) * Q::kCols);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 16
@@ -105,15 +114,15 @@ void words_tile(Rows x, const uint32_t* panel, int64_t count, float* c, int64_t 
 
 // The tile of m <= M rows and nv <= Nv vectors.
 template <class S, class T, int M = kWordRows<S, T>, int Nv = S::kNv>
-MINT_INLINE void words_tile_of(int64_t m, int64_t nv, Rows x, const uint32_t* panel, int64_t count, float* c,
-                               int64_t ldc, bool accumulate, const WordsAhead* ahead) {
+MINT_INLINE void words_tile_of(int64_t m, int64_t nv, Rows x, const WordRun& run, float* c, int64_t ldc,
+                               bool accumulate, const WordsAhead* ahead) {
     if constexpr (M > 1) {
-        if (m < M) return words_tile_of<S, T, M - 1, Nv>(m, nv, x, panel, count, c, ldc, accumulate, ahead);
+        if (m < M) return words_tile_of<S, T, M - 1, Nv>(m, nv, x, run, c, ldc, accumulate, ahead);
     }
     if constexpr (Nv > 1) {
-        if (nv < Nv) return words_tile_of<S, T, M, Nv - 1>(m, nv, x, panel, count, c, ldc, accumulate, ahead);
+        if (nv < Nv) return words_tile_of<S, T, M, Nv - 1>(m, nv, x, run, c, ldc, accumulate, ahead);
     }
-    words_tile<S, T, M, Nv>(x, panel, count, c, ldc, accumulate, ahead);
+    words_tile<S, T, M, Nv>(x, run, c, ldc, accumulate, ahead);
 }
 
 // `count` words of a panel as pack_panel would have made them.

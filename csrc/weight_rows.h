@@ -49,6 +49,12 @@ struct RowGroup {
     int64_t begin, end;
     const T* b;
     int64_t stride, width;
+    const uint32_t *words = nullptr, *second = nullptr;  // if not null: the words of b, of the rows of either part of W
+
+    // The panel of words that goes on with w's from row j on.
+    const uint32_t* panel(const WeightRows<T>& w, int64_t j) const {
+        return (w.words_from == 0 ? words : second) + (j - w.words_from) * (width / 2);
+    }
 };
 
 }  // namespace mint

@@ -76,10 +76,12 @@ def decode(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], wanted: Se
     # On a CPU the step waits for what is done here, with caches that the weights have swept: few calls, small arrays.
     tokens, (table, lengths) = _tokens(pieces), _context(cache, pieces)
     cos, sin = decoder.rope.first(int(lengths.max()))
-    adapters = _adapters(decoder, decoder.borders.seat(_seats(pieces)))
+    seating = decoder.borders.seat(_seats(pieces))  # first: it may widen the borders, and then there is another model
+    model = decoder.step_model()
     return kernels.decode_step(
-        decoder.step_model(), tokens, cos, sin, cache.k, cache.v, torch.from_numpy(table), torch.from_numpy(lengths),
-        _chosen(wanted, len(tokens)), decoder.config.head_dim**-0.5, adapters=adapters,
+        model, tokens, cos, sin, cache.k, cache.v, torch.from_numpy(table), torch.from_numpy(lengths),
+        _chosen(wanted, len(tokens)), decoder.config.head_dim**-0.5,
+        adapters=_adapters(decoder, seating),
     )  # fmt: skip
 
 
@@ -154,7 +156,8 @@ def _adapters(decoder: Decoder, seating: Seating) -> kernels.StepAdapters | None
         trained = sum(1 << bit for bit, group in enumerate(groups) if group.name in s.adapter.factors)
         segments.append([s.start, s.stop, s.offset, s.adapter.rank, trained])
         scales.append(s.adapter.scale)
-    return kernels.StepAdapters(torch.tensor(segments), torch.tensor(scales, dtype=torch.float32), seating.ranks)
+    words = None if decoder.border_words is None else decoder.border_words.of(seating.segments)
+    return kernels.StepAdapters(torch.tensor(segments), torch.tensor(scales, dtype=torch.float32), seating.ranks, words)
 
 
 def _context(cache: KVCache, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:

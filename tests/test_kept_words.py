@@ -99,3 +99,30 @@ def test_borders_that_grow_keep_it(tmp_path: Path, tiny_tied: Path) -> None:
         assert torch.equal(decoder.head.weight, decoder.embedding)
     finally:
         engine.close()
+
+
+@reads_words
+@pytest.mark.parametrize(("most", "kept"), [(0, 1), (1 << 30, 3)])
+def test_adapters_of_the_past_are_forgotten_when_there_is_no_room(
+    tmp_path: Path, tiny_tied: Path, most: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three versions are sampled in turn, twice over: the same tokens, whoever is still there."""
+    monkeypatch.setattr("mint_engine.border_words.KEPT_BYTES", most)
+    engine = opened(tmp_path, "twice")
+    try:
+        session = engine.create_session()
+        model = new_model(engine, session, tiny_tied)
+        samplers = []
+        for _ in range(3):
+            train(engine, model, steps=2)
+            sampler = engine.save_weights_for_sampler(model).result().sampling_session_id
+            assert sampler is not None
+            samplers.append(sampler)
+        found = [engine.sample(s, PROMPT, 1, PARAMS).result().sequences[0].logprobs for s in samplers * 2]
+        assert found[:3] == found[3:]
+        assert len({tuple(logprobs or []) for logprobs in found}) == 3
+        copies = engine._bases.get(str(tiny_tied)).decoder.border_words
+        assert copies is not None
+        assert len(copies._copies) == kept
+    finally:
+        engine.close()

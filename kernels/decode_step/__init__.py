@@ -76,11 +76,16 @@ class StepAdapters:
 
     ``segments`` int64 [n, 5], in row order: first row, last row + 1, rank offset, rank, and the groups of GROUPS and
     the head (16) that the adapter trains, as bits. ``scales`` float32 [n]. ``ranks``: of border in use.
+
+    ``words``: None, or int64 [n, 4 * layers + 1, 2]: of every linear, the head last, the addresses of what
+    ``decode_words`` made of an adapter's columns of the border, in as many parts as W's (the first part's and the
+    last's); 0 where there is nothing.
     """
 
     segments: Tensor
     scales: Tensor
     ranks: int
+    words: np.ndarray | None = None
 
 
 class StepModel:
@@ -229,6 +234,11 @@ def decode_step(
     args.tensor(op, "wanted", wanted, (len(wanted),), torch.int64)
     if adapters is not None and adapters.ranks > model.ranks:
         raise ValueError(f"adapters: expected at most the border's {model.ranks} ranks, got {adapters.ranks} ({op})")
+    if adapters is not None and adapters.words is not None:
+        shape = len(adapters.scales), 4 * len(model.layers) + 1, 2
+        if adapters.words.shape != shape or adapters.words.dtype != np.int64:
+            got = f"{adapters.words.dtype} {list(adapters.words.shape)}"
+            raise ValueError(f"adapters: expected words int64 {list(shape)}, got {got} ({op})")
     logits: Tensor = _op.pick(face, model.norm, k_pool, v_pool).decode_step(
         model, tokens, cos, sin, k_pool, v_pool, block_table.contiguous(), lengths, wanted, scale, adapters
     )

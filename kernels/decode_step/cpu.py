@@ -30,12 +30,13 @@ def decode_step(
 ) -> Tensor:
     vocab = len(model.embedding)
     logits = torch.empty((len(wanted), vocab), dtype=torch.float32)
-    seated = (0, 0, 0, 0)
+    seated = (0, 0, 0, 0, 0)
     if adapters is not None:
         segments, scales = adapters.segments.contiguous(), adapters.scales.contiguous()
         of_wanted = segments.clone()  # those of the rows that reach the head
         of_wanted[:, :2] = torch.searchsorted(wanted, segments[:, :2].contiguous())
-        seated = segments.data_ptr(), of_wanted.data_ptr(), scales.data_ptr(), len(scales)
+        words = 0 if adapters.words is None else adapters.words.ctypes.data
+        seated = segments.data_ptr(), of_wanted.data_ptr(), scales.data_ptr(), len(scales), words
     layers, head = model.addresses
     native.decode_step(
         NATIVE_DTYPES[model.norm.dtype], tokens.data_ptr(), model.embedding.data_ptr(), model.embedding.stride(0),

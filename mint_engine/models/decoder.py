@@ -12,6 +12,7 @@ from torch import Tensor
 from mint_engine import kernels
 from mint_engine.adapters import LinearGroup
 from mint_engine.batch import PackedBatch
+from mint_engine.border_words import BorderWords
 from mint_engine.borders import DEFAULT_RANKS, BorderedWeight, Borders, Seating
 from mint_engine.device import upload
 from mint_engine.kernels.attention import Bounds
@@ -46,6 +47,7 @@ class Decoder:
         self.space = Workspace(self.device)
         self.programs: Any = None  # of `mint_engine.gpu`, on a GPU
         self.keeps_words = False  # whether decode steps get a copy of the weights: `kernels.decode_words`
+        self.border_words: BorderWords | None = None  # and of the adapters' B; there is one if the head has words
 
         def read(name: str) -> Tensor:
             tensor = reader.get(name).to(self.device).to(dtype)
@@ -120,6 +122,7 @@ class Decoder:
         tensors = [w.buf for w in self.borders.weights] + ([] if self._embedding is None else [self._embedding])
         tensors += [t for w in self.borders.weights for t in w.int8 or ()]
         words = sum(w.words.nbytes for w in self.borders.weights if w.words is not None)
+        words += 0 if self.border_words is None else self.border_words.nbytes
         return words + sum(t.nbytes for t in tensors)
 
     @property
@@ -293,6 +296,7 @@ class Decoder:
                     if w.int8 is None:
                         # A step multiplies gate and up side by side.
                         w.words = kernels.decode_words(w.weight, 2 if w.group.name.endswith(".gate_up") else 1)
+                self.border_words = None if self.head.words is None else BorderWords(self.borders.weights)
             model = kernels.StepModel(
                 self.layers, self.norm, self.head, self.embedding, c.num_heads, c.num_kv_heads, c.rms_norm_eps
             )

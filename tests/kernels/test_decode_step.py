@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from check import normal, poisoned, within_budget
@@ -32,6 +33,7 @@ from mint_engine.kernels import (
 LAYERS, VOCAB, HIDDEN, FFN, N_Q, N_KV, D, RANKS, BLOCK = 2, 131, 48, 80, 4, 2, 16, 24, 4
 LONG = 240  # hidden: sums of 128 are added, and what is left goes on with an adapter's columns, beyond 128 again
 EPS, SCALE = 1e-5, D**-0.5
+GROUPS = ("qkv", "o", "gate_up", "down")
 ALL = 31  # groups that an adapter may train, as bits
 
 
@@ -99,6 +101,20 @@ def with_words(m: StepModel) -> StepModel:
     return StepModel(layers, m.norm, kept(m.head), m.embedding, N_Q, N_KV, EPS)
 
 
+def b_words(m: StepModel, adapters: StepAdapters) -> tuple[StepAdapters, list[Words | None]]:
+    """The same adapters, their B in words too; and what must live as long."""
+    linears = [(getattr(la, name), 2 if name == "gate_up" else 1) for la in m.layers for name in GROUPS]
+    linears.append((m.head, 1))
+    made = [
+        decode_words(w.buf[: w.n, w.k + w.m * offset : w.k + w.m * (offset + rank)], parts)
+        for _, _, offset, rank, _ in adapters.segments.tolist()
+        for w, parts in linears
+    ]
+    addresses = [(0, 0) if w is None else (w.parts[0].data_ptr(), w.parts[-1].data_ptr()) for w in made]
+    table = np.array(addresses, dtype=np.int64).reshape(len(adapters.scales), len(linears), 2)
+    return replace(adapters, words=table), made
+
+
 def converted(m: StepModel, dtype: torch.dtype) -> StepModel:
     def cast(value: Any) -> Any:
         if isinstance(value, Bordered):
@@ -151,6 +167,7 @@ def seated(*segments: tuple[int, int, int, int, int]) -> StepAdapters:
 # rows 0 and 1: rank 2, everything; row 2: the base; rows 3 and 4: rank 4, attention only
 MIXED = seated((0, 2, 0, 2, ALL), (3, 5, 2, 4, 3))
 EIGHTS = seated((0, 2, 0, 8, ALL), (3, 5, 8, 8, 3))
+ODD = seated((0, 1, 0, 3, ALL), (1, 5, 3, 6, 21))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +271,7 @@ def test_a_row_has_the_same_bits_alone_and_in_company(
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 20, 70])
 @pytest.mark.parametrize("hidden", [HIDDEN, 64, LONG, 256])
-@pytest.mark.parametrize("seats", [None, MIXED, EIGHTS], ids=["base", "ranks 2 and 4", "ranks of 8"])
+@pytest.mark.parametrize("seats", [None, MIXED, EIGHTS, ODD], ids=["base", "ranks 2 and 4", "ranks of 8", "odd ranks"])
 @pytest.mark.parametrize("extras", [{}, {"bias": True, "norms": True}])
 def test_kept_words_change_no_bit(seats: StepAdapters | None, hidden: int, rows: int, extras: dict) -> None:
     if seats is not None and rows < 5:
@@ -264,8 +281,11 @@ def test_kept_words_change_no_bit(seats: StepAdapters | None, hidden: int, rows:
         with using(isa, 2):
             kept = with_words(m)
             assert (kept.word_columns > 0) == (isa in ("avx2", "avx512_bf16"))
-            for a, c in zip(run(kept, b, seats, "cpu"), run(m, b, seats, "cpu"), strict=True):
-                assert torch.equal(a.nan_to_num(7.0), c.nan_to_num(7.0)), isa
+            expected = [t.nan_to_num(7.0) for t in run(m, b, seats, "cpu")]
+            with_b, _alive = (seats, None) if seats is None else b_words(m, seats)
+            for given in (seats, with_b):
+                for got, wanted in zip(run(kept, b, given, "cpu"), expected, strict=True):
+                    assert torch.equal(got.nan_to_num(7.0), wanted), isa
 
 
 def test_words_of_other_panels_are_left_alone() -> None:
@@ -300,7 +320,7 @@ def test_int8_weights_are_their_values_times_their_scales(
     face: str, dtype: torch.dtype, hidden: int, rows: int, seats: StepAdapters
 ) -> None:
     m, b = model(dtype, hidden=hidden), batch(rows, dtype)
-    for w in [getattr(la, name) for la in m.layers for name in ("qkv", "o", "gate_up", "down")] + [m.head]:
+    for w in [getattr(la, name) for la in m.layers for name in GROUPS] + [m.head]:
         scales = w.buf[: w.n, : w.k].float().abs().amax(1) / 127
         values = (w.buf[: w.n, : w.k].float() / scales[:, None]).round().to(torch.int8)
         w.int8 = values, scales
@@ -328,6 +348,9 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         run(m, {**b, "k_pool": b["k_pool"].transpose(1, 2)})
     with pytest.raises(ValueError, match=r"adapters: expected at most the border's 24 ranks, got 25 \(decode_step\)"):
         run(m, b, StepAdapters(torch.zeros(0, 5, dtype=torch.int64), torch.zeros(0), 25))
+    words = replace(MIXED, words=np.zeros((2, 8, 2), dtype=np.int64))
+    with pytest.raises(ValueError, match=r"adapters: expected words int64 \[2, 9, 2\], got int64 \[2, 8, 2\]"):
+        run(model(torch.float32), batch(5, torch.float32), words)
     with pytest.raises(ValueError, match=r"lengths: expected 1 or more, got 0"):
         run(m, {**b, "lengths": torch.tensor([4, 0], dtype=torch.int32)}, face="cpu")
     with pytest.raises(ValueError, match=r"positions of cos and sin: expected 4 or more, got 3"):

@@ -1,0 +1,66 @@
+"""B of sampled adapters in words (`kernels.decode_words`), beside the words of the weights that they go on with.
+
+In the border a B lies at the end of the weight's rows: a decode step that reads words would touch all of the weight's
+pages for it, and nothing else of them. A copy is made when an adapter's version is first sampled. Those used last stay.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mint_engine.borders import BorderedWeight, Segment
+from mint_engine.kernels import Words, decode_words
+
+KEPT_BYTES = 256 << 20  # beyond, adapters that are not in the step are forgotten
+
+
+@dataclass(frozen=True)
+class _Copy:
+    version: int
+    words: tuple[Words | None, ...]  # of each weight
+    addresses: np.ndarray  # int64 [weights, 2]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(words.nbytes for words in self.words if words is not None)
+
+
+class BorderWords:
+    """Of one base model. ``weights``: in the order of `kernels.StepAdapters`, each with its words."""
+
+    def __init__(self, weights: Sequence[BorderedWeight]) -> None:
+        self._weights = weights
+        self._copies: OrderedDict[int, _Copy] = OrderedDict()  # by the adapter's uid
+
+    def of(self, segments: Sequence[Segment]) -> np.ndarray:
+        """`StepAdapters.words` of the adapters, which sit in the borders."""
+        found = []
+        for s in segments:
+            copy = self._copies.pop(s.adapter.uid, None)
+            if copy is None or copy.version != s.adapter.version:
+                copy = self._made(s)
+            self._copies[s.adapter.uid] = copy
+            found.append(copy.addresses)
+        while self.nbytes > KEPT_BYTES and len(self._copies) > len(segments):
+            self._copies.popitem(last=False)
+        return np.stack(found)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(copy.nbytes for copy in self._copies.values())
+
+    def _made(self, s: Segment) -> _Copy:
+        words = []
+        for w in self._weights:
+            start, width = w.k + w.m * s.offset, w.m * s.adapter.rank
+            trained = w.words is not None and w.group.name in s.adapter.factors
+            parts = len(w.words.parts) if w.words is not None else 1
+            words.append(decode_words(w.buf[: w.n, start : start + width], parts) if trained else None)
+        addresses = [
+            (0, 0) if found is None else (found.parts[0].data_ptr(), found.parts[-1].data_ptr()) for found in words
+        ]
+        return _Copy(s.adapter.version, tuple(words), np.array(addresses, dtype=np.int64))
