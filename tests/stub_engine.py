@@ -52,6 +52,7 @@ class Call:
     arguments: dict[str, Any]
     answer: Callable[[], Any]
     future: Future = field(default_factory=Future)
+    begun: threading.Lock = field(default_factory=threading.Lock)  # once held, held: the second to come does nothing
 
     def finish(self, error: BaseException | None = None) -> None:
         thread = threading.Thread(target=self.run, args=(error,))
@@ -59,6 +60,8 @@ class Call:
         thread.join()
 
     def run(self, error: BaseException | None = None) -> None:
+        if not self.begun.acquire(blocking=False):
+            return
         if self.future.done() or not self.future.set_running_or_notify_cancel():
             return
         try:
