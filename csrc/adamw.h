@@ -97,7 +97,7 @@ MINT_INLINE float largest(const float* param, int64_t n) {
 }
 
 // The same of what was found in blocks.
-inline double largest_of(const float* found, int64_t blocks) {
+MINT_INLINE double largest_of(const float* found, int64_t blocks) {
     float high = 0.0f, broken = 0.0f;
     for (int64_t t = 0; t < blocks; ++t) {
         high = found[t] > high ? found[t] : high;
