@@ -269,14 +269,13 @@ def test_a_row_has_the_same_bits_alone_and_in_company(
         assert torch.equal(together[at], alone[0]), isa
 
 
-@pytest.mark.parametrize("rows", [1, 3, 5, 20, 70])
-@pytest.mark.parametrize("hidden", [HIDDEN, 64, LONG, 256])
+@pytest.mark.parametrize("rows", [1, 5, 30])
+@pytest.mark.parametrize("hidden", [HIDDEN, LONG, 256])
 @pytest.mark.parametrize("seats", [None, MIXED, EIGHTS, ODD], ids=["base", "ranks 2 and 4", "ranks of 8", "odd ranks"])
-@pytest.mark.parametrize("extras", [{}, {"bias": True, "norms": True}])
-def test_kept_words_change_no_bit(seats: StepAdapters | None, hidden: int, rows: int, extras: dict) -> None:
+def test_kept_words_change_no_bit(seats: StepAdapters | None, hidden: int, rows: int) -> None:
     if seats is not None and rows < 5:
         seats = seated((0, 1, 2, 8, ALL))
-    m, b = model(torch.bfloat16, hidden=hidden, **extras), batch(rows, torch.bfloat16)
+    m, b = model(torch.bfloat16, hidden=hidden, bias=True, norms=True), batch(rows, torch.bfloat16)
     for isa in ISAS:
         with using(isa, 2):
             kept = with_words(m)
