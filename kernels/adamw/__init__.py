@@ -145,7 +145,7 @@ def adamw_norm(grad: torch.Tensor, *, face: str | None = None) -> float:
     So values beyond 1e19 may make the norm infinite.
 
     Args:
-        face: run this face ("cpu", "reference") or raise.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Bytes moved: n elements.
 
@@ -160,7 +160,7 @@ def adamw_largest(param: torch.Tensor, *, face: str | None = None) -> float:
     """The largest magnitude in ``param``, flat contiguous ``[n]`` float32: NaN if one of it is not finite.
 
     Args:
-        face: run this face ("cpu", "reference") or raise.
+        face: run this face ("triton", "cpu", "reference") or raise.
 
     Bytes moved: n elements.
 

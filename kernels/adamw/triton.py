@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 
 from mint_engine.kernels.adamw.places import BLOCK, Places
+
+# Their results go to the host, which waits for them whoever adds up: plain torch. (`gpu/stepper.py` has its own.)
+from mint_engine.kernels.adamw.reference import adamw_largest, adamw_norm  # noqa: F401
 from mint_engine.kernels.gpu_plan import Tunable
 from mint_engine.kernels.triton_common import architecture, triton_reason
 

@@ -139,7 +139,7 @@ def test_the_gradients_are_empty_after_the_step(face: str) -> None:
     assert bool((t[2] != 0).all())
 
 
-@pytest.mark.parametrize("measuring", ["cpu", "reference"])
+@pytest.mark.parametrize("measuring", ["cpu", "reference", "triton"])
 @pytest.mark.parametrize("n", [1, 1000, 4096 + 17, 300001])
 def test_norm_and_largest(measuring: str, n: int) -> None:
     grad, param = normal(n, seed=1, scale=1e-3), normal(n, seed=2)
