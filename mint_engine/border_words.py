@@ -23,10 +23,7 @@ class _Copy:
     version: int
     words: tuple[Words | None, ...]  # of each weight
     addresses: np.ndarray  # int64 [weights, 2]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(words.nbytes for words in self.words if words is not None)
+    nbytes: int
 
 
 class BorderWords:
@@ -35,23 +32,24 @@ class BorderWords:
     def __init__(self, weights: Sequence[BorderedWeight]) -> None:
         self._weights = weights
         self._copies: OrderedDict[int, _Copy] = OrderedDict()  # by the adapter's uid
+        self.nbytes = 0  # of the copies: counted, as every decode step asks
 
     def of(self, segments: Sequence[Segment]) -> np.ndarray:
         """`StepAdapters.words` of the adapters, which sit in the borders."""
         found = []
         for s in segments:
             copy = self._copies.pop(s.adapter.uid, None)
-            if copy is None or copy.version != s.adapter.version:
+            if copy is not None and copy.version != s.adapter.version:
+                self.nbytes -= copy.nbytes
+                copy = None
+            if copy is None:
                 copy = self._made(s)
+                self.nbytes += copy.nbytes
             self._copies[s.adapter.uid] = copy
             found.append(copy.addresses)
         while self.nbytes > KEPT_BYTES and len(self._copies) > len(segments):
-            self._copies.popitem(last=False)
+            self.nbytes -= self._copies.popitem(last=False)[1].nbytes
         return np.stack(found)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(copy.nbytes for copy in self._copies.values())
 
     def _made(self, s: Segment) -> _Copy:
         words = []
@@ -63,4 +61,5 @@ class BorderWords:
         addresses = [
             (0, 0) if found is None else (found.parts[0].data_ptr(), found.parts[-1].data_ptr()) for found in words
         ]
-        return _Copy(s.adapter.version, tuple(words), np.array(addresses, dtype=np.int64))
+        size = sum(found.nbytes for found in words if found is not None)
+        return _Copy(s.adapter.version, tuple(words), np.array(addresses, dtype=np.int64), size)

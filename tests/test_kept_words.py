@@ -124,5 +124,6 @@ def test_adapters_of_the_past_are_forgotten_when_there_is_no_room(
         copies = engine._bases.get(str(tiny_tied)).decoder.border_words
         assert copies is not None
         assert len(copies._copies) == kept
+        assert copies.nbytes == sum(w.nbytes for c in copies._copies.values() for w in c.words if w is not None) > 0
     finally:
         engine.close()
