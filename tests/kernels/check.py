@@ -49,8 +49,9 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
     return float((got.double() - exact.double()).abs().max())
 
 
-def within_budget(name: str, got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> None:
+def within_budget(name: str, got: torch.Tensor, exact: torch.Tensor, *plain: torch.Tensor) -> None:
     """``got`` is finite, and its error at most FACTOR times that of ``plain``: the same in plain torch, working dtype.
+    Of several (other orders of summation), the one furthest off.
 
     Where plain torch happens to be nearly exact (few elements), the floor is half an ulp of the largest value for
     bfloat16, the rounding of the output itself; an ulp for fp32, where the inner steps round as coarsely.
@@ -61,7 +62,7 @@ def within_budget(name: str, got: torch.Tensor, exact: torch.Tensor, plain: torc
         return
     ulps = 0.5 if got.dtype is torch.bfloat16 else 1.0
     floor = float(exact.abs().max()) * torch.finfo(got.dtype).eps * ulps
-    allowed = FACTOR * max(error(plain, exact), floor)
+    allowed = FACTOR * max(floor, *(error(p, exact) for p in plain))
     assert error(got, exact) <= allowed, f"{name}: error {error(got, exact):.3e}, allowed {allowed:.3e}"
 
 
