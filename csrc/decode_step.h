@@ -34,11 +34,6 @@ struct StepLinear {
     const T* b;
     int64_t b_stride;
     const uint32_t *words, *second;  // weight_words of the rows, or of either half of them; null: there are none
-
-    // The rows of k elements from `from` on; their words, if they are there and may be read.
-    WeightRows<T> rows(int64_t k, bool reads_words, int64_t from = 0) const {
-        return {w, stride, scales, reads_words ? from == 0 ? words : second : nullptr, from, k / 2};
-    }
 };
 
 template <class T>
@@ -117,17 +112,23 @@ struct DecodeStep {
         return b.used;
     }
 
+    // The rows of k elements of a weight from `from` on; their words, if they are there and may be read.
+    WeightRows<T> weight_rows(const StepLinear<T>& w, int64_t k, int64_t from = 0) const {
+        const uint32_t* words = from == 0 ? w.words : w.second;
+        return {w.w, w.stride, w.scales, reads_words ? words : nullptr, from, word_depth<S, T>(k)};
+    }
+
     // What a thread reads first of a product with n columns: its first panel of A and of W.
     Prefetch begin_of(const StepLinear<T>& w, int64_t group, int64_t m, int64_t n, int64_t k, int64_t calls) const {
         const int64_t j = omp_get_thread_num() * C;
-        Prefetch first = j < n ? w.rows(k, reads_words).ahead(j, min64(C, n - j), k, calls) : Prefetch();
+        Prefetch first = j < n ? weight_rows(w, k).ahead(j, min64(C, n - j), k, calls) : Prefetch();
         first.also = factor(group, m, omp_get_thread_num()).lines(w, k, calls);
         return first;
     }
 
     // How often a product of `w` lets a Prefetch do some of its work, for each panel.
     int64_t calls_of(const StepLinear<T>& w, int64_t count, int64_t k) const {
-        return X::prefetch_calls(w.rows(k, reads_words), count, k);
+        return X::prefetch_calls(weight_rows(w, k), count, k);
     }
 
     // A panel of an adapter's A: `cols` rows of it from row `row` of the border on, for rows of x from `first` on.
@@ -193,6 +194,7 @@ struct DecodeStep {
                 const int64_t* words = adapters.words + (s * adapters.linears + index) * 2;
                 groups[n - 1].words = reinterpret_cast<const uint32_t*>(words[0]);
                 groups[n - 1].second = reinterpret_cast<const uint32_t*>(words[1]);
+                groups[n - 1].words_depth = word_depth<S, T>(groups[n - 1].width);
             }
             at = segment[1];
         }
@@ -210,7 +212,7 @@ struct DecodeStep {
             static_cast<RowGroup<T>*>(scratch(Slot::kGroups, size_t(2 * adapters.count + 1) * sizeof(RowGroup<T>)));
         const int64_t n_groups = groups_of(w, index, group, m, count, groups);
         const int64_t panels = ceil_div(n, C), threads = omp_get_num_threads();
-        const WeightRows<T> one = w.rows(k, reads_words), two = w.rows(k, reads_words, n);
+        const WeightRows<T> one = weight_rows(w, k), two = weight_rows(w, k, n);
         // B is fetched with W: as one row where it follows W in memory and W's rows are what is read. (Not its words.)
         const int64_t tail = m * adapters.reach(group), calls = calls_of(w, count, k);
         const bool follows = w.scales == nullptr && w.b == static_cast<const T*>(w.w) + k && w.b_stride == w.stride;
@@ -276,6 +278,8 @@ struct DecodeStep {
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(l.qkv.bias, c, j, cols, projected, qkv_width, rows);
                 });
+        attention.q = rotated, attention.k_pool = k_cells, attention.v_pool = v_cells;
+        paged_attention_first(attention, team->tasks);
         for (int64_t i = mine.begin; i < mine.end; ++i) {
             const int64_t position = lengths[i] - 1;
             const T* qkv = projected + i * qkv_width;
@@ -286,7 +290,6 @@ struct DecodeStep {
             std::memcpy(v_cells + cells[i] * kv_width, qkv + qk_width, size_t(kv_width) * sizeof(T));
         }
         team->meeting.wait();
-        attention.q = rotated, attention.k_pool = k_cells, attention.v_pool = v_cells;
         paged_attention_share(attention, team->tasks, team->claimed, heads, heads_stride);
         meet();
         product(l.o, 4 * index + 1, 2, 1, heads, heads_stride, rows, hidden, q_width, false,

@@ -42,24 +42,31 @@ class FewRows<S, T, true> {
     }
 
     float* sums(int64_t buffer = 0) const { return sums_ + buffer * C * ld_; }
-    static int64_t prefetch_calls(const WeightRows<T>&, int64_t, int64_t k) { return ceil_div(k, kK); }
+    static int64_t prefetch_calls(const WeightRows<T>&, int64_t rows, int64_t k) {
+        return ceil_div(k, kK) * ceil_div(rows, 32);
+    }
 
     void multiply(const WeightRows<T>& w, int64_t first, int64_t cols, float* c, Prefetch* next) const {
         const int64_t steps = ceil_div(base_, kK), m = cols > 16 ? 32 : 16;
         const auto each = [=]() __attribute__((always_inline)) { next->some(); };
         if (steps == 0) std::memset(turned_, 0, size_t(C * ld_) * sizeof(float));
-        if (w.scales == nullptr && cols % 16 == 0) {
+        if (w.words != nullptr) {
+            const char* a = reinterpret_cast<const char*>(w.panel(first));
+            TilesAhead ahead(a, w.words_depth / kTileWords, ceil_div(rows_, 32), next);
+            columns(m, {a, 64, kKept, nullptr}, 0, steps, false,
+                    [&]() __attribute__((always_inline)) { ahead.some(); });
+        } else if (w.scales == nullptr && cols % 16 == 0) {
             const int64_t rest = base_ % kK;
             if (rest > 0) stage(w, first, cols, base_ - rest, rest, kK, last_);
             const char* a = reinterpret_cast<const char*>(static_cast<const T*>(w.data) + first * w.stride);
             const char* tail = rest > 0 ? reinterpret_cast<const char*>(last_) : nullptr;
-            columns(m, a, w.stride * int64_t(sizeof(T)), tail, 0, steps, false, each);
+            columns(m, {a, w.stride * int64_t(sizeof(T)), 64, tail}, 0, steps, false, each);
         } else {
             for (int64_t s = 0; s < steps; s += kStaged) {
                 const int64_t count = min64(kStaged, steps - s), at = s * kK;
                 stage(w, first, cols, at, min64(count * kK, base_ - at), count * kK, stage_);
-                columns(m, reinterpret_cast<const char*>(stage_), count * kK * int64_t(sizeof(T)), nullptr, s, count,
-                        s > 0, each);
+                columns(m, {reinterpret_cast<const char*>(stage_), count * kK * int64_t(sizeof(T)), 64, nullptr}, s,
+                        count, s > 0, each);
             }
         }
         if (w.scales != nullptr)
@@ -72,6 +79,44 @@ class FewRows<S, T, true> {
     }
 
   private:
+    static constexpr int64_t kKept = C * kTileWords * 4;  // bytes of a step of kept words
+
+    // Rows of the left operand, in bytes: see multiply_tiles.
+    struct Left {
+        const char* data;
+        int64_t stride, step;
+        const char* tail;
+    };
+
+    // Fetches a panel of `steps` steps of kept words: of one block of x's rows a few steps ahead, into L1. Of more the
+    // panel after it, into L2, by all blocks: else memory would rest while all but the first are multiplied.
+    struct TilesAhead {
+        static constexpr int64_t kSteps = 4, kFar = int64_t(1) << 40;
+
+        const char *at, *end;  // of what is fetched
+        const char* then;
+        int64_t share;
+        Prefetch* next;
+
+        TilesAhead(const char* panel, int64_t steps, int64_t blocks, Prefetch* next)
+            : at(panel + kSteps * kKept), end(panel + steps * kKept), then(next->then), share(kKept), next(next) {
+            if (blocks > 1) at = end, share = ceil_div(ceil_div(kKept, blocks), 64) * 64;
+        }
+        __attribute__((always_inline)) void some() {
+            next->also.some<false>();
+            if (at >= end) {
+                if (then == nullptr) return;
+                at = then + (at - end), end = at + kFar, then = nullptr;
+            }
+            if (share == kKept) {
+                for (int64_t b = 0; b < kKept; b += 64) __builtin_prefetch(at + b, 0, 3);
+            } else {
+                for (int64_t b = 0; b < share; b += 64) __builtin_prefetch(at + b, 0, 2);
+            }
+            at += share;
+        }
+    };
+
     int64_t tail(const RowGroup<T>& g) const { return k_ - base_ + g.width; }
 
     // Rows of x as columns of tiles, `width` (16 or 32, less where the rows end) a row of pairs. Returns the words
@@ -102,17 +147,12 @@ class FewRows<S, T, true> {
 
     // turned_ (+)= `steps` steps of m weight rows, from step s of x on, for all rows of x.
     template <class Each>
-    void columns(int64_t m, const char* a, int64_t stride, const char* tail, int64_t s, int64_t steps, bool accumulate,
-                 Each each) const {
+    void columns(int64_t m, Left a, int64_t s, int64_t steps, bool accumulate, Each each) const {
         const uint32_t* b = packed_;
         for (int64_t i = 0; i < rows_; i += 32) {
             const int64_t width = rows_ - i > 16 ? 32 : 16;
-            const uint32_t* from = b + s * 16 * width;
-            if (i == 0) {
-                S::multiply_tiles(m, width, a, stride, tail, from, width, turned_, ld_, steps, accumulate, each);
-            } else {
-                S::multiply_tiles(m, width, a, stride, tail, from, width, turned_ + i, ld_, steps, accumulate, [] {});
-            }
+            S::multiply_tiles(m, width, a.data, a.stride, a.step, a.tail, b + s * 16 * width, width, turned_ + i, ld_,
+                              steps, accumulate, each);
             b += ceil_div(base_, kK) * 16 * width;
         }
     }
@@ -121,6 +161,25 @@ class FewRows<S, T, true> {
     const uint32_t* add_tail(const WeightRows<T>& w, const RowGroup<T>& g, int64_t first, int64_t cols, int64_t m,
                              const uint32_t* b) const {
         const int64_t rest = k_ - base_, steps = ceil_div(tail(g), kK), stride = steps * kK;
+        const bool kept = w.words != nullptr && g.words != nullptr && rest == 0;
+        Left left{reinterpret_cast<const char*>(stage_), stride * int64_t(sizeof(T)), 64, nullptr};
+        if (kept)
+            left = {reinterpret_cast<const char*>(g.panel(w, first)), 64, kKept, nullptr};
+        else
+            stage_tail(w, g, first, cols, m, stride);
+        for (int64_t i = g.begin; i < g.end; i += 16, b += steps * 16 * 16) {
+            const int n = int(min64(16, g.end - i));
+            for (int64_t j = 0; j < m; ++j) S::store(own_ + j * 16, S::load_n(turned_ + j * ld_ + i, n));
+            S::multiply_tiles(m, 16, left.data, left.stride, left.step, nullptr, b, 16, own_, 16, steps, true, [] {});
+            for (int64_t j = 0; j < m; ++j) S::store_n(turned_ + j * ld_ + i, S::load(own_ + j * 16), n);
+        }
+        return b;
+    }
+
+    // What is left of m rows of W, and the group's B after it.
+    void stage_tail(const WeightRows<T>& w, const RowGroup<T>& g, int64_t first, int64_t cols, int64_t m,
+                    int64_t stride) const {
+        const int64_t rest = k_ - base_;
         if (rest > 0) stage(w, first, cols, base_, rest, stride, stage_);
         for (int64_t j = 0; j < cols; ++j) {
             const T* from = g.b + (first + j) * g.stride;
@@ -135,14 +194,6 @@ class FewRows<S, T, true> {
             }
         }
         std::memset(stage_ + cols * stride, 0, size_t((m - cols) * stride) * sizeof(T));
-        for (int64_t i = g.begin; i < g.end; i += 16, b += steps * 16 * 16) {
-            const int n = int(min64(16, g.end - i));
-            for (int64_t j = 0; j < m; ++j) S::store(own_ + j * 16, S::load_n(turned_ + j * ld_ + i, n));
-            S::multiply_tiles(m, 16, reinterpret_cast<const char*>(stage_), stride * int64_t(sizeof(T)), nullptr, b, 16,
-                              own_, 16, steps, true, [] {});
-            for (int64_t j = 0; j < m; ++j) S::store_n(turned_ + j * ld_ + i, S::load(own_ + j * 16), n);
-        }
-        return b;
     }
 
     const RowGroup<T>* groups_;

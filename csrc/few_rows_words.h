@@ -1,5 +1,6 @@
 // few_rows.h where the weight's words are kept in panels (weight_words): pairs of bf16 that are neighbours in k, as the
-// register tile reads them. Nothing is transposed, and memory is read in the order in which it lies.
+// register tile or the tiles (few_rows_tiles.h) read them. Nothing is transposed, and memory is read in the order in
+// which it lies.
 #pragma once
 #include "check.h"
 #include "gemm.h"
@@ -8,7 +9,13 @@
 namespace mint {
 
 template <class S, class T>
-constexpr bool kReadsWords = (Panel<S, T>::kPairs && !Panel<S, T>::kTiles) || Panel<S, T>::kWidensWords;
+constexpr bool kReadsWords = Panel<S, T>::kPairs || Panel<S, T>::kWidensWords;
+
+// Words of a kept row of k elements.
+template <class S, class T>
+int64_t word_depth(int64_t k) {
+    return Panel<S, T>::kPairs ? Panel<S, T>::depth(k) : k / 2;
+}
 
 // Rows of a tile: where words are widened the masks want registers, too, and one sum on the stack takes twice the time.
 template <class S, class T>
@@ -146,14 +153,46 @@ void words_to_panel(const uint32_t* words, int64_t count, typename Panel<S, T>::
     }
 }
 
-// *columns = those of a panel of words; 0 where products of few rows read none.
+// found[0] = the columns of a panel of words, 0 where products of few rows read none; found[1] = the words of a row of
+// k elements.
 template <class S, class T>
-void word_columns(int64_t* columns) {
-    *columns = kReadsWords<S, T> ? Panel<S, T>::kCols : 0;
+void word_panels(int64_t k, int64_t* found) {
+    found[0] = kReadsWords<S, T> ? Panel<S, T>::kCols : 0;
+    found[1] = word_depth<S, T>(k);
 }
 
-// to = the words of n weight rows of k elements, k even: of each panel of rows the first word of every row, the second
-// of every row and so on; zeros where the last panel has no row.
+// The words of `real` rows of a panel: the first word of every row, the second of every row and so on.
+template <class S>
+void transposed_words(const char* rows, int64_t stride, int64_t real, int64_t words, int64_t columns, uint32_t* panel) {
+    constexpr int64_t W = S::W;
+    for (int64_t j = 0; j < columns; j += W) {
+        int64_t w = 0;
+        if (j + W <= real)
+            for (; w + W <= words; w += W)
+                S::transpose(rows + j * stride + 4 * w, stride, reinterpret_cast<float*>(panel + w * columns + j),
+                             columns);
+        for (; w < words; ++w)
+            for (int64_t l = j; l < j + W; ++l) {
+                panel[w * columns + l] = 0;
+                if (l < real) std::memcpy(panel + w * columns + l, rows + l * stride + 4 * w, 4);
+            }
+    }
+}
+
+// The same in the order of tiles: kTileWords words of every row, as many again of every row and so on.
+constexpr int64_t kTileWords = 16;
+inline void tiled_words(const char* rows, int64_t stride, int64_t real, int64_t words, int64_t columns,
+                        uint32_t* panel) {
+    for (int64_t w = 0; w < words; w += kTileWords)
+        for (int64_t l = 0; l < columns; ++l, panel += kTileWords) {
+            const int64_t n = l < real ? min64(kTileWords, words - w) : 0;
+            if (n > 0) std::memcpy(panel, rows + l * stride + 4 * w, size_t(n) * 4);
+            if (n < kTileWords) std::memset(panel + n, 0, size_t(kTileWords - n) * 4);
+        }
+}
+
+// to = the words of n weight rows of k elements, k even, panel by panel; zeros where the last panel has no row and, in
+// tiles, beyond k.
 template <class S, class T>
 void weight_words(const T* weight, int64_t stride, int64_t n, int64_t k, uint32_t* to) {
     const char* op = "weight_words";
@@ -162,23 +201,16 @@ void weight_words(const T* weight, int64_t stride, int64_t n, int64_t k, uint32_
     if constexpr (!kReadsWords<S, T>) {
         check::at_least(op, "words that are read here", 0, 1);
     } else {
-        constexpr int64_t C = Panel<S, T>::kCols, W = S::W;
-        const int64_t words = k / 2, panels = ceil_div(n, C);
+        constexpr int64_t C = Panel<S, T>::kCols, kSize = sizeof(T);
+        const int64_t panels = ceil_div(n, C), size = C * word_depth<S, T>(k);
 #pragma omp parallel for schedule(static) if (n * k > kSerialWork)
         for (int64_t p = 0; p < panels; ++p) {
             const char* rows = reinterpret_cast<const char*>(weight + p * C * stride);
-            const int64_t bytes = stride * int64_t(sizeof(T)), real = min64(C, n - p * C);
-            uint32_t* panel = to + p * C * words;
-            for (int64_t j = 0; j < C; j += W) {
-                int64_t w = 0;
-                if (j + W <= real)
-                    for (; w + W <= words; w += W)
-                        S::transpose(rows + j * bytes + 4 * w, bytes, reinterpret_cast<float*>(panel + w * C + j), C);
-                for (; w < words; ++w)
-                    for (int64_t l = j; l < j + W; ++l) {
-                        panel[w * C + l] = 0;
-                        if (l < real) std::memcpy(panel + w * C + l, rows + l * bytes + 4 * w, 4);
-                    }
+            const int64_t real = min64(C, n - p * C);
+            if constexpr (Panel<S, T>::kTiles) {
+                tiled_words(rows, stride * kSize, real, k / 2, C, to + p * size);
+            } else {
+                transposed_words<S>(rows, stride * kSize, real, k / 2, C, to + p * size);
             }
         }
     }

@@ -58,4 +58,4 @@
     X(target_logprob)          \
     X(top_logprobs)            \
     X(weight_words)            \
-    X(word_columns)
+    X(word_panels)

@@ -10,6 +10,7 @@
 //     O [rows, heads][d]    += P [rows, heads][keys]  V [keys][d]
 #pragma once
 #include <cmath>
+#include <type_traits>
 
 #include "attention.h"  // kAttentionKeys, kAttentionPairs
 #include "attention_tile.h"
@@ -21,11 +22,11 @@ namespace mint {
 
 constexpr int64_t kPagedRows = 16;  // of a task at most: their sums stay in L2
 
-// Task t has the rows from begins[t] to begins[t + 1]. (No std::vector: what the linker keeps of its code may be the
-// copy of a unit for a newer CPU.)
+// Task t has the rows from begins[t] to begins[t + 1]; a thread claims `heads` kv heads of one at a time. (No
+// std::vector: what the linker keeps of its code may be the copy of a unit for a newer CPU.)
 struct PagedTasks {
     const int64_t* begins;
-    int64_t count;
+    int64_t count, heads;
 };
 
 template <class S, class T>
@@ -46,7 +47,7 @@ struct PagedAttention {
 
     // Scratch of one thread.
     Word *query, *key_rows, *keys, *value_rows, *zip, *weights;
-    float *scores, *output, *apart, *top, *sum, *shrink;
+    float *scores, *output, *apart, *top, *sum, *shrink, *added;
 
     size_t place(char* base) {
         const int64_t w = X::row_words(d), most = X::round_up(kPagedRows * (n_q / n_kv), X::kRowUnit) + X::kRowUnit;
@@ -63,6 +64,7 @@ struct PagedAttention {
         top = take<float>(b, most + S::W);
         sum = take<float>(b, most);
         shrink = take<float>(b, most + S::W);
+        added = take<float>(b, most);
         return b.used;
     }
 
@@ -102,7 +104,25 @@ struct PagedAttention {
         for (int64_t m = 0; m < rows; ++m)
             if (m == 0 || m - begins[count - 1] == most || !share(m - 1, m, 0)) begins[count++] = m;
         begins[count] = rows;
-        return {begins, count};
+        // A cell holds all heads: where there are tasks enough, one thread reads it, from one end to the other.
+        return {begins, count, count >= 4 * threads ? n_kv : 1};
+    }
+
+    // Asks for keys or values [j0, j0 + kKeys) of a row: cells lie wherever there was room, and weights have swept the
+    // caches since they were last read.
+    void fetch(const T* pool, int64_t block_stride, int64_t stride, int64_t row, int64_t kv_head, int64_t j0) const {
+        const int64_t end = min64(j0 + kKeys, lengths[row]), bytes = d * int64_t(sizeof(T));
+        for (int64_t j = j0; j < end;) {
+            const char* at = reinterpret_cast<const char*>(cell(pool, block_stride, stride, row, j) + kv_head * d);
+            for (const int64_t stop = min64(j / block * block + block, end); j < stop; ++j, at += stride * sizeof(T))
+                for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b, 0, 3);
+        }
+    }
+    void fetch_keys(int64_t row, int64_t kv_head, int64_t j0) const {
+        fetch(k_pool, k_block_stride, k_stride, row, kv_head, j0);
+    }
+    void fetch_values(int64_t row, int64_t kv_head, int64_t j0) const {
+        fetch(v_pool, v_block_stride, v_stride, row, kv_head, j0);
     }
 
     // Keys [j0, j0 + n) of a row, transposed.
@@ -130,12 +150,14 @@ struct PagedAttention {
         const auto value = [&](int64_t j) { return cell(v_pool, v_block_stride, v_stride, row, j0 + j) + kv_head * d; };
         const int64_t last = X::depth(n) * X::per_word;
         if constexpr (kPairs) {
-            if (d % S::W == 0) {
+            const int64_t width = d;  // not read again after every store
+            if (width % S::W == 0) {
                 T* zeros = reinterpret_cast<T*>(value_rows);
-                if (n < last) std::memset(zeros, 0, size_t(d) * sizeof(T));
-                for (int64_t j = 0; j < last; j += 2) {
+                if (n < last) std::memset(zeros, 0, size_t(width) * sizeof(T));
+                Word* to = zip;
+                for (int64_t j = 0; j < last; j += 2, to += width) {
                     const T *even = j < n ? value(j) : zeros, *odd = j + 1 < n ? value(j + 1) : zeros;
-                    for (int64_t c = 0; c < d; c += S::W) S::interleave(even + c, odd + c, zip + j / 2 * d + c);
+                    for (int64_t c = 0; c < width; c += S::W) S::interleave(even + c, odd + c, to + c);
                 }
                 return zip;
             }
@@ -157,9 +179,9 @@ struct PagedAttention {
         if (move) std::memcpy(sums, to, size_t(count * ldo) * sizeof(float));
     }
 
-    // Weights exp(s - max) of n keys, rounded as the second product takes them, and their sum. h: a row's head, of all
+    // Weights exp(s - max) of n keys, in place and rounded as the second product takes them. h: a row's head, of all
     // that share the tile; its maximum is `most`.
-    float weigh(int64_t h, int64_t n, float most) {
+    void weigh(int64_t h, int64_t n, float most) {
         float* s = scores + h * kKeys;
         const F vscale = S::set1(scale), shift = S::set1(-most);
         T* rounded = reinterpret_cast<T*>(weights + h * kLd);
@@ -172,12 +194,27 @@ struct PagedAttention {
                 S::store(reinterpret_cast<float*>(weights + h * kLd) + j, e);
             }
         }
-        float total = 0.0f;
-        for (int64_t j = 0; j + 2 <= n; j += 2) total += s[j] + s[j + 1];
-        if (n % 2 != 0) total += s[n - 1];
         if constexpr (kPairs)
             for (int64_t j = n; j < X::round_up(n, X::kUnit); ++j) rounded[j] = T{};
-        return total;
+    }
+
+    // added[h] = the sum of the n weights of each of `count` heads. A sum waits for itself: some heads' side by side.
+    void add_weights(int64_t count, int64_t n, float* added) const {
+        int64_t h = 0;
+        const auto some = [&](auto many) __attribute__((always_inline)) {
+            constexpr int H = decltype(many)::value;
+            for (; h + H <= count; h += H) {
+                const float* s = scores + h * kKeys;
+                float total[H] = {};
+                for (int64_t j = 0; j + 2 <= n; j += 2)
+                    for (int i = 0; i < H; ++i) total[i] += s[i * kKeys + j] + s[i * kKeys + j + 1];
+                for (int i = 0; i < H; ++i) added[h + i] = n % 2 != 0 ? total[i] + s[i * kKeys + n - 1] : total[i];
+            }
+        };
+        some(std::integral_constant<int, 8>());
+        some(std::integral_constant<int, 4>());
+        some(std::integral_constant<int, 2>());
+        some(std::integral_constant<int, 1>());
     }
 
     // Of the heads [begin, begin + count) of the task, whose scores of n keys are there.
@@ -196,14 +233,12 @@ struct PagedAttention {
         if (!first)
             for (int64_t h = 0; h < count; h += S::W)
                 S::store(less + h, S::exp_fast(S::sub(S::load(less + h), S::load(highest + h))));
+        for (int64_t h = 0; h < count; ++h) weigh(h, n, highest[h]);
+        if (first) return add_weights(count, n, total);
+        add_weights(count, n, added);
         for (int64_t h = 0; h < count; ++h) {
-            const float added = weigh(h, n, highest[h]);
-            if (first) {
-                total[h] = added;
-                continue;
-            }
             const float earlier = total[h] * less[h];  // rounded on its own
-            total[h] = earlier + added;
+            total[h] = earlier + added[h];
             for (int64_t i = 0; i < ldo; i += S::W) {
                 float* o = output + (begin + h) * ldo + i;
                 S::store(o, S::mul(S::load(o), S::set1(less[h])));
@@ -211,8 +246,9 @@ struct PagedAttention {
         }
     }
 
-    // Rows [begin, end) of a task.
-    void run(int64_t begin, int64_t end, int64_t kv_head, T* out, int64_t out_stride) {
+    // Rows [begin, end) of a task. Then comes one that begins with row `next_row`, if that is one.
+    void run(int64_t begin, int64_t end, int64_t kv_head, T* out, int64_t out_stride, int64_t next_row,
+             int64_t next_head) {
         const int64_t w = X::row_words(d), g = n_q / n_kv, ldo = X::pad(d), heads = (end - begin) * g;
         int64_t longest = 0;
         for (int64_t m = begin; m < end; ++m) {
@@ -226,7 +262,15 @@ struct PagedAttention {
                 for (next = m + 1; next < end && share(m, next, j0);) ++next;
                 const int64_t n = min64(kKeys, lengths[m] - j0), first = (m - begin) * g, count = (next - m) * g;
                 if (n <= 0) continue;
+                fetch_values(m, kv_head, j0);
                 load_keys(m, kv_head, j0, n);
+                if (next < end) {
+                    fetch_keys(next, kv_head, j0);
+                } else if (j0 + kKeys < longest) {
+                    fetch_keys(begin, kv_head, j0 + kKeys);
+                } else if (next_row < rows) {
+                    fetch_keys(next_row, next_head, 0);
+                }
                 const Word* values = load_values(m, kv_head, j0, n);
                 X::gemm(query + first * w, w, keys, kKeys, scores, kKeys, count, X::pad(n), X::depth(d), false);
                 softmax(first, count, n, j0 == 0);
@@ -248,15 +292,25 @@ struct PagedAttention {
     }
 };
 
+// Asks for the keys that this thread will need first.
+template <class S, class T>
+void paged_attention_first(const PagedAttention<S, T>& attention, PagedTasks tasks) {
+    const int64_t t = omp_get_thread_num(), pieces = attention.n_kv / tasks.heads;
+    if (t < tasks.count * pieces) attention.fetch_keys(tasks.begins[t / pieces], t % pieces * tasks.heads, 0);
+}
+
 // A thread's share of all rows, in these tasks; the caller holds the tile registers. `claimed` starts at 0 and is the
 // team's; out is complete when all have come back.
 template <class S, class T>
 void paged_attention_share(PagedAttention<S, T> mine, PagedTasks tasks, std::atomic<int64_t>& claimed, T* out,
                            int64_t out_stride) {
     mine.place(static_cast<char*>(scratch(Slot::kTile, mine.place(nullptr))));
-    const int64_t heads = mine.n_kv;
-    for_claimed(tasks.count * heads, claimed, [&](int64_t t, int64_t) {
-        mine.run(tasks.begins[t / heads], tasks.begins[t / heads + 1], t % heads, out, out_stride);
+    const int64_t heads = tasks.heads, pieces = mine.n_kv / heads;
+    for_claimed(tasks.count * pieces, claimed, [&](int64_t t, int64_t next) {
+        const int64_t begin = tasks.begins[t / pieces], end = tasks.begins[t / pieces + 1], head = t % pieces * heads;
+        for (int64_t h = head + 1; h < head + heads; ++h) mine.run(begin, end, h - 1, out, out_stride, begin, h);
+        mine.run(begin, end, head + heads - 1, out, out_stride, tasks.begins[min64(next / pieces, tasks.count)],
+                 next % pieces * heads);
     });
 }
 

@@ -50,10 +50,11 @@ struct RowGroup {
     const T* b;
     int64_t stride, width;
     const uint32_t *words = nullptr, *second = nullptr;  // if not null: the words of b, of the rows of either part of W
+    int64_t words_depth = 0;                             // words of a row
 
     // The panel of words that goes on with w's from row j on.
     const uint32_t* panel(const WeightRows<T>& w, int64_t j) const {
-        return (w.words_from == 0 ? words : second) + (j - w.words_from) * (width / 2);
+        return (w.words_from == 0 ? words : second) + (j - w.words_from) * words_depth;
     }
 };
 

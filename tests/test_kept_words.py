@@ -15,7 +15,7 @@ from mint_engine.types import ModelInput, SamplingParams
 PROMPT = ModelInput.from_ints([5, 9, 2, 44, 7, 3])
 PARAMS = SamplingParams(max_tokens=24, temperature=1.0, seed=3, stop=[])
 
-reads_words = pytest.mark.skipif(kernels.isa() not in ("avx2", "avx512_bf16"), reason="this CPU reads no words")
+reads_words = pytest.mark.skipif(kernels.isa() not in ("avx2", "avx512_bf16", "amx"), reason="this CPU reads no words")
 
 
 def sampled(engine: Engine, base: Path) -> list[tuple[list[int], list[float] | None]]:

@@ -6,6 +6,8 @@
 // which operand is the left one, nor on where a product is cut, as long as it is cut at multiples of 32 k.
 // Subnormals are treated as zero.
 #pragma once
+#include <type_traits>
+
 #include "avx512_bf16.h"
 
 namespace mint {
@@ -74,11 +76,11 @@ struct Amx : Avx512Bf16 {
     }
 
     // c[16 M][ldc] = (accumulate ? c : 0) + a b over `steps` steps of 16 pairs: 16 M rows of a, `a_stride` bytes apart,
-    // 16 N columns of b, rows ldb words apart. The last step of a is at `tail`, rows of 64 bytes, unless that is null.
-    // each() is called once a step.
+    // 16 N columns of b, rows ldb words apart. A step of a lies `a_step` bytes after the one before: 64, or it is kept
+    // in tiles. The last one is at `tail`, rows of 64 bytes, unless that is null. each() is called once a step.
     template <int M, int N, class Each>
-    static void multiply_tiles(const char* a, int64_t a_stride, const char* tail, const uint32_t* b, int64_t ldb,
-                               float* c, int64_t ldc, int64_t steps, bool accumulate, Each each) {
+    static void multiply_tiles(const char* a, int64_t a_stride, int64_t a_step, const char* tail, const uint32_t* b,
+                               int64_t ldb, float* c, int64_t ldc, int64_t steps, bool accumulate, Each each) {
         const int64_t stride = ldc * 4;
         if (accumulate) {
             load_tile<0>(c, stride);
@@ -89,7 +91,7 @@ struct Amx : Avx512Bf16 {
             zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
         }
         if (tail != nullptr) --steps;
-        for (int64_t s = 0; s < steps; ++s, a += 64, b += 16 * ldb) {
+        for (int64_t s = 0; s < steps; ++s, a += a_step, b += 16 * ldb) {
             each();
             multiply_step<M, N>(a, a_stride, b, ldb * 4);
         }
@@ -102,13 +104,19 @@ struct Amx : Avx512Bf16 {
 
     // The same for m <= 32 rows and n <= 32 columns, computed in whole tiles of 16.
     template <class Each>
-    MINT_INLINE void multiply_tiles(int64_t m, int64_t n, const char* a, int64_t a_stride, const char* tail,
-                                    const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int64_t steps,
-                                    bool accumulate, Each each) {
-        if (m > 16 && n > 16) return multiply_tiles<2, 2>(a, a_stride, tail, b, ldb, c, ldc, steps, accumulate, each);
-        if (m > 16) return multiply_tiles<2, 1>(a, a_stride, tail, b, ldb, c, ldc, steps, accumulate, each);
-        if (n > 16) return multiply_tiles<1, 2>(a, a_stride, tail, b, ldb, c, ldc, steps, accumulate, each);
-        multiply_tiles<1, 1>(a, a_stride, tail, b, ldb, c, ldc, steps, accumulate, each);
+    MINT_INLINE void multiply_tiles(int64_t m, int64_t n, const char* a, int64_t a_stride, int64_t a_step,
+                                    const char* tail, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                                    int64_t steps, bool accumulate, Each each) {
+        const auto some = [&](auto rows, auto columns) __attribute__((always_inline)) {
+            multiply_tiles<decltype(rows)::value, decltype(columns)::value>(a, a_stride, a_step, tail, b, ldb, c, ldc,
+                                                                            steps, accumulate, each);
+        };
+        constexpr std::integral_constant<int, 1> one;
+        constexpr std::integral_constant<int, 2> two;
+        if (m > 16 && n > 16) return some(two, two);
+        if (m > 16) return some(two, one);
+        if (n > 16) return some(one, two);
+        some(one, one);
     }
 };
 

@@ -50,13 +50,13 @@ def decode_step(
 
 
 def words(weight: Tensor, parts: int) -> Words | None:
-    code, found = NATIVE_DTYPES[weight.dtype], torch.zeros(1, dtype=torch.int64)
-    native.word_columns(code, found.data_ptr())
-    if not (columns := int(found)):
+    (n, k), code, found, out = weight.shape, NATIVE_DTYPES[weight.dtype], torch.zeros(2, dtype=torch.int64), []
+    native.word_panels(code, k, found.data_ptr())
+    columns, depth = found.tolist()
+    if not columns:
         return None
-    (n, k), out = weight.shape, []
     for part in weight.split(n // parts) if n else [weight]:
         panels = -(-len(part) // columns)
-        out.append(torch.empty(panels * columns * k // 2, dtype=torch.int32))
+        out.append(torch.empty(panels * columns * depth, dtype=torch.int32))
         native.weight_words(code, part.data_ptr(), part.stride(0), len(part), k, out[-1].data_ptr())
     return Words(columns, tuple(out))

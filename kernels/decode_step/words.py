@@ -9,7 +9,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Words:
-    """Pairs of bfloat16 that are neighbours in k, of ``columns`` rows of the weight at a time, transposed.
+    """Pairs of bfloat16 that are neighbours in k, of ``columns`` rows of the weight at a time: a pair of each row, the
+    next of each and so on; with AMX 16 pairs of each, zeros after the last.
 
     ``parts``: int32, of all rows; or of either half of them, where a step multiplies them side by side (gate and up).
     """

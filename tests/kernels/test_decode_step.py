@@ -37,6 +37,7 @@ LAYERS, VOCAB, HIDDEN, FFN, N_Q, N_KV, D, RANKS, BLOCK = 2, 131, 48, 80, 4, 2, 1
 LONG = 240  # hidden: sums of 128 are added, and what is left goes on with an adapter's columns, beyond 128 again
 EPS, SCALE = 1e-5, D**-0.5
 GROUPS = ("qkv", "o", "gate_up", "down")
+WITH_WORDS = ("avx2", "avx512_bf16", "amx")  # instruction sets that read kept words
 ALL = 31  # groups that an adapter may train, as bits
 
 
@@ -298,7 +299,7 @@ def test_kept_words_change_no_bit(seats: StepAdapters | None, hidden: int, rows:
     for isa in ISAS:
         with using(isa, 2):
             kept = with_words(m)
-            assert (kept.word_columns > 0) == (isa in ("avx2", "avx512_bf16"))
+            assert (kept.word_columns > 0) == (isa in WITH_WORDS)
             expected = [t.nan_to_num(7.0) for t in run(m, b, seats, "cpu")]
             with_b, _alive = (seats, None) if seats is None else b_words(m, seats)
             for given in (seats, with_b):
@@ -315,20 +316,28 @@ def test_words_of_other_panels_are_left_alone() -> None:
     assert torch.equal(run(other, b, face="cpu")[0], run(model(torch.bfloat16), b, face="cpu")[0])
 
 
-def test_words_are_pairs_of_neighbours_of_many_rows() -> None:
-    weight = normal(61, 44, seed=1, dtype=torch.bfloat16)
-    words = decode_words(weight)
-    if words is None:
-        pytest.skip("this CPU reads none")
-    columns = words.columns
-    panels = words.parts[0].view(torch.bfloat16).view(-1, 22, columns, 2)
-    rows = panels.permute(0, 2, 1, 3).reshape(-1, 44)
-    assert torch.equal(rows[:61], weight)
-    assert not rows[61:].any()
-    assert decode_words(weight.float()) is None
-    assert decode_words(normal(4, 7, seed=1, dtype=torch.bfloat16)) is None
-    with pytest.raises(ValueError, match=r"parts: expected a divisor of 61 rows, got 2 \(decode_words\)"):
-        decode_words(weight, 2)
+@pytest.mark.parametrize("isa", ISAS)
+def test_words_are_the_weight_in_another_order(isa: str) -> None:
+    n, k = 61, 44
+    weight = normal(n, k, seed=1, dtype=torch.bfloat16)
+    with using(isa):
+        words = decode_words(weight)
+        assert (words is None) == (isa not in WITH_WORDS)
+        if words is None:
+            return
+        columns, tiles = words.columns, isa == "amx"
+        # Pairs of all rows of a panel, or in tiles 32 elements of each.
+        step = 32 if tiles else 2
+        steps = -(-k // step)
+        panels = words.parts[0].view(torch.bfloat16).view(-1, steps, columns, step)
+        rows = panels.permute(0, 2, 1, 3).reshape(-1, steps * step)
+        assert torch.equal(rows[:n, :k], weight)
+        assert not rows[n:].any()
+        assert not rows[:, k:].any()
+        assert decode_words(weight.float()) is None
+        assert decode_words(normal(4, 7, seed=1, dtype=torch.bfloat16)) is None
+        with pytest.raises(ValueError, match=r"parts: expected a divisor of 61 rows, got 2 \(decode_words\)"):
+            decode_words(weight, 2)
 
 
 @pytest.mark.parametrize("rows", [5, 20])
