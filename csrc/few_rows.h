@@ -121,6 +121,7 @@ class FewRows<S, T, false> {
         for (const RowGroup<T>* g = groups_; g < groups_ + n_groups_; ++g) {
             tails = tails || g->width > 0;
             own = own && (g->width == 0 || g->words != nullptr);
+            g->fetch(w, first, C);
         }
         if (depth == 0) std::memset(c, 0, size_t(rows_ * C) * sizeof(float));
         for (int64_t k0 = 0; k0 < whole; k0 += kDepth) chunk(k0, kDepth, c, k0 > 0);

@@ -52,6 +52,7 @@ class FewRows<S, T, true> {
         if (steps == 0) std::memset(turned_, 0, size_t(C * ld_) * sizeof(float));
         if (w.words != nullptr) {
             const char* a = reinterpret_cast<const char*>(w.panel(first));
+            for (int64_t g = 0; g < n_groups_; ++g) groups_[g].fetch(w, first, C);
             TilesAhead ahead(a, w.words_depth / kTileWords, ceil_div(rows_, 32), next);
             columns(m, {a, 64, kKept, nullptr}, 0, steps, false,
                     [&]() __attribute__((always_inline)) { ahead.some(); });
