@@ -212,7 +212,8 @@ struct DecodeStep {
             static_cast<RowGroup<T>*>(scratch(Slot::kGroups, size_t(2 * adapters.count + 1) * sizeof(RowGroup<T>)));
         const int64_t n_groups = groups_of(w, index, group, m, count, groups);
         const int64_t panels = ceil_div(n, C), threads = omp_get_num_threads();
-        const WeightRows<T> one = weight_rows(w, k), two = weight_rows(w, k, n);
+        WeightRows<T> one = weight_rows(w, k), two = weight_rows(w, k, n);
+        one.modules = two.modules = m == 3 ? Modules{3, n_q * d, qk_width} : m == 2 ? Modules{2, n} : Modules();
         // B is fetched with W: as one row where it follows W in memory and W's rows are what is read. (Not its words.)
         const int64_t tail = m * adapters.reach(group), calls = calls_of(w, count, k);
         const bool follows = w.scales == nullptr && w.b == static_cast<const T*>(w.w) + k && w.b_stride == w.stride;

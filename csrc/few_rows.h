@@ -16,7 +16,9 @@
 
 namespace mint {
 
-constexpr int64_t kFewRows = 64;  // beyond, gemm's tiles are better
+// Rows beyond which gemm is better: it packs the weight for many of them, tiles here x's rows for all of the weight.
+template <class S, class T>
+constexpr int64_t kFewRows = Panel<S, T>::kTiles ? 256 : 64;
 
 template <class S, class T, bool Tiles = Panel<S, T>::kTiles>
 class FewRows;  // of tiles: few_rows_tiles.h
@@ -121,7 +123,7 @@ class FewRows<S, T, false> {
         for (const RowGroup<T>* g = groups_; g < groups_ + n_groups_; ++g) {
             tails = tails || g->width > 0;
             own = own && (g->width == 0 || g->words != nullptr);
-            g->fetch(w, first, C);
+            g->fetch(w, first, cols, 1, C);
         }
         if (depth == 0) std::memset(c, 0, size_t(rows_ * C) * sizeof(float));
         for (int64_t k0 = 0; k0 < whole; k0 += kDepth) chunk(k0, kDepth, c, k0 > 0);
@@ -135,12 +137,23 @@ class FewRows<S, T, false> {
             for (const RowGroup<T>* g = groups_; g < groups_ + n_groups_; ++g) {
                 const int64_t tail = Q::depth(g->width), room = rest > 0 ? min64(kDepth - rest, tail) : 0;
                 const uint32_t* more = tail > 0 ? g->panel(w, first) : nullptr;
-                if (rest > 0)
-                    run(g->begin, g->end, whole, {left, rest / kElements, more, room / kElements}, c, whole > 0,
-                        g == groups_ ? &ahead : nullptr);
-                for (int64_t t = room; t < tail; t += kDepth)
-                    run(g->begin, g->end, depth + t, {more + t / kElements * C, min64(kDepth, tail - t) / kElements}, c,
-                        true, nullptr);
+                const Range mine = tail > 0 ? g->own(w, first, cols, 1) : Range{0, 0};
+                // Those of a chunk, elements [t, end) of the tail.
+                const auto of_chunk = [&](int64_t t, int64_t end) {
+                    const int64_t from = max64(mine.begin, t / kElements);
+                    return Range{from, max64(from, min64(mine.end, end / kElements))};
+                };
+                if (rest > 0) {
+                    const Range r = of_chunk(0, room);
+                    run(g->begin, g->end, whole, {left, rest / kElements, more + r.begin * C, r.end - r.begin, r.begin},
+                        c, whole > 0, g == groups_ ? &ahead : nullptr);
+                }
+                for (int64_t t = room; t < tail; t += kDepth) {
+                    const Range r = of_chunk(t, min64(t + kDepth, tail));
+                    if (r.begin < r.end)
+                        run(g->begin, g->end, depth + r.begin * kElements, {more + r.begin * C, r.end - r.begin}, c,
+                            true, nullptr);
+                }
             }
             return;
         }

@@ -52,7 +52,7 @@ class FewRows<S, T, true> {
         if (steps == 0) std::memset(turned_, 0, size_t(C * ld_) * sizeof(float));
         if (w.words != nullptr) {
             const char* a = reinterpret_cast<const char*>(w.panel(first));
-            for (int64_t g = 0; g < n_groups_; ++g) groups_[g].fetch(w, first, C);
+            for (int64_t g = 0; g < n_groups_; ++g) groups_[g].fetch(w, first, cols, kTileWords, C);
             TilesAhead ahead(a, w.words_depth / kTileWords, ceil_div(rows_, 32), next);
             columns(m, {a, 64, kKept, nullptr}, 0, steps, false,
                     [&]() __attribute__((always_inline)) { ahead.some(); });
@@ -162,16 +162,20 @@ class FewRows<S, T, true> {
     const uint32_t* add_tail(const WeightRows<T>& w, const RowGroup<T>& g, int64_t first, int64_t cols, int64_t m,
                              const uint32_t* b) const {
         const int64_t rest = k_ - base_, steps = ceil_div(tail(g), kK), stride = steps * kK;
-        const bool kept = w.words != nullptr && g.words != nullptr && rest == 0;
         Left left{reinterpret_cast<const char*>(stage_), stride * int64_t(sizeof(T)), 64, nullptr};
-        if (kept)
-            left = {reinterpret_cast<const char*>(g.panel(w, first)), 64, kKept, nullptr};
-        else
+        Range mine{0, steps};
+        if (w.words != nullptr && g.words != nullptr && rest == 0) {
+            const Range words = g.own(w, first, cols, kTileWords);
+            mine = {words.begin / kTileWords, words.end / kTileWords};
+            left = {reinterpret_cast<const char*>(g.panel(w, first)) + mine.begin * kKept, 64, kKept, nullptr};
+        } else {
             stage_tail(w, g, first, cols, m, stride);
+        }
         for (int64_t i = g.begin; i < g.end; i += 16, b += steps * 16 * 16) {
             const int n = int(min64(16, g.end - i));
             for (int64_t j = 0; j < m; ++j) S::store(own_ + j * 16, S::load_n(turned_ + j * ld_ + i, n));
-            S::multiply_tiles(m, 16, left.data, left.stride, left.step, nullptr, b, 16, own_, 16, steps, true, [] {});
+            S::multiply_tiles(m, 16, left.data, left.stride, left.step, nullptr, b + mine.begin * 16 * 16, 16, own_, 16,
+                              mine.end - mine.begin, true, [] {});
             for (int64_t j = 0; j < m; ++j) S::store_n(turned_ + j * ld_ + i, S::load(own_ + j * 16), n);
         }
         return b;

@@ -47,12 +47,12 @@ class WordsAhead {  // inlined everywhere: see MINT_INLINE
     Prefetch* next_;
 };
 
-// `count` words of a panel; then as many words of another.
+// `count` words of a panel; then, `skip` words of x further on, as many words of another.
 struct WordRun {
     const uint32_t* panel;
     int64_t count;
     const uint32_t* more = nullptr;
-    int64_t many = 0;
+    int64_t many = 0, skip = 0;
 };
 
 // c[M][ldc] (+)= M rows of x * Nv vectors of columns of a panel, over the words of a run. As register_tile sums them.
@@ -109,7 +109,7 @@ void words_tile(Rows x, const WordRun& run, float* c, int64_t ldc, bool accumula
         for (int64_t s = 0; s < kWordStep; ++s) word(w + s, panel + (w + s) * Q::kCols);
     }
     for (; w < count; ++w) word(w, panel + w * Q::kCols);
-    for (; w < end; ++w) word(w, more + (w - count) * Q::kCols);
+    for (; w < end; ++w) word(w + run.skip, more + (w - count) * Q::kCols);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 16

@@ -6,6 +6,13 @@
 
 namespace mint {
 
+// Where the rows of a weight's modules begin: of q, k and v, or of gate and up.
+struct Modules {
+    int64_t count = 1, second = 0, third = 0;
+
+    int64_t of_row(int64_t j) const { return count > 2 && j >= third ? 2 : count > 1 && j >= second ? 1 : 0; }
+};
+
 // A weight whose rows are `stride` elements apart: T, or with `scales` int8 times a scale for each row.
 template <class T>
 struct WeightRows {
@@ -14,6 +21,7 @@ struct WeightRows {
     const float* scales;
     const uint32_t* words = nullptr;          // if not null, rows words_from and on are there too: weight_words
     int64_t words_from = 0, words_depth = 0;  // words of a row
+    Modules modules = {};
 
     // Elements [k, k + n) of row j in T; where they lie, or in `to`.
     void copy(int64_t j, int64_t k, int64_t n, T* to) const {
@@ -57,11 +65,20 @@ struct RowGroup {
         return (w.words_from == 0 ? words : second) + (j - w.words_from) * words_depth;
     }
 
-    // Asks for that panel, of so many columns: W's own takes long enough.
-    void fetch(const WeightRows<T>& w, int64_t j, int64_t columns) const {
+    // The words of that panel, of n rows, that may not be zero: a module's rows have nothing in the columns of another.
+    // From and to multiples of `unit`.
+    Range own(const WeightRows<T>& w, int64_t j, int64_t n, int64_t unit) const {
+        const int64_t rank = width / w.modules.count, elements = 2 * unit;
+        const int64_t first = w.modules.of_row(j) * rank, end = (w.modules.of_row(j + n - 1) + 1) * rank;
+        return {first / elements * unit, ceil_div(end, elements) * unit};
+    }
+
+    // Asks for them, of so many columns: W's own panel takes long enough.
+    void fetch(const WeightRows<T>& w, int64_t j, int64_t n, int64_t unit, int64_t columns) const {
         if (words == nullptr || width == 0) return;
-        const char* from = reinterpret_cast<const char*>(panel(w, j));
-        for (int64_t b = 0; b < columns * words_depth * 4; b += 64) __builtin_prefetch(from + b, 0, 2);
+        const Range mine = own(w, j, n, unit);
+        const auto* from = reinterpret_cast<const char*>(panel(w, j) + mine.begin * columns);
+        for (int64_t b = 0; b < (mine.end - mine.begin) * columns * 4; b += 64) __builtin_prefetch(from + b, 0, 2);
     }
 };
 

@@ -75,7 +75,8 @@ class StepAdapters:
     """Who sits in the border.
 
     ``segments`` int64 [n, 5], in row order: first row, last row + 1, rank offset, rank, and the groups of GROUPS and
-    the head (16) that the adapter trains, as bits. ``scales`` float32 [n]. ``ranks``: of border in use.
+    the head (16) that the adapter trains, as bits. ``scales`` float32 [n]. ``ranks``: of border in use. An adapter's B
+    is block diagonal: the rows of one module are zero in the columns of the others (and need not be read there).
 
     ``words``: None, or int64 [n, 4 * layers + 1, 2]: of every linear, the head last, the addresses of what
     ``decode_words`` made of an adapter's columns of the border, in as many parts as W's (the first part's and the

@@ -107,6 +107,7 @@ def with_words(m: StepModel) -> StepModel:
 
 def b_words(m: StepModel, adapters: StepAdapters) -> tuple[StepAdapters, list[Words | None]]:
     """The same adapters, their B in words too; and what must live as long."""
+    clear_foreign_blocks(m, adapters)
     linears = [(getattr(la, name), 2 if name == "gate_up" else 1) for la in m.layers for name in GROUPS]
     linears.append((m.head, 1))
     made = [
@@ -149,6 +150,19 @@ def batch(rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+def clear_foreign_blocks(m: StepModel, adapters: StepAdapters) -> None:
+    """An adapter's B is block diagonal: rows of q have zeros in the columns of k and v."""
+    for _, _, offset, rank, _ in adapters.segments.tolist():
+        for layer in m.layers:
+            for w, sizes in ((layer.qkv, (N_Q * D, N_KV * D, N_KV * D)), (layer.gate_up, (FFN, FFN))):
+                row = 0
+                for i, n in enumerate(sizes):
+                    columns = w.buf[row : row + n, w.k + w.m * offset : w.k + w.m * (offset + rank)]
+                    columns[:, : i * rank] = 0
+                    columns[:, (i + 1) * rank :] = 0
+                    row += n
+
+
 OF_ROWS = ("tokens", "block_table", "lengths")
 
 
@@ -160,6 +174,8 @@ def own_cells(b: dict[str, Tensor]) -> Tensor:
 
 def run(m: StepModel, b: dict[str, Any], adapters: StepAdapters | None = None, face: str | None = None) -> Any:
     b = {name: t.clone() if name.endswith("pool") else t for name, t in b.items()}
+    if adapters is not None:
+        clear_foreign_blocks(m, adapters)
     return decode_step(m, **b, scale=SCALE, adapters=adapters, face=face), b["k_pool"], b["v_pool"]
 
 
