@@ -214,7 +214,8 @@ struct DecodeStep {
         const int64_t panels = ceil_div(n, C), threads = omp_get_num_threads();
         WeightRows<T> one = weight_rows(w, k), two = weight_rows(w, k, n);
         one.modules = two.modules = m == 3 ? Modules{3, n_q * d, qk_width} : m == 2 ? Modules{2, n} : Modules();
-        // B is fetched with W: as one row where it follows W in memory and W's rows are what is read. (Not its words.)
+        // B is fetched with W: as one row where it follows W in memory and W's rows are what is read. (Its words:
+        // RowGroup::fetch.)
         const int64_t tail = m * adapters.reach(group), calls = calls_of(w, count, k);
         const bool follows = w.scales == nullptr && w.b == static_cast<const T*>(w.w) + k && w.b_stride == w.stride;
         const auto fetch = [&](const WeightRows<T>& from, int64_t j, int64_t cols) {

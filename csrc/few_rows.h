@@ -16,9 +16,7 @@
 
 namespace mint {
 
-// Rows beyond which gemm is better: it packs the weight for many of them, tiles here x's rows for all of the weight.
-template <class S, class T>
-constexpr int64_t kFewRows = Panel<S, T>::kTiles ? 256 : 64;
+constexpr int64_t kFewRows = 64;  // beyond, gemm's tiles are better
 
 template <class S, class T, bool Tiles = Panel<S, T>::kTiles>
 class FewRows;  // of tiles: few_rows_tiles.h

@@ -19,7 +19,7 @@ void logits(const T* x, int64_t x_stride, const T* weight, int64_t w_stride, flo
         for_vectors<S>(n, [&](int64_t v, int lanes)
                               __attribute__((always_inline)) { S::store_n(row + v, S::load_n(c + v, lanes), lanes); });
     };
-    if (rows <= kFewRows<S, T>) return few_rows<S, T>(x, x_stride, weight, w_stride, rows, vocab, width, store);
+    if (rows <= kFewRows) return few_rows<S, T>(x, x_stride, weight, w_stride, rows, vocab, width, store);
     gemm<S, T>(x, x_stride, 1, weight, w_stride, 1, rows, vocab, width, store);
 }
 

@@ -31,7 +31,7 @@ void matmul(const T* a, int64_t a_stride, const T* b, int64_t b_col, int64_t b_k
             S::store_n(row + v, x, lanes);
         });
     };
-    if (m <= kFewRows<S, T> && b_k == 1) return few_rows<S, T>(a, a_stride, b, b_col, m, n, k, finish);
+    if (m <= kFewRows && b_k == 1) return few_rows<S, T>(a, a_stride, b, b_col, m, n, k, finish);
     if (better_long<S, T>(1, b_col, n, k)) return gemm_long<S, T>(a, a_stride, b, b_k, m, n, k, finish);
     gemm<S, T>(a, a_stride, 1, b, b_col, b_k, m, n, k, finish, {out, out_stride * int64_t(sizeof(T)), sizeof(T)});
 }
