@@ -51,23 +51,22 @@ class FewRows<S, T, true> {
         const auto each = [=]() __attribute__((always_inline)) { next->some(); };
         if (steps == 0) std::memset(turned_, 0, size_t(C * ld_) * sizeof(float));
         if (w.words != nullptr) {
-            const char* a = reinterpret_cast<const char*>(w.panel(first));
+            const Rows a = kept(w.panel(first));
             for (int64_t g = 0; g < n_groups_; ++g) groups_[g].fetch(w, first, cols, kTileWords, C);
-            TilesAhead ahead(a, w.words_depth / kTileWords, ceil_div(rows_, 32), next);
-            columns(m, {a, 64, kKept, nullptr}, 0, steps, false,
-                    [&]() __attribute__((always_inline)) { ahead.some(); });
+            TilesAhead ahead(a.data, w.words_depth / kTileWords, ceil_div(rows_, 32), next);
+            columns(m, a, 0, steps, false, [&]() __attribute__((always_inline)) { ahead.some(); });
         } else if (w.scales == nullptr && cols % 16 == 0) {
             const int64_t rest = base_ % kK;
             if (rest > 0) stage(w, first, cols, base_ - rest, rest, kK, last_);
             const char* a = reinterpret_cast<const char*>(static_cast<const T*>(w.data) + first * w.stride);
             const char* tail = rest > 0 ? reinterpret_cast<const char*>(last_) : nullptr;
-            columns(m, {a, w.stride * int64_t(sizeof(T)), 64, tail}, 0, steps, false, each);
+            columns(m, {a, w.stride * int64_t(sizeof(T)), false, tail}, 0, steps, false, each);
         } else {
             for (int64_t s = 0; s < steps; s += kStaged) {
                 const int64_t count = min64(kStaged, steps - s), at = s * kK;
                 stage(w, first, cols, at, min64(count * kK, base_ - at), count * kK, stage_);
-                columns(m, {reinterpret_cast<const char*>(stage_), count * kK * int64_t(sizeof(T)), 64, nullptr}, s,
-                        count, s > 0, each);
+                columns(m, {reinterpret_cast<const char*>(stage_), count * kK * int64_t(sizeof(T)), false}, s, count,
+                        s > 0, each);
             }
         }
         if (w.scales != nullptr)
@@ -82,12 +81,12 @@ class FewRows<S, T, true> {
   private:
     static constexpr int64_t kKept = C * kTileWords * 4;  // bytes of a step of kept words
 
-    // Rows of the left operand, in bytes: see multiply_tiles.
-    struct Left {
-        const char* data;
-        int64_t stride, step;
-        const char* tail;
-    };
+    // A panel of kept words as the left operand.
+    static Rows kept(const uint32_t* panel) {
+        Rows rows{reinterpret_cast<const char*>(panel), 64, false};
+        rows.step = kKept;
+        return rows;
+    }
 
     // Fetches a panel of `steps` steps of kept words: of one block of x's rows a few steps ahead, into L1. Of more the
     // panel after it, into L2, by all blocks: else memory would rest while all but the first are multiplied.
@@ -148,7 +147,7 @@ class FewRows<S, T, true> {
 
     // turned_ (+)= `steps` steps of m weight rows, from step s of x on, for all rows of x.
     template <class Each>
-    void columns(int64_t m, Left a, int64_t s, int64_t steps, bool accumulate, Each each) const {
+    void columns(int64_t m, Rows a, int64_t s, int64_t steps, bool accumulate, Each each) const {
         const uint32_t* b = packed_;
         for (int64_t i = 0; i < rows_; i += 32) {
             const int64_t width = rows_ - i > 16 ? 32 : 16;
@@ -162,12 +161,12 @@ class FewRows<S, T, true> {
     const uint32_t* add_tail(const WeightRows<T>& w, const RowGroup<T>& g, int64_t first, int64_t cols, int64_t m,
                              const uint32_t* b) const {
         const int64_t rest = k_ - base_, steps = ceil_div(tail(g), kK), stride = steps * kK;
-        Left left{reinterpret_cast<const char*>(stage_), stride * int64_t(sizeof(T)), 64, nullptr};
+        Rows left{reinterpret_cast<const char*>(stage_), stride * int64_t(sizeof(T)), false};
         Range mine{0, steps};
         if (w.words != nullptr && g.words != nullptr && rest == 0) {
             const Range words = g.own(w, first, cols, kTileWords);
             mine = {words.begin / kTileWords, words.end / kTileWords};
-            left = {reinterpret_cast<const char*>(g.panel(w, first)) + mine.begin * kKept, 64, kKept, nullptr};
+            left = kept(g.panel(w, first) + words.begin * C);
         } else {
             stage_tail(w, g, first, cols, m, stride);
         }

@@ -114,7 +114,8 @@ struct PagedAttention {
         const int64_t end = min64(j0 + kKeys, lengths[row]), bytes = d * int64_t(sizeof(T));
         for (int64_t j = j0; j < end;) {
             const char* at = reinterpret_cast<const char*>(cell(pool, block_stride, stride, row, j) + kv_head * d);
-            for (const int64_t stop = min64(j / block * block + block, end); j < stop; ++j, at += stride * sizeof(T))
+            for (const int64_t stop = min64(j / block * block + block, end); j < stop;
+                 ++j, at += stride * int64_t(sizeof(T)))
                 for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b, 0, 3);
         }
     }
@@ -198,8 +199,8 @@ struct PagedAttention {
             for (int64_t j = n; j < X::round_up(n, X::kUnit); ++j) rounded[j] = T{};
     }
 
-    // added[h] = the sum of the n weights of each of `count` heads. A sum waits for itself: some heads' side by side.
-    void add_weights(int64_t count, int64_t n, float* added) const {
+    // totals[h] = the sum of the n weights of each of `count` heads. A sum waits for itself: some heads' side by side.
+    void add_weights(int64_t count, int64_t n, float* totals) const {
         int64_t h = 0;
         const auto some = [&](auto many) __attribute__((always_inline)) {
             constexpr int H = decltype(many)::value;
@@ -208,7 +209,7 @@ struct PagedAttention {
                 float total[H] = {};
                 for (int64_t j = 0; j + 2 <= n; j += 2)
                     for (int i = 0; i < H; ++i) total[i] += s[i * kKeys + j] + s[i * kKeys + j + 1];
-                for (int i = 0; i < H; ++i) added[h + i] = n % 2 != 0 ? total[i] + s[i * kKeys + n - 1] : total[i];
+                for (int i = 0; i < H; ++i) totals[h + i] = n % 2 != 0 ? total[i] + s[i * kKeys + n - 1] : total[i];
             }
         };
         some(std::integral_constant<int, 8>());

@@ -36,6 +36,7 @@ struct Rows {
     const char* tail = nullptr;  // if not null, where the last kUnit elements are, rows of 64 bytes
     const char* edge = nullptr;  // if not null, where the rows from edge_from on are, padded
     int64_t edge_from = 0, edge_stride = 0;
+    int64_t step = 64;  // bytes from kUnit elements to the next: more where a weight is kept in tiles
 
     // Rows i and on, i a multiple of kRows.
     Rows at(int64_t i) const {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from check_isas import WITH_WORDS
 from engine_helpers import new_model, train
 
 from mint_engine import kernels
@@ -15,7 +16,7 @@ from mint_engine.types import ModelInput, SamplingParams
 PROMPT = ModelInput.from_ints([5, 9, 2, 44, 7, 3])
 PARAMS = SamplingParams(max_tokens=24, temperature=1.0, seed=3, stop=[])
 
-reads_words = pytest.mark.skipif(kernels.isa() not in ("avx2", "avx512_bf16", "amx"), reason="this CPU reads no words")
+reads_words = pytest.mark.skipif(kernels.isa() not in WITH_WORDS, reason="this CPU reads no words")
 
 
 def sampled(engine: Engine, base: Path) -> list[tuple[list[int], list[float] | None]]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from check import chained, normal, poisoned, within_budget
-from check_isas import ISAS, using
+from check_isas import ISAS, WITH_WORDS, using
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -37,7 +37,6 @@ LAYERS, VOCAB, HIDDEN, FFN, N_Q, N_KV, D, RANKS, BLOCK = 2, 131, 48, 80, 4, 2, 1
 LONG = 240  # hidden: sums of 128 are added, and what is left goes on with an adapter's columns, beyond 128 again
 EPS, SCALE = 1e-5, D**-0.5
 GROUPS = ("qkv", "o", "gate_up", "down")
-WITH_WORDS = ("avx2", "avx512_bf16", "amx")  # instruction sets that read kept words
 ALL = 31  # groups that an adapter may train, as bits
 
 

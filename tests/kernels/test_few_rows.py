@@ -14,7 +14,7 @@ from mint_engine.kernels.gemm import mm
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    rows=st.sampled_from([2, 3, 8, 9, 16, 17, 33, 64, 65, 130, 256, 257]), n=st.sampled_from([1, 15, 16, 48, 50, 100]),
+    rows=st.sampled_from([2, 3, 8, 9, 16, 17, 33, 64, 65, 130]), n=st.sampled_from([1, 15, 16, 48, 50, 100]),
     k=st.sampled_from([1, 2, 31, 64, 66, 255, 256, 600, 2051]), threads=st.integers(1, 3), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_a_row_has_the_same_bits_alone_and_in_company(face, dtype, rows, n, k, threads, seed) -> None:
