@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 T = TypeVar("T")
 S = TypeVar("S")
 P = ParamSpec("P")
+
+# Python tells a program of Ctrl-C between two of its instructions. A signal that comes just before a wait begins, or to
+# another thread, is seen when the wait ends: so no wait is longer than this.
+WAIT_SECONDS = 1.0
 
 
 class APIFuture(Generic[T]):
@@ -31,7 +36,8 @@ class APIFuture(Generic[T]):
 
     def result(self, timeout: float | None = None) -> T:
         """The result. Raises what the call raised; TimeoutError after `timeout` seconds."""
-        return self._future.result(timeout)
+        self._wait_for(timeout)
+        return self._future.result(0)
 
     async def result_async(self, timeout: float | None = None) -> T:
         """The same, without blocking the event loop."""
@@ -54,11 +60,22 @@ class APIFuture(Generic[T]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What the call raised, or None. Waits."""
-        return self._future.exception(timeout)
+        self._wait_for(timeout)
+        return self._future.exception(0)
 
     def add_done_callback(self, fn: Callable[[APIFuture[T]], object]) -> None:
         """Call `fn(self)` when the result is there, on the thread that brings it (at once if it is there already)."""
         self._future.add_done_callback(lambda _: fn(self))
+
+    def _wait_for(self, timeout: float | None) -> None:
+        """Until it is done, at most `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._future.done():
+            left = WAIT_SECONDS if deadline is None else min(WAIT_SECONDS, deadline - time.monotonic())
+            if left <= 0:
+                return
+            with contextlib.suppress(TimeoutError, CancelledError):
+                self._future.exception(left)
 
     async def _wait(self) -> T:
         # asyncio.wrap_future would pass a cancelled wait on to the work. A waiter of our own costs no thread either.

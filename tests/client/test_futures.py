@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import SimpleNamespace
 
@@ -55,6 +57,32 @@ def test_a_timeout_gives_up_waiting_and_not_the_work():
     work.set_result(3)  # also wakes the waiter that gave up, whose loop is closed by now
     assert future.result(timeout=0) == 3
     assert asyncio.run(future.result_async(timeout=0)) == 3
+
+
+@pytest.mark.parametrize("ask", [APIFuture.result, APIFuture.exception])
+def test_a_signal_that_another_thread_took_ends_the_wait_too(ask: Callable[[APIFuture], object]):
+    """Nothing wakes the main thread then: so also when Ctrl-C comes just before it begins to wait."""
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    never = threading.Event()
+    other = threading.Thread(target=never.wait, daemon=True)
+    other.start()
+    assert other.ident is not None
+    threading.Timer(0.3, signal.pthread_kill, [other.ident, signal.SIGUSR1]).start()
+    begun = time.monotonic()
+    try:
+        with pytest.raises(Interrupted):
+            ask(later(7, 30))
+        assert time.monotonic() - begun < 15
+    finally:
+        never.set()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_cancelling_a_task_leaves_the_work_to_the_others():

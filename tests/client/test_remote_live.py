@@ -252,10 +252,14 @@ waiting.result()
 """,
         server,
     )
-    assert script.stdout is not None
-    session_id = script.stdout.readline().strip()
-    script.send_signal(signal.SIGINT)
-    _, errors = script.communicate(timeout=30)
+    with script:
+        try:
+            assert script.stdout is not None
+            session_id = script.stdout.readline().strip()
+            script.send_signal(signal.SIGINT)
+            _, errors = script.communicate(timeout=30)
+        finally:
+            script.kill()
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert finished(server, session_id) == "interrupted"
 
