@@ -22,25 +22,30 @@ _SEEDS = itertools.count()  # every contender of every row has prompts of its ow
 
 @dataclass(frozen=True)
 class Work:
-    """``prompts`` prompts of ``prefix`` shared and ``own`` further tokens, ``samples`` of ``tokens`` tokens each."""
+    """``prompts`` prompts of ``prefix`` shared and ``own`` further tokens, ``samples`` of ``tokens`` tokens each.
+
+    ``known``: the prefix is the same in every call, so that a prefix cache has it from the call before.
+    """
 
     prompts: int
     samples: int
     tokens: int
     own: int = 16
     prefix: int = 0
+    known: bool = False
 
     @property
     def sampled(self) -> int:
         return self.prompts * self.samples * self.tokens
 
     def inputs(self, vocab_size: int) -> Iterator[np.ndarray]:
-        """int64 [prompts, prefix + own], never seen before: a prefix cache helps within a call, never across."""
-        rng = np.random.default_rng(next(_SEEDS))
+        """int64 [prompts, prefix + own], never seen before but for a prefix that is ``known``."""
+        rng, same = np.random.default_rng(next(_SEEDS)), np.random.default_rng(self.prefix)
+        known = same.integers(0, vocab_size, self.prefix)
         while True:
-            prefix = np.tile(rng.integers(0, vocab_size, self.prefix), (self.prompts, 1))
+            prefix = known if self.known else rng.integers(0, vocab_size, self.prefix)
             own = rng.integers(0, vocab_size, (self.prompts, self.own))
-            yield np.concatenate([prefix, own], axis=1).astype(np.int64)
+            yield np.concatenate([np.tile(prefix, (self.prompts, 1)), own], axis=1).astype(np.int64)
 
 
 def ours(work: Work, vocab_size: int, clients: Sequence[mint.SamplingClient]) -> Callable[[], float]:

@@ -95,6 +95,7 @@ def machine() -> dict[str, Any]:
     ).stdout.strip()
     return {
         "cpu": cpu,
+        "isa": native.isa(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "attention_backward.h"
 #include "decode_step.h"
+#include "decode_steps.h"
 #include "decoder_layer.h"
 #include "grouped_linear.h"
 #include "logits.h"
@@ -33,6 +34,7 @@
     X(attention)               \
     X(attention_backward)      \
     X(decode_step)             \
+    X(decode_steps)            \
     X(decoder_layers)          \
     X(decoder_layers_backward) \
     X(grouped_linear)          \

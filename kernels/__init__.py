@@ -26,6 +26,7 @@ from mint_engine.kernels.decode_step import (
     decode_step_supported,
     decode_words,
 )
+from mint_engine.kernels.decode_steps import StepDraws, decode_steps
 from mint_engine.kernels.decoder_layer import (
     LayerCall,
     decoder_layer_supported,
@@ -62,6 +63,7 @@ __all__ = [
     "Places",
     "Shrink",
     "StepAdapters",
+    "StepDraws",
     "StepModel",
     "Words",
     "adamw_",
@@ -76,6 +78,7 @@ __all__ = [
     "bordered_linear_backward",
     "decode_step",
     "decode_step_supported",
+    "decode_steps",
     "decode_words",
     "decoder_layer_supported",
     "decoder_layers",

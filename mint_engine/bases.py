@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from mint_engine.datums import Limits
 from mint_engine.device import machine_bytes
 from mint_engine.gpu.memory import free_bytes
+from mint_engine.interruption import Interruption
 from mint_engine.models.config import ModelConfig, load_config
 from mint_engine.models.decoder import ACTIVATION_BYTES, Decoder
 from mint_engine.models.hub import ModelFiles, resolve_model
@@ -88,12 +89,14 @@ class BaseModels:
         on_load: Callable[[Sampler], None],
         wake: Callable[[], None],
         *,
+        interruption: Interruption,
         weights: str | None = None,
         speculation: int = 0,
     ) -> None:
         self._home, self._dtype, self._device = home, dtype, device
         self._cache_bytes, self._activation_bytes = cache_bytes, activation_bytes
-        self._on_load, self._wake, self._weights, self._speculation = on_load, wake, weights, speculation
+        self._on_load, self._wake, self._interruption = on_load, wake, interruption
+        self._weights, self._speculation = weights, speculation
         self._lock = threading.Lock()
         self._loading: dict[str, Future[Base]] = {}
 
@@ -151,7 +154,9 @@ class BaseModels:
             )  # fmt: skip
         fits = 8 * decoder.resident_bytes <= machine_bytes()
         decoder.keeps_words = self._weights == "twice" or (self._weights is None and fits)
-        sampler = Sampler(decoder, self._cache_bytes, self._wake, speculation=self._speculation)
+        sampler = Sampler(
+            decoder, self._cache_bytes, self._wake, speculation=self._speculation, interruption=self._interruption
+        )
         if self._device.type == "cuda" and not self._activation_bytes:
             decoder.activation_bytes = free_bytes(self._device)  # now that weights and KV cache have theirs
         self._on_load(sampler)

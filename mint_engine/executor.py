@@ -31,6 +31,7 @@ import torch
 from mint_engine.errors import EngineClosedError
 from mint_engine.fair_share import FairShare
 from mint_engine.in_flight import InFlight
+from mint_engine.interruption import Interruption
 from mint_engine.joint import Joint, Operation, Queued
 from mint_engine.kernels.op import dismiss_team
 from mint_engine.lanes import BRIEF_ONES, Lane
@@ -63,6 +64,7 @@ class Executor:
     """Owns the device thread. ``share``: of its time, between the steppers and the operations."""
 
     def __init__(self, name: str, share: FairShare | None = None) -> None:
+        self.interruption = Interruption()  # of steppers, when somebody else has work
         self._share = share or FairShare()
         self._wake = threading.Condition()
         self._ready: Turns[Lane] = Turns()
@@ -106,7 +108,7 @@ class Executor:
             if not lane.busy and lane.may_start:
                 lane.busy = True
                 self._ready.append(lane.owner, lane)
-                self._wake.notify()
+                self._call()
         return future
 
     @property
@@ -119,7 +121,12 @@ class Executor:
         self._leave_cores()
         with self._wake:
             self._signalled = True
-            self._wake.notify()
+            self._call()
+
+    def _call(self) -> None:
+        """Wake the thread; if a stepper has it, for several steps, it gives it back after the present one. Locked."""
+        self.interruption.wanted = True
+        self._wake.notify()
 
     def _leave_cores(self) -> None:
         """Whoever asks for work ends its idle OpenMP threads first, beside which the device's would be slow."""
@@ -139,7 +146,7 @@ class Executor:
         """Finish what is running; refuse what is waiting or, with ``drain``, do it first. Nothing new is accepted."""
         with self._wake:
             self._closed, self._draining = True, drain
-            self._wake.notify()
+            self._call()
         if threading.current_thread() is not self._thread:
             self._thread.join()  # it waits for the calls off its thread
         self._in_flight.close()
@@ -205,6 +212,8 @@ class Executor:
             brief = self._may_start() and not sample and self._brief_one_waits()
             lane = self._ready.pop() if self._may_start() and not (sample or brief) else None
             waiting = bool(self._ready)
+            # Who has called so far is seen now: the steppers' work, or what makes them take one step at a time.
+            self.interruption.wanted = waiting or bool(self._resumed) or self._closed
         if brief:
             self._run_brief_ones()
         if lane is not None:
@@ -390,7 +399,7 @@ class Executor:
         with self._wake:
             self._off_thread -= 1
             self._resumed.append(continuation)
-            self._wake.notify()
+            self._call()
 
     def _settle(self, lane: Lane, future: Future, result: Any = None, error: BaseException | None = None) -> None:
         settle(future, result, error)

@@ -19,12 +19,13 @@ from torch import Tensor
 from mint_engine.batch import pack
 from mint_engine.borders import Seating
 from mint_engine.errors import NonFiniteError, SampleCancelledError, UserError
+from mint_engine.interruption import Interruption
 from mint_engine.kernels import plan
 from mint_engine.kv_cache import KVCache, blocks_for
 from mint_engine.models.decoder import Decoder
 from mint_engine.requests import MAX_VALUES, Request, check_product
 from mint_engine.sampling import alternatives, sample
-from mint_engine.sampling_pass import Piece, decode, draw_at_once, prefill
+from mint_engine.sampling_pass import Piece, decode, decode_steps, draw_at_once, prefill, steps_in_a_call
 from mint_engine.sampling_rows import Job, Row, adapter_order
 from mint_engine.schedule import MAX_ALL_ROWS, MAX_ROWS, Schedule
 from mint_engine.settling import settle
@@ -37,6 +38,8 @@ __all__ = ["MAX_ALL_ROWS", "MAX_ROWS", "Sampler"]
 # SmolLM2-135M take about five decode steps on two cores); while none is, it bounds the memory of a pass.
 CHUNK_BESIDE_ROWS = 256
 CHUNK_ALONE = 4096
+# Steps of one call on a CPU, and after how long no further one is begun: nobody sees their tokens before the call ends.
+STEPS_AT_ONCE, SECONDS_AT_ONCE = 32, 0.05
 
 
 class Sampler:
@@ -45,19 +48,21 @@ class Sampler:
     ``tokens_sampled`` and ``tokens_prefilled`` count since the beginning; the device thread alone changes them.
     ``chunk_beside_rows`` and ``chunk_alone``: tokens of a prompt pass, with samples being decoded and without.
     ``speculation``: tokens a sample may propose per step (`speculation.py`); 0 for none.
+    ``interruption``: raised by who wants the device, too. With it ``step`` may compute several tokens of every sample,
+    where nobody is to see each; without it one.
     """
 
     def __init__(
         self, decoder: Decoder, max_cache_bytes: int, wake: Callable[[], None], *,
         chunk_beside_rows: int = CHUNK_BESIDE_ROWS, chunk_alone: int = CHUNK_ALONE,
-        speculation: int = 0,
+        speculation: int = 0, interruption: Interruption | None = None,
     ) -> None:  # fmt: skip
         self._decoder = decoder
         self._cache = KVCache(decoder.config, decoder.dtype, max_cache_bytes, decoder.device)
         self._schedule = Schedule(self._cache)
         self._wake = wake
         self._chunk_beside_rows, self._chunk_alone = chunk_beside_rows, chunk_alone
-        self._speculation = speculation
+        self._speculation, self._interruption = speculation, interruption
         self._open: dict[Future, Request] = {}  # accepted and not answered yet
         self.tokens_sampled = self.tokens_prefilled = 0
         self._closed: BaseException | None = None
@@ -151,14 +156,17 @@ class Sampler:
         self.fail(error)
 
     def step(self) -> bool:
-        """Compute a chunk of waiting prompts, then one token of every running sample. False if there was nothing."""
+        """Compute a chunk of waiting prompts, then the next token, or several, of every running sample.
+
+        False if there was nothing.
+        """
         freed = self._schedule.leave(_answered)
         prefilled = self._prefill()
         # Again: one that was cancelled while its prompt was computed has no token to go on from.
         freed = self._schedule.leave(_answered) or freed
         rows = self._schedule.make_room()
         if rows:
-            self._guarded([row.request for row in rows], lambda: self._decode(rows))
+            self._guarded([row.request for row in rows], lambda: self._decode(rows, alone=not prefilled))
         return bool(freed or prefilled or rows)
 
     def _guarded(self, requests: list[Request], work: Callable[[], None]) -> None:
@@ -301,14 +309,46 @@ class Sampler:
         job.cache.length = len(job.tokens)
         self._finish_jobs([job], self._logits({job: len(h) - 1}, h, seating) if job.rows else {})
 
-    def _decode(self, rows: list[Row]) -> None:
-        """The next token of every running row, whatever its adapter, and more where a proposal was right."""
+    def _decode(self, rows: list[Row], *, alone: bool) -> None:
+        """The next token of every running row, whatever its adapter, and more where a proposal was right.
+
+        ``alone``: no prompts are being computed beside them.
+        """
         pieces, proposed = [], drafts(rows, self._speculation)
+        topk = any(row.request.topk for row in rows)
+        if not (topk or any(proposed)) and steps_in_a_call(self._decoder, self._cache):
+            self._decode_at_once(rows, self._steps_at_once(rows) if alone else 1)
+            return
         for row, draft in zip(rows, proposed, strict=True):
             tokens = np.array([row.tokens[-1], *draft], dtype=np.int64)
             pieces.append(Piece(row.request.adapter, row.cache, tokens, row.cache.length))
             row.cache.length += 1  # the proposed ones count when they have been drawn
         self._extend(rows, pieces, proposed)
+
+    def _steps_at_once(self, rows: list[Row]) -> int:
+        """How many tokens every row may get, and has room for, before anybody looks at them."""
+        if self._interruption is None or self._interruption.wanted or self._speculation:
+            return 1
+        if any(row.request.on_token is not None or row.request.stop.strings for row in rows):
+            return 1
+        left = min(row.max_tokens - len(row.tokens) for row in rows)
+        return self._schedule.make_more_room(min(left, STEPS_AT_ONCE))
+
+    def _decode_at_once(self, rows: list[Row], steps: int) -> None:
+        """Up to so many tokens of every row, drawn where they are computed. It ends with the first row that does."""
+        pieces = [
+            Piece(row.request.adapter, row.cache, np.array(row.tokens[-1:], dtype=np.int64), row.cache.length)
+            for row in rows
+        ]
+        draws, stops = [row.request.draw for row in rows], [row.request.stop.token_ids for row in rows]
+        uniforms = np.array([row.stream.peek(steps) for row in rows]).T
+        interrupted = None if self._interruption is None else self._interruption.flag
+        found = decode_steps(
+            self._decoder, self._cache, pieces, draws, stops, uniforms, interrupted, SECONDS_AT_ONCE
+        )  # fmt: skip
+        for row, tokens, logprobs in zip(rows, *(t.T.tolist() for t in found), strict=True):
+            row.cache.length += len(tokens)
+            self._give(row, tokens, logprobs)
 
     def _extend(
         self, rows: list[Row], source: Tensor | list[Piece], proposed: Sequence[Sequence[int]] | None = None
@@ -338,35 +378,45 @@ class Sampler:
         """Give a row its next token, and the one after that while what it proposed is what was drawn."""
         accepted = 0
         for i, (token, logprob, logits) in enumerate(drawn):
-            broken = not math.isfinite(logprob)
-            if broken:
-                self._cache.retract(row.cache.blocks)  # whoever asks again shall not find these numbers
-            if row.request.future.done():
-                return  # another sample of the same call has just failed, or the call was cancelled
-            try:
-                if broken:
-                    raise NonFiniteError("logits: not finite; the adapter or the base model is broken")
-                row.stream.next()
-                if row.request.topk and logits is not None:
-                    row.topk += alternatives(logits[None], [row.request.draw], row.request.topk)
-                self._append(row, token, logprob)
-            except Exception as error:
-                self._drop(row.request, error)
+            if not self._give(row, [token], [logprob], logits):
                 return
-            if row.index in row.request.finished or i == len(draft) or token != draft[i]:
+            if i == len(draft) or token != draft[i]:
                 break
             row.cache.length += 1
             accepted += 1
         if row.lookup is not None:
             row.lookup.learn(len(draft), accepted)
 
-    def _append(self, row: Row, token: int, logprob: float) -> None:
-        """Give a row its next token, and end it if that was the last."""
-        row.tokens.append(token)
-        row.logprobs.append(logprob)
-        self.tokens_sampled += 1
+    def _give(self, row: Row, tokens: list[int], logprobs: list[float], logits: Tensor | None = None) -> bool:
+        """A row's next tokens, of which only the last may end it. False if it goes on no further.
+
+        ``logits`` [V]: of the one token, where alternatives to it were asked for.
+        """
+        broken = not math.isfinite(logprobs[-1])
+        if broken:
+            self._cache.retract(row.cache.blocks)  # whoever asks again shall not find these numbers
+        if row.request.future.done():
+            return False  # another sample of the same call has just failed, or the call was cancelled
+        try:
+            if broken:
+                raise NonFiniteError("logits: not finite; the adapter or the base model is broken")
+            row.stream.skip(len(tokens))
+            if row.request.topk and logits is not None:
+                row.topk += alternatives(logits[None], [row.request.draw], row.request.topk)
+            self._append(row, tokens, logprobs)
+        except Exception as error:
+            self._drop(row.request, error)
+            return False
+        return row.index not in row.request.finished
+
+    def _append(self, row: Row, tokens: list[int], logprobs: list[float]) -> None:
+        """Give a row its next tokens, and end it if the last of them was its last."""
+        row.tokens += tokens
+        row.logprobs += logprobs
+        self.tokens_sampled += len(tokens)
         if row.request.on_token is not None:
-            row.request.on_token(row.index, token, logprob)
+            for token, logprob in zip(tokens, logprobs, strict=True):
+                row.request.on_token(row.index, token, logprob)
         if row.request.stop.reached(row.tokens):
             self._finish(row, "stop")
         elif len(row.tokens) >= row.max_tokens:

@@ -50,15 +50,29 @@ class UniformStream:
             self._ahead.extend(self._generator.random(max(count, _AT_ONCE)).tolist())  # the numbers it gives one by one
         return list(islice(self._ahead, count))
 
+    def skip(self, count: int) -> None:
+        """These have been used."""
+        self.peek(count)
+        for _ in range(count):
+            self._ahead.popleft()
+
     def next(self) -> float:
-        self.peek(1)
-        return self._ahead.popleft()
+        (number,) = self.peek(1)
+        self.skip(1)
+        return number
 
 
 def sample(logits: Tensor, draws: Sequence[Draw], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
     """One token per row of ``logits`` fp32 [R, V], and its tempered log-probability: see ``kernels.sample_rows``."""
     arguments = (*_parameters(tuple(draws), logits.shape[1]), _column(uniforms, np.float64))
     return kernels.sample_rows(logits, *(upload(a, logits.device) for a in arguments))
+
+
+def step_draws(
+    draws: Sequence[Draw], stops: Sequence[frozenset[int]], uniforms: np.ndarray, vocab: int
+) -> kernels.StepDraws:
+    """What ``kernels.decode_steps`` draws for these rows; ``uniforms`` float64 [steps, R]."""
+    return kernels.StepDraws(*_parameters(tuple(draws), vocab), torch.from_numpy(uniforms), _stops(tuple(stops)))
 
 
 def alternatives(logits: Tensor, draws: Sequence[Draw], k: int) -> list[list[tuple[int, float]]]:
@@ -73,6 +87,14 @@ def _parameters(draws: tuple[Draw, ...], vocab: int) -> tuple[Tensor, Tensor, Te
     """Temperatures, top_k, top_p of each row: the same step after step, while nobody joins or leaves."""
     top_k = [min(d.top_k, vocab) for d in draws]  # which is as good as off; a larger one need not fit into an int64
     return _temperatures(draws), _column(top_k, np.int64), _column([d.top_p for d in draws], np.float64)
+
+
+@lru_cache(maxsize=64)
+def _stops(stops: tuple[frozenset[int], ...]) -> Tensor:
+    """int64 [R, most], padded with -1."""
+    most = max(len(tokens) for tokens in stops)
+    padded = [[*tokens, *[-1] * (most - len(tokens))] for tokens in stops]
+    return torch.from_numpy(np.array(padded, dtype=np.int64).reshape(len(stops), most))
 
 
 def _temperatures(draws: Sequence[Draw]) -> Tensor:

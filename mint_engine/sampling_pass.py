@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from mint_engine.gpu.decode import Step, decode_programs, seats
 from mint_engine.kv_cache import CachedSequence, KVCache
 from mint_engine.models.decoder import Decoder
 from mint_engine.models.layer import Attend, Cells, Context
-from mint_engine.sampling import Draw
+from mint_engine.sampling import Draw, step_draws
 
 
 @dataclass
@@ -73,16 +74,41 @@ def decode(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], wanted: Se
         chosen = _chosen(wanted, len(h))
         own = rows.seating.select(chosen)
         return decoder.logits(decoder.head_input(h[upload(chosen, decoder.device)], own), own)
+    step = _cpu_step(decoder, cache, pieces, 1)
+    return kernels.decode_step(**step, wanted=_chosen(wanted, len(step["tokens"])))
+
+
+def steps_in_a_call(decoder: Decoder, cache: KVCache) -> bool:
+    """Whether :func:`decode_steps` is there for these."""
+    return kernels.decode_step_supported(decoder.norm, cache.k, cache.v)
+
+
+def decode_steps(
+    decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], draws: Sequence[Draw],
+    stops: Sequence[frozenset[int]], uniforms: np.ndarray, interrupted: Tensor | None, seconds: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(tokens int64 [k, R], log-probabilities fp32 [k, R]) of rows of one token each, in up to len(``uniforms``) steps.
+
+    The sequences have room for so many tokens. See ``kernels.decode_steps``; ``uniforms`` float64 [steps, R].
+    """
+    return kernels.decode_steps(
+        **_cpu_step(decoder, cache, pieces, len(uniforms)),
+        draws=step_draws(draws, stops, uniforms, decoder.config.vocab_size),
+        interrupted=interrupted, seconds=seconds,
+    )  # fmt: skip
+
+
+def _cpu_step(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], steps: int) -> dict[str, Any]:
+    """The arguments that so many steps of ``kernels`` begin with."""
     # On a CPU the step waits for what is done here, with caches that the weights have swept: few calls, small arrays.
     tokens, (table, lengths) = _tokens(pieces), _context(cache, pieces)
-    cos, sin = decoder.rope.first(int(lengths.max()))
+    cos, sin = decoder.rope.first(int(lengths.max()) + steps - 1)
     seating = decoder.borders.seat(_seats(pieces))  # first: it may widen the borders, and then there is another model
-    model = decoder.step_model()
-    return kernels.decode_step(
-        model, tokens, cos, sin, cache.k, cache.v, torch.from_numpy(table), torch.from_numpy(lengths),
-        _chosen(wanted, len(tokens)), decoder.config.head_dim**-0.5,
-        adapters=_adapters(decoder, seating),
-    )  # fmt: skip
+    return {
+        "model": decoder.step_model(), "tokens": tokens, "cos": cos, "sin": sin, "k_pool": cache.k, "v_pool": cache.v,
+        "block_table": torch.from_numpy(table), "lengths": torch.from_numpy(lengths),
+        "scale": decoder.config.head_dim**-0.5, "adapters": _adapters(decoder, seating),
+    }  # fmt: skip
 
 
 def _chosen(wanted: Sequence[int] | None, rows: int) -> Tensor:

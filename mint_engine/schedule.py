@@ -170,6 +170,18 @@ class Schedule:
                 self._cache.reserve(row.cache, 1)
         return self.rows
 
+    def make_more_room(self, tokens: int) -> int:
+        """Room for so many tokens of every row, at least one, but none that anybody else may want; how many it became.
+
+        One token's is there (:meth:`make_room`).
+        """
+        growth = sum(self._cache.growth(row.cache, tokens) for row in self.rows)
+        if growth > 0 and (len(self._owners) > 1 or growth > self._cache.blocks_available or self.queued()):
+            tokens = min(tokens, *(len(row.cache.blocks) * BLOCK_TOKENS - row.cache.length for row in self.rows))
+        for row in self.rows:
+            self._cache.reserve(row.cache, tokens)
+        return tokens
+
     def preempt(self, victim: Row | Job) -> None:
         """Take its blocks away and queue it, before whatever of its owner's is younger or has not begun."""
         self.preemptions += 1

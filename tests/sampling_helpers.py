@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,10 @@ from mint_engine.stopping import StopRule
 from mint_engine.types import SampleResponse, SamplingParams
 
 
-def make_sampler(decoder: Decoder, blocks: int = 1000, **chunks: int) -> Sampler:
+def make_sampler(decoder: Decoder, blocks: int = 1000, **settings: Any) -> Sampler:
     c = decoder.config
     block_bytes = 2 * c.num_layers * BLOCK_TOKENS * c.num_kv_heads * c.head_dim * decoder.dtype.itemsize
-    sampler = Sampler(decoder, blocks * block_bytes, lambda: None, **chunks)
+    sampler = Sampler(decoder, blocks * block_bytes, lambda: None, **settings)
     sampler.cache.k.fill_(torch.nan)  # what nobody wrote must reach nobody
     sampler.cache.v.fill_(torch.nan)
     return sampler

@@ -234,3 +234,56 @@ def test_asking_for_work_ends_the_openmp_threads_that_idle_beside_the_device(exe
         assert torch.ones(1 << 20).add_(1.0).sum() == 1 << 21  # and can have one again
     finally:
         torch.set_num_threads(before)
+
+
+class Decoding:
+    """A stepper of one step, which lasts until it is interrupted."""
+
+    busy = True
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor, self.begun, self.ended, self.alone = executor, threading.Event(), threading.Event(), False
+
+    def step(self) -> bool:
+        if self.ended.is_set():
+            return False
+        self.alone = not self.executor.interruption.wanted
+        self.begun.set()
+        until = time.monotonic() + 30
+        while not self.executor.interruption.wanted and time.monotonic() < until:
+            time.sleep(0.001)
+        self.ended.set()
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        raise error
+
+    def close(self, error: BaseException) -> None:
+        pass
+
+
+def off_thread_first() -> Generator[Callable[[], Any], Any, str]:
+    yield lambda: time.sleep(0.2)
+    return "done"
+
+
+@pytest.mark.parametrize("call", ["an operation", "another stepper's work", "an answer off the thread", "the end"])
+def test_whoever_needs_the_device_interrupts_a_call_of_several_steps(executor: Executor, call: str) -> None:
+    decoding = Decoding(executor)
+    lane = executor.lane()
+    later = lane.submit(off_thread_first) if call == "an answer off the thread" else None
+    executor.add_stepper(decoding)
+    executor.notify()
+    assert decoding.begun.wait(10)
+    assert decoding.alone, "nobody wanted the device when the step began"
+    if later is None:
+        assert not decoding.ended.wait(0.05)
+    if call == "an operation":
+        later = lane.submit(lambda: "done")
+    elif call == "another stepper's work":
+        executor.notify()
+    elif call == "the end":
+        executor.close()
+    assert decoding.ended.wait(10)
+    if later is not None:
+        assert later.result(10) == "done"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sampling_helpers import drain, make_sampler, request, step
 
 from mint_engine.adapters import Adapter
+from mint_engine.interruption import Interruption
 from mint_engine.models.decoder import Decoder
 from mint_engine.prompt_scores import PromptQuery
 from mint_engine.requests import Request
@@ -21,8 +22,8 @@ from mint_engine.types import LoraConfig, SampleResponse
 
 LONG = [(11 * i + 5) % 199 for i in range(150)]
 
-# prompt length, samples, tokens, adapter, temperature, whether the prompt is scored
-Asked = tuple[int, int, int, int, float, bool]
+# prompt length, samples, tokens, adapter, temperature, whether the prompt is scored, alternatives to a sampled token
+Asked = tuple[int, int, int, int, float, bool, int]
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -36,10 +37,10 @@ def adapters(decoder: Decoder) -> list[Adapter | None]:
 
 
 def made(asked: Asked, adapters: list[Adapter | None]) -> Request:
-    length, samples, tokens, adapter, temperature, scored = asked
+    length, samples, tokens, adapter, temperature, scored, topk = asked
     query = PromptQuery(logprobs=True, topk=2) if scored else PromptQuery()
     return request(
-        LONG[:length], adapters[adapter], samples, max_tokens=tokens, temperature=temperature, topk=2, query=query
+        LONG[:length], adapters[adapter], samples, max_tokens=tokens, temperature=temperature, topk=topk, query=query
     )
 
 
@@ -62,7 +63,7 @@ def threads(count: int) -> Iterator[None]:
 
 asked_for = st.tuples(
     st.sampled_from([1, 31, 32, 33, 70, 150]), st.integers(0, 9), st.sampled_from([1, 7, 40]), st.integers(0, 2),
-    st.sampled_from([0.0, 0.7, 1.0]), st.booleans(),
+    st.sampled_from([0.0, 0.7, 1.0]), st.booleans(), st.sampled_from([0, 0, 2]),
 )  # fmt: skip
 
 
@@ -74,17 +75,21 @@ asked_for = st.tuples(
     chunks=st.tuples(st.sampled_from([5, 40, 256]), st.sampled_from([7, 64, 4096])),
     blocks=st.sampled_from([20, 60, 1000]),
     again=st.booleans(),
+    at_once=st.booleans(),
     count=st.integers(1, 2),
 )
 def test_a_request_has_the_same_bits_in_any_company(
     decoder: Decoder, adapters: list, asked: Asked, company: list, place: int, chunks: tuple[int, int], blocks: int,
-    again: bool, count: int,
+    again: bool, at_once: bool, count: int,
 ) -> None:  # fmt: skip
     with threads(1):
         alone = make_sampler(decoder)
         expected = bits(drain(alone, [alone.submit(made(asked, adapters))])[0])
     with threads(count):
-        sampler = make_sampler(decoder, blocks, chunk_beside_rows=chunks[0], chunk_alone=chunks[1])
+        interruption = Interruption() if at_once else None  # several tokens a step
+        sampler = make_sampler(
+            decoder, blocks, chunk_beside_rows=chunks[0], chunk_alone=chunks[1], interruption=interruption
+        )
         if again:  # its prompt, and perhaps others', is in the prefix cache
             drain(sampler, [sampler.submit(made(asked, adapters))])
         mine, futures = None, []

@@ -15,6 +15,7 @@ from sampling_helpers import alone, assert_drawn, assert_same, drain, make_sampl
 
 from mint_engine.adapters import Adapter
 from mint_engine.errors import SampleCancelledError, UserError
+from mint_engine.interruption import Interruption
 from mint_engine.kv_cache import BLOCK_TOKENS
 from mint_engine.models.decoder import Decoder
 from mint_engine.prompt_scores import PromptQuery
@@ -200,11 +201,15 @@ def asked_for(arrival: Arrival, adapters: list[Adapter | None]) -> Request:
     ),
     blocks=st.integers(5, 14),
     chunk=st.sampled_from([5, 40, 4096]),
+    at_once=st.booleans(),
 )  # fmt: skip
 def test_whatever_comes_and_goes_everybody_else_is_answered(
-    decoder: Decoder, adapters: list, arrivals: list, blocks: int, chunk: int
+    decoder: Decoder, adapters: list, arrivals: list, blocks: int, chunk: int, at_once: bool
 ) -> None:
-    sampler: Sampler = make_sampler(decoder, blocks=blocks, chunk_beside_rows=chunk, chunk_alone=chunk)
+    interruption = Interruption() if at_once else None  # several tokens a step
+    sampler: Sampler = make_sampler(
+        decoder, blocks=blocks, chunk_beside_rows=chunk, chunk_alone=chunk, interruption=interruption
+    )
     futures: list[Future] = []
     for arrival, steps, cancel in arrivals:
         futures.append(sampler.submit(asked_for(arrival, adapters)))

@@ -218,7 +218,20 @@ def decode_step(
     Raises:
         ValueError: an argument does not fit, or ``face`` cannot run.
     """
-    op, m, d = "decode_step", len(tokens), model.d
+    check_step("decode_step", model, tokens, cos, sin, k_pool, v_pool, block_table, lengths, adapters)
+    args.tensor("decode_step", "wanted", wanted, (len(wanted),), torch.int64)
+    logits: Tensor = _op.pick(face, model.norm, k_pool, v_pool).decode_step(
+        model, tokens, cos, sin, k_pool, v_pool, block_table.contiguous(), lengths, wanted, scale, adapters
+    )
+    return logits
+
+
+def check_step(
+    op: str, model: StepModel, tokens: Tensor, cos: Tensor, sin: Tensor, k_pool: Tensor, v_pool: Tensor,
+    block_table: Tensor, lengths: Tensor, adapters: StepAdapters | None,
+) -> None:  # fmt: skip
+    """Raises ValueError unless the arguments of :func:`decode_step` fit, in the name of ``op``."""
+    m, d = len(tokens), model.d
     table = args.statistics_dtype(model.norm.dtype)
     args.tensor(op, "tokens", tokens, (m,), torch.int64)
     for name, t in (("cos", cos), ("sin", sin)):
@@ -232,7 +245,6 @@ def decode_step(
         args.tensor(op, name, pool, (len(model.layers), *k_pool.shape[1:3], width), model.norm.dtype)
     args.tensor(op, "lengths", lengths, (m,), torch.int32)
     args.tensor(op, "block_table", block_table, (m, args.matrix(op, "block_table", block_table)[1]), torch.int32)
-    args.tensor(op, "wanted", wanted, (len(wanted),), torch.int64)
     if adapters is not None and adapters.ranks > model.ranks:
         raise ValueError(f"adapters: expected at most the border's {model.ranks} ranks, got {adapters.ranks} ({op})")
     if adapters is not None and adapters.words is not None:
@@ -240,7 +252,3 @@ def decode_step(
         if adapters.words.shape != shape or adapters.words.dtype != np.int64:
             got = f"{adapters.words.dtype} {list(adapters.words.shape)}"
             raise ValueError(f"adapters: expected words int64 {list(shape)}, got {got} ({op})")
-    logits: Tensor = _op.pick(face, model.norm, k_pool, v_pool).decode_step(
-        model, tokens, cos, sin, k_pool, v_pool, block_table.contiguous(), lengths, wanted, scale, adapters
-    )
-    return logits

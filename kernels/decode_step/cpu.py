@@ -35,8 +35,7 @@ def decode_step(
         segments, scales = adapters.segments.contiguous(), adapters.scales.contiguous()
         of_wanted = segments.clone()  # those of the rows that reach the head
         of_wanted[:, :2] = torch.searchsorted(wanted, segments[:, :2].contiguous())
-        words = 0 if adapters.words is None else adapters.words.ctypes.data
-        seated = segments.data_ptr(), of_wanted.data_ptr(), scales.data_ptr(), len(scales), words
+        seated = segments.data_ptr(), of_wanted.data_ptr(), scales.data_ptr(), len(scales), words_of(adapters)
     layers, head = model.addresses
     native.decode_step(
         NATIVE_DTYPES[model.norm.dtype], tokens.data_ptr(), model.embedding.data_ptr(), model.embedding.stride(0),
@@ -47,6 +46,11 @@ def decode_step(
         model.n_kv, model.d, vocab, model.eps, scale,
     )  # fmt: skip
     return logits
+
+
+def words_of(adapters: StepAdapters) -> int:
+    """The address of their words' table; 0 without one."""
+    return 0 if adapters.words is None else int(adapters.words.ctypes.data)
 
 
 def words(weight: Tensor, parts: int) -> Words | None:

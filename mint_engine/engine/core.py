@@ -52,8 +52,8 @@ class EngineCore:
         cache_bytes = kv_cache_bytes or default_bytes(self.device)
         add, wake = self._executor.add_stepper, self._executor.notify
         self._bases = BaseModels(
-            home, DTYPES[dtype], self.device, cache_bytes, activation_bytes, add, wake, weights=weights,
-            speculation=speculation,
+            home, DTYPES[dtype], self.device, cache_bytes, activation_bytes, add, wake,
+            interruption=self._executor.interruption, weights=weights, speculation=speculation,
         )  # fmt: skip
         self._residents = Residents(self._executor.lane)
         self._recorder = Recorder()
