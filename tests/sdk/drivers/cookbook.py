@@ -38,12 +38,12 @@ def common(ctx: context.Context, batch_size: int) -> ChatDatasetBuilderCommonCon
 
 
 def sft(ctx: context.Context, log: Path) -> None:
-    """20 steps on the conversations that come with the cookbook."""
+    """12 steps on the conversations that come with the cookbook."""
     conversations = resources.files("tinker_cookbook") / "example_data" / "conversations.jsonl"
     config = supervised.Config(
         log_path=str(log), model_name=ctx.base_model, recipe_name="sl_basic", renderer_name=RENDERER,
         dataset_builder=FromConversationFileBuilder(file_path=str(conversations), common_config=common(ctx, 8)),
-        learning_rate=1e-3, lr_schedule="linear", num_epochs=2, max_steps=20, save_every=10, eval_every=0,
+        learning_rate=1e-3, lr_schedule="linear", num_epochs=2, max_steps=12, save_every=6, eval_every=0,
         infrequent_eval_every=0, base_url=ctx.url,
     )  # fmt: skip
     asyncio.run(supervised.main(config))

@@ -2,7 +2,7 @@
 environment with an sk- key.
 
 Supervised training on arithmetic examples, ten steps on all of them; then reinforcement learning, some samples for each
-of eight prompts, with importance sampling; both stages end with `save_state`. For the sake of slow machines it has 40
+of eight prompts, with importance sampling; both stages end with `save_state`. For the sake of slow machines it has 16
 examples (the document 100), 4 samples (8) and 5 steps (10). The questions are small and the reward has steps, so that a
 small model gets different rewards within a group and every step trains.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import context
 import numpy as np
 
-SUPERVISED_STEPS, EXAMPLES, RL_STEPS, PROMPTS, SAMPLES = 10, 40, 5, 8, 4
+SUPERVISED_STEPS, EXAMPLES, RL_STEPS, PROMPTS, SAMPLES = 10, 16, 5, 8, 4
 
 
 def question(rng: random.Random) -> tuple[str, str]:
