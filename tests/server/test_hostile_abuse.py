@@ -22,7 +22,7 @@ from hostile_names import Names
 from server_fixture import live_server
 from stub_engine import BASE, StubEngine
 from test_hostile_bodies import connect, head
-from victim import Victim
+from victim import QUEUE, Victim
 
 from mint_engine.errors import UserError
 from mint_engine.executor import Executor
@@ -122,12 +122,12 @@ def test_a_queue_full_of_endless_samples_leaves_room_for_others(attacked: Victim
         return attacked.checked(mallory.post("asample", **body, seq_id=i))
 
     with ThreadPoolExecutor(8) as threads:
-        answers = list(threads.map(ask, range(3300)))
+        answers = list(threads.map(ask, range(QUEUE)))
     accepted = [answer.json()["request_id"] for answer in answers if answer.status_code == 200]
     refused = [answer for answer in answers if answer.status_code != 200]
     assert {answer.status_code for answer in refused} == {429}
     assert all(answer.headers["Retry-After"] for answer in refused)
-    assert len(accepted) >= 1000
+    assert QUEUE // 2 < len(accepted) < QUEUE
     for _ in range(3):
         served_within(attacked, 15)
     with ThreadPoolExecutor(8) as threads:  # she thinks better of it
