@@ -40,6 +40,7 @@ CHUNK_BESIDE_ROWS = 256
 CHUNK_ALONE = 4096
 # Steps of one call on a CPU, and after how long no further one is begun: nobody sees their tokens before the call ends.
 STEPS_AT_ONCE, SECONDS_AT_ONCE = 32, 0.05
+STOPS_AT_ONCE = 16  # tokens that may end a row in such a call: each is compared, for every row
 
 
 class Sampler:
@@ -331,6 +332,8 @@ class Sampler:
             return 1
         if any(row.request.on_token is not None or row.request.stop.strings for row in rows):
             return 1
+        if any(len(row.request.stop.token_ids) > STOPS_AT_ONCE for row in rows):
+            return 1
         left = min(row.max_tokens - len(row.tokens) for row in rows)
         return self._schedule.make_more_room(min(left, STEPS_AT_ONCE))
 
@@ -340,7 +343,8 @@ class Sampler:
             Piece(row.request.adapter, row.cache, np.array(row.tokens[-1:], dtype=np.int64), row.cache.length)
             for row in rows
         ]
-        draws, stops = [row.request.draw for row in rows], [row.request.stop.token_ids for row in rows]
+        draws = [row.request.draw for row in rows]
+        stops = [row.request.stop.token_ids if steps > 1 else frozenset[int]() for row in rows]
         uniforms = np.array([row.stream.peek(steps) for row in rows]).T
         interrupted = None if self._interruption is None else self._interruption.flag
         found = decode_steps(

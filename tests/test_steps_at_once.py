@@ -73,7 +73,7 @@ def test_samples_of_several_adapters_end_where_they_would_have(decoder: Decoder)
 
 
 def test_who_wants_to_see_each_token_does(decoder: Decoder) -> None:
-    """By on_token, alternatives, or a text that ends a sample; also beside samples that nobody looks at."""
+    """By on_token, alternatives, a text or any of many tokens that ends it; also beside samples nobody looks at."""
 
     def with_callback() -> Request:
         asked = request(PROMPT, max_tokens=6)
@@ -85,7 +85,12 @@ def test_who_wants_to_see_each_token_does(decoder: Decoder) -> None:
         asked.stop = StopRule(strings=("x",), decode=lambda _: "")
         return asked
 
-    for watched in (with_callback(), with_text(), request(PROMPT, max_tokens=6, topk=2)):
+    def with_tokens() -> Request:
+        asked = request(PROMPT, max_tokens=6)
+        asked.stop = StopRule(token_ids=frozenset(range(10**5, 10**5 + 1000)))
+        return asked
+
+    for watched in (with_callback(), with_text(), with_tokens(), request(PROMPT, max_tokens=6, topk=2)):
         sampler, _ = hasty(decoder)
         futures = [sampler.submit(watched), sampler.submit(request(PROMPT[:4], max_tokens=6))]
         assert tokens_a_step(sampler) == [4, 2, 2, 2, 2]
