@@ -32,9 +32,10 @@ def decode_steps(
     seconds: float,
 ) -> tuple[Tensor, Tensor]:
     (steps, rows), vocab = draws.uniforms.shape, len(model.embedding)
-    drawn, logprobs = torch.empty((steps + 1, rows), dtype=torch.int64), torch.empty((steps, rows))
+    drawn, logprobs = torch.empty((steps + 1, rows), dtype=torch.int64), torch.empty((steps, rows), dtype=torch.float32)
     drawn[0] = tokens
-    logits, lengths, everything = torch.empty((rows, vocab)), lengths.clone(), torch.arange(rows)
+    logits = torch.empty((rows, vocab), dtype=torch.float32)
+    lengths, everything = lengths.clone(), torch.arange(rows)
     temperature, top_k, top_p, uniforms, stops = (
         t.contiguous() for t in (draws.temperature, draws.top_k, draws.top_p, draws.uniforms, draws.stops)
     )
