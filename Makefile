@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Two processes with one OpenMP thread each: two threads that wait for each other beside a busy core are slow (NOTES.md).
-# The tests of a file stay in one process, for the servers and models that they share.
+# The tests of a file stay in one process, for the servers and models that they share. A process that crashes is a failure
+# and the end: with another in its place, pytest-xdist 3.8 waits for ever.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-SHARED := -n 2 --dist loadfile
+SHARED := -n 2 --dist loadfile --max-worker-restart 0
 
 .PHONY: setup demo test test-slow sanitize lint format bench bench-full bench-decode clean
 
