@@ -272,7 +272,9 @@ def test_a_sampler_whose_weights_are_lost_says_so_instead_of_answering_as_the_ba
         gone = engine.create_sampler(session, model_path=path).result()
         engine.store.delete_checkpoint(path)  # type: ignore[arg-type]
     with open_engine(tmp_path) as later:
-        with pytest.raises(NotFoundError, match="never saved, and its process has ended without parking it"):
+        with pytest.raises(
+            NotFoundError, match="never saved, and was let go of, or its process has ended without parking it"
+        ):
             later.revive_sampler(lost).result()
         with pytest.raises(NotFoundError, match="there is no checkpoint"):
             later.revive_sampler(gone).result()
@@ -281,6 +283,23 @@ def test_a_sampler_whose_weights_are_lost_says_so_instead_of_answering_as_the_ba
                 later.revive_sampler(unknown).result()
             with pytest.raises(NotFoundError):
                 later.park(unknown).result()
+
+
+def test_a_sampler_that_was_let_go_of_is_gone_at_once(tiny_tied: Path, tmp_path: Path) -> None:
+    """Or a late copy of a request, after the end of its session, would be sampled again. What was saved is there."""
+    with open_engine(tmp_path) as engine:
+        model = new_model(engine, engine.create_session(), tiny_tied)
+        unnamed = engine.save_weights_for_sampler(model).result().sampling_session_id or ""
+        path = engine.save_weights_for_sampler(model, "v").result().path
+        named = engine.create_sampler(model.split(":")[0], model_path=path).result()
+        said = sampled(engine, named)
+        for sampler in (unnamed, named):
+            engine.revive_sampler(sampler).result()
+            engine.release(sampler)
+        with pytest.raises(NotFoundError, match="was let go of"):
+            engine.revive_sampler(unnamed).result()
+        engine.revive_sampler(named).result()
+        assert sampled(engine, named) == said
 
 
 def test_a_process_that_parks_everything_is_continued_by_the_next(tiny_tied: Path, tmp_path: Path) -> None:

@@ -104,8 +104,8 @@ class Parking(Sampling):
         """Make sure that a sampler is in memory: parked, of a saved version, or of a base model.
 
         Raises (in the future):
-            NotFoundError: there is no such sampler, its checkpoint is gone, or its weights were never saved and the
-                process that held them has ended.
+            NotFoundError: there is no such sampler, its checkpoint is gone, or its weights were never saved and it was
+                released, or the process that held them has ended.
         """
         try:
             owner = self._owner_of(sampler_id)
@@ -114,6 +114,7 @@ class Parking(Sampling):
         return self._submit("revive_sampler", self._sampler_lane, lambda: self._revive(sampler_id, owner))
 
     def _revive(self, sampler_id: str, owner: str) -> Steps[None]:
+        self._reap()  # or one that was let go of a moment ago would still be there
         if sampler_id in self._residents.samplers:
             return
         store = self._view(owner)
@@ -123,8 +124,8 @@ class Parking(Sampling):
         record = yield lambda: store.get_sampler(sampler_id)
         if record.model_path is None and (yield lambda: store.is_ephemeral(sampler_id)):
             raise NotFoundError(
-                f"sampler_id: {sampler_id!r} held weights that were never saved, and its process has ended without "
-                "parking it: save_weights_for_sampler makes a new one"
+                f"sampler_id: {sampler_id!r} held weights that were never saved, and was let go of, or its process has "
+                "ended without parking it: save_weights_for_sampler makes a new one"
             )
         entry = yield from self._open(owner, record.model_path, record.base_model)
         self._residents.add_sampler(sampler_id, entry)

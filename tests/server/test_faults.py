@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from api import Api, prompt, until
 from chaos_proxy import FAULTS, ChaosProxy, chaos_proxy
 from checkpoint_bits import check_same, contents
 from engine_helpers import open_engine
@@ -130,6 +131,23 @@ def test_what_carries_no_number_is_done_once_too(base: Path, tmp_path: Path) -> 
         assert [c.tinker_path for c in store.list_user_checkpoints(limit=100).checkpoints] == [path]
         remote.close()
     assert set(proxy.counts) == {*FAULTS, "none"}
+
+
+def test_a_late_copy_of_a_sample_is_not_done_again_when_its_session_has_ended(base: Path, tmp_path: Path) -> None:
+    with server(base, tmp_path) as running, Api(running.url) as api:
+        session = api.session()
+        sampler = api.sampler(api.model(str(base), session), 1)
+        body = {
+            "sampling_session_id": sampler, "seq_id": 0, "prompt": prompt(1), "num_samples": 1,
+            "sampling_params": {"max_tokens": 3},
+        }  # fmt: skip
+        first = api.ok("asample", **body)
+        assert api.retrieve(first["request_id"]).json()["sequences"]
+        assert api.ok("asample", **body) == first
+        api.ok(f"sessions/{session}/finish", reason={"type": "success"})
+        until(lambda: sampler not in running.state.samplers._entries)
+        assert api.post("asample", **body).status_code == 404
+        assert running.engine.stats().operations["sample"] == 1
 
 
 async def post_all(url: str, base: Path, *, order: random.Random | None) -> str:
