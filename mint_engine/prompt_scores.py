@@ -82,7 +82,7 @@ class PromptScorer:
             self._topk += alternatives(logits, [Draw(1.0, -1, 1.0)] * n, self._query.topk)
         draws = [self._request.draw] * n
         for k, stream in enumerate(self._streams):
-            tokens, logprobs = sample(logits, draws, [stream.next() for _ in range(n)])
+            tokens, logprobs = sample(logits, draws, stream.take(n))
             self._alt_tokens[start : start + n, k] = tokens.cpu().numpy()
             self._alt_logprobs[start : start + n, k] = logprobs.cpu().numpy()
 

@@ -404,7 +404,7 @@ class Sampler:
         try:
             if broken:
                 raise NonFiniteError("logits: not finite; the adapter or the base model is broken")
-            row.stream.skip(len(tokens))
+            row.stream.take(len(tokens))
             if row.request.topk and logits is not None:
                 row.topk += alternatives(logits[None], [row.request.draw], row.request.topk)
             self._append(row, tokens, logprobs)

@@ -50,16 +50,10 @@ class UniformStream:
             self._ahead.extend(self._generator.random(max(count, _AT_ONCE)).tolist())  # the numbers it gives one by one
         return list(islice(self._ahead, count))
 
-    def skip(self, count: int) -> None:
-        """These have been used."""
+    def take(self, count: int) -> list[float]:
+        """The next ``count`` numbers, which have been used then."""
         self.peek(count)
-        for _ in range(count):
-            self._ahead.popleft()
-
-    def next(self) -> float:
-        (number,) = self.peek(1)
-        self.skip(1)
-        return number
+        return [self._ahead.popleft() for _ in range(count)]
 
 
 def sample(logits: Tensor, draws: Sequence[Draw], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:

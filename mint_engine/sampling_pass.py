@@ -66,7 +66,7 @@ def decode(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], wanted: Se
     """
     if decoder.device.type == "cuda" and wanted is None:
         return decode_programs(decoder, cache).logits(_step(cache, pieces))
-    if not kernels.decode_step_supported(decoder.norm, cache.k, cache.v):
+    if not steps_in_a_call(decoder, cache):
         rows = _Rows.of(decoder, cache, pieces)
         h, _ = decoder.hidden(
             rows.tokens, rows.positions, rows.seating, _sampled_attend(decoder, cache, pieces, rows.slots)

@@ -90,7 +90,7 @@ def assert_drawn(decoder: Decoder, asked: Request, got: SampleResponse) -> None:
         tokens = torch.tensor(sequence.tokens)[:, None]
         np.testing.assert_allclose(sequence.logprobs or [], logprobs.gather(1, tokens)[:, 0], rtol=1e-5, atol=1e-5)
         stream = UniformStream(asked.params.seed, index)
-        uniforms = torch.tensor([stream.next() for _ in sequence.tokens])
+        uniforms = torch.tensor(stream.take(len(sequence.tokens)))
         p = logprobs.double().exp()
         end = p.cumsum(1).gather(1, tokens)[:, 0]
         begin = end - p.gather(1, tokens)[:, 0]

@@ -10,7 +10,7 @@ from mint_engine.sampling import UniformStream
 def test_a_seed_fixes_a_stream_and_samples_have_streams_of_their_own() -> None:
     def take(seed: int | None, index: int) -> list[float]:
         stream = UniformStream(seed, index)
-        return [stream.next() for _ in range(4)]
+        return [stream.take(1)[0] for _ in range(4)]
 
     assert take(3, 0) == take(3, 0)
     assert take(3, 0) != take(3, 1)
@@ -26,5 +26,5 @@ def test_a_stream_is_philox_number_by_number_however_they_are_asked_for() -> Non
     for ahead in (1, 3, 70, 2) * 40:
         assert stream.peek(ahead)[: 150 - len(found)] == expected[len(found) : len(found) + ahead]
         if len(found) < 150:
-            found.append(stream.next())
+            found.append(stream.take(1)[0])
     assert found == expected

@@ -60,8 +60,8 @@ def test_proposals_grow_while_they_are_right() -> None:
 def test_looking_ahead_takes_nothing_from_a_stream() -> None:
     looked, plain = UniformStream(3, 1), UniformStream(3, 1)
     ahead = looked.peek(5)
-    assert ahead == [plain.next() for _ in range(5)]
-    assert [looked.next() for _ in range(2)] == ahead[:2]
+    assert ahead == [plain.take(1)[0] for _ in range(5)]
+    assert looked.take(2) == ahead[:2]
     assert looked.peek(3) == ahead[2:]
 
 
