@@ -17,6 +17,7 @@ import mint
 from mint_engine import cli, demo
 from mint_engine.cli import checkpoints
 from mint_engine.server import Settings
+from mint_engine.store import Store
 
 
 def run(*args: str, code: int = 0, stdin: str = "") -> str:
@@ -117,3 +118,23 @@ def test_serve_explains_every_setting_and_refuses_a_wrong_one(
         cli.main()
     assert exit_.value.code == 1
     assert "port" in capsys.readouterr().err
+
+
+def test_keys_go_where_the_server_looks_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the same settings as `serve`: a key in another home would be refused, or leave the server open."""
+    homes = {name: tmp_path / name for name in ("server", "file", "flag", "mint")}
+    config = tmp_path / "server.toml"
+    config.write_text(f"home = '{homes['file']}'\n")
+    monkeypatch.setenv("MINT_HOME", str(homes["mint"]))
+    run("keys", "create", "of mint")
+    run("keys", "create", "of file", "--config", str(config))
+    monkeypatch.setenv("MINT_SERVER_CONFIG", str(config))
+    run("keys", "create", "of file too")
+    monkeypatch.setenv("MINT_SERVER_HOME", str(homes["server"]))
+    run("keys", "create", "of server")
+    run("keys", "create", "of flag", "--home", str(homes["flag"]))
+    found = {name: {key.name for key in Store(home).keys.list()} for name, home in homes.items()}
+    assert found == {
+        "mint": {"of mint"}, "file": {"of file", "of file too"}, "server": {"of server"}, "flag": {"of flag"},
+    }  # fmt: skip
+    assert "of server" in run("keys", "list")

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mint_engine.server.settings import ENV_PREFIX, Settings
 from mint_engine.store import Store
 
 HomeOption = Annotated[
-    Path | None, typer.Option(help="Where everything is kept; default ~/.mint-engine.", envvar="MINT_HOME")
-]
+    Path | None,
+    typer.Option(help="Where everything is kept; default what a server would take: MINT_SERVER_HOME, the configuration "
+                 "file's, MINT_HOME, ~/.mint-engine."),
+]  # fmt: skip
 DatabaseOption = Annotated[
     str | None,
     typer.Option(
-        help="A PostgreSQL URL, if the server uses one; default SQLite in the home.", envvar="MINT_SERVER_DATABASE_URL"
+        help="A PostgreSQL URL, if the server uses one; default MINT_SERVER_DATABASE_URL, the configuration file's, "
+        "SQLite in the home."
     ),
 ]
+ConfigOption = Annotated[Path | None, typer.Option(help="The server's TOML file.", envvar=f"{ENV_PREFIX}CONFIG")]
 
 
-def open_store(home: Path | None, database_url: str | None, owner: str = "local") -> Store:
+def open_store(home: Path | None, database_url: str | None, owner: str = "local", config: Path | None = None) -> Store:
     """The store a server started with the same settings uses, as `owner` sees it."""
-    directory = (home or Path.home() / ".mint-engine").expanduser()
-    return Store(directory, database_url=database_url, owner=owner)
+    if config is None and (named := os.environ.get(f"{ENV_PREFIX}CONFIG")):
+        config = Path(named)
+    given = {"home": home, "database_url": database_url}
+    settings = Settings.load(config, **{name: value for name, value in given.items() if value is not None})
+    return Store(settings.home_directory, database_url=settings.database_url, owner=owner)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mint_engine.cli.checkpoints import age
-from mint_engine.cli.common import DatabaseOption, HomeOption, open_store
+from mint_engine.cli.common import ConfigOption, DatabaseOption, HomeOption, open_store
 from mint_engine.store import KeyLimits
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ def create(
     max_disk_bytes: Annotated[int | None, typer.Option(min=1, help="Checkpoints, all together.")] = None,
     home: HomeOption = None,
     database_url: DatabaseOption = None,
+    config: ConfigOption = None,
 ) -> None:
     """Make a key and print it. It is stored as a hash: this is the only time it can be read."""
     limits = KeyLimits(
@@ -39,15 +40,15 @@ def create(
         max_resident_models=max_resident_models,
         max_disk_bytes=max_disk_bytes,
     )
-    record, secret = open_store(home, database_url).keys.create(name, prefix=prefix, limits=limits)
+    record, secret = open_store(home, database_url, config=config).keys.create(name, prefix=prefix, limits=limits)
     typer.echo(f"key {record.key_id} for {name}; it is shown once:", err=True)
     print(secret)
 
 
 @app.command("list")
-def list_keys(home: HomeOption = None, database_url: DatabaseOption = None) -> None:
+def list_keys(home: HomeOption = None, database_url: DatabaseOption = None, config: ConfigOption = None) -> None:
     """List keys: id, name, how they begin, when they were made, last used, revoked."""
-    keys = open_store(home, database_url).keys.list()
+    keys = open_store(home, database_url, config=config).keys.list()
     if not sys.stdout.isatty():
         for key in keys:
             state = "revoked" if key.revoked else "active"
@@ -66,7 +67,8 @@ def revoke(
     key_id: Annotated[str, typer.Argument(help="As `keys list` shows it.")],
     home: HomeOption = None,
     database_url: DatabaseOption = None,
+    config: ConfigOption = None,
 ) -> None:
     """Refuse a key from now on. What was made with it stays."""
-    open_store(home, database_url).keys.revoke(key_id)
+    open_store(home, database_url, config=config).keys.revoke(key_id)
     print(f"revoked {key_id}")
