@@ -18,6 +18,10 @@ from mint_engine.errors import NonFiniteError, UserError
 from mint_engine.kernels import adamw_largest, adamw_norm
 from mint_engine.types import LoraConfig
 
+# What weights have to stay below, in magnitude: a thousandth of fp32's range and of bf16's. An infinity in a border
+# would reach its neighbours' rows (0 * inf).
+LARGEST = 1e35
+
 
 @dataclass(frozen=True)
 class LinearGroup:
@@ -91,7 +95,7 @@ class Adapter:
     def snapshot(self) -> Adapter:
         """An immutable copy of the weights as they are now (no gradients, no moments): what a sampler serves.
 
-        Raises NonFiniteError if a weight is not finite: in a border it would reach its neighbours' rows (0 * inf).
+        Raises NonFiniteError if a weight is not finite, or not below ``LARGEST``.
         """
         self.check_finite()
         copy = self.shaped()
@@ -117,15 +121,16 @@ class Adapter:
         return other
 
     def check_finite(self) -> None:
-        if not bool(torch.isfinite(self.params).all()):
-            raise NonFiniteError("adapter: it has weights that are not finite")
+        """Raises NonFiniteError if a weight is not finite, or not below ``LARGEST``."""
+        if not _below(self.params, LARGEST):
+            raise NonFiniteError(f"adapter: it has weights that are not finite, or not below {LARGEST}")
 
-    def load(self, tensors: dict[str, Tensor], flat: Tensor, what: str, *, finite: bool = True) -> None:
+    def load(self, tensors: dict[str, Tensor], flat: Tensor, what: str, *, below: float | None = LARGEST) -> None:
         """Copy PEFT-named tensors into ``flat``, all or nothing.
 
         Raises:
             UserError: names or shapes differ; the message lists the difference.
-            NonFiniteError: they must be ``finite`` and are not.
+            NonFiniteError: a magnitude is not ``below`` that (infinity: not finite; None: anything goes).
         """
         wanted = dict(self.named(flat))
         problems = [f"missing {name}" for name in wanted if name not in tensors]
@@ -138,8 +143,9 @@ class Adapter:
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise UserError(f"{what}: does not fit this adapter: {'; '.join(problems[:5])}{more}")
-        if finite and not all(bool(torch.isfinite(tensors[name]).all()) for name in wanted):
-            raise NonFiniteError(f"{what}: it has values that are not finite")
+        if below is not None and not all(_below(tensors[name], below) for name in wanted):
+            beyond = "" if below == math.inf else f", or not below {below}"
+            raise NonFiniteError(f"{what}: it has values that are not finite{beyond}")
         for name, view in wanted.items():
             view.copy_(tensors[name])
 
@@ -153,6 +159,12 @@ class Adapter:
             # kaiming_uniform(a=sqrt(5)) over K inputs, PEFT's init, is uniform in ±1/sqrt(K).
             bound = 1.0 / math.sqrt(g.in_features)
             self.factors[g.name].a.uniform_(-bound, bound, generator=generator)
+
+
+def _below(tensor: Tensor, limit: float) -> bool:
+    """Whether all magnitudes are below the limit; False if there is a NaN."""
+    low, high = torch.aminmax(tensor)
+    return bool(-limit < low) and bool(high < limit)
 
 
 class TrainState:

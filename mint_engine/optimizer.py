@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mint_engine.adapters import Adapter, TrainState
+from mint_engine.adapters import LARGEST, Adapter, TrainState
 from mint_engine.borders import Borders
 from mint_engine.errors import NonFiniteError
 from mint_engine.gpu.run import Programs, programs
@@ -18,6 +17,8 @@ from mint_engine.kernels import Places, adamw_places_, hyperparameters
 from mint_engine.models.decoder import Decoder
 from mint_engine.pending import Pending
 from mint_engine.types import AdamParams, OptimStepResponse
+
+FP32_MAX = torch.finfo(torch.float32).max
 
 
 def optim_step(
@@ -53,7 +54,7 @@ def begin_step(
     borders = None if decoder is None else decoder.borders
     offset = None if borders is None else borders.offset_of(adapter)
     places = Places([(adapter.params.numel(), None)], "cpu") if borders is None else borders.places(adapter, offset)
-    numbers = hyperparameters(grad_scale=min(1.0, conditions.clip / (norm + 1e-6)), **_numbers(state, params))
+    numbers = _numbers(state, params, grad_scale=min(1.0, conditions.clip / (norm + 1e-6)))
     hyper = torch.tensor(numbers, dtype=torch.float32)
     largest = adamw_places_(adapter.params, state.grads, state.exp_avg, state.exp_avg_sq, hyper, places)
     _written(adapter, borders, offset)
@@ -68,7 +69,7 @@ def queue_step(found: Programs, adapter: Adapter, state: TrainState, params: Ada
     borders = found.borders
     with torch.no_grad(), found.on_device():
         offset, stepper = borders.offset_of(adapter), found.steppers.of(adapter, state)
-        step = _Step(stepper.queue(adapter, state, hyperparameters(**_numbers(state, params)), _conditions(params)),
+        step = _Step(stepper.queue(adapter, state, _numbers(state, params), _conditions(params)),
                      found.mark(), state, params)  # fmt: skip
     state.settle = step.settle
     # The weights may have changed; if they have not, what sits in the border is as good as before.
@@ -107,12 +108,18 @@ class _Step:
         return self._outcome
 
 
-def _numbers(state: TrainState, params: AdamParams) -> dict[str, Any]:
-    """The next step's numbers as `kernels.adamw_` names them, but for the clipping."""
-    return {
-        "lr": params.learning_rate, "beta1": params.beta1, "beta2": params.beta2, "eps": params.eps,
-        "weight_decay": params.weight_decay, "step": state.step + 1,
-    }  # fmt: skip
+def _numbers(state: TrainState, params: AdamParams, grad_scale: float = 1.0) -> tuple[float, ...]:
+    """The next step's numbers as `kernels.adamw_places_` takes them; NonFiniteError if one is not finite in fp32."""
+    numbers = hyperparameters(
+        lr=params.learning_rate, beta1=params.beta1, beta2=params.beta2, eps=params.eps,
+        weight_decay=params.weight_decay, step=state.step + 1, grad_scale=grad_scale,
+    )  # fmt: skip
+    if max(map(abs, numbers)) > FP32_MAX:  # times a zero it would be NaN, which no bound shows
+        raise NonFiniteError(
+            f"optim_step: learning_rate {params.learning_rate}, weight_decay {params.weight_decay} and betas "
+            f"{params.betas} make factors beyond fp32; the step was refused"
+        )
+    return numbers
 
 
 def _conditions(p: AdamParams) -> Conditions:
@@ -122,7 +129,7 @@ def _conditions(p: AdamParams) -> Conditions:
         clip=p.grad_clip_norm if p.grad_clip_norm > 0 else math.inf,
         growth=max(1.0, abs(1 - p.learning_rate * p.weight_decay)),
         update=update,
-        limit=1e35,  # a thousandth of fp32's range: the bound is loose when the betas change between steps
+        limit=LARGEST,  # with room to fp32's: the bound is loose when the betas change between steps
     )
 
 

@@ -67,6 +67,6 @@ def revive_model(directory: Path, base: Base) -> tuple[Adapter, TrainState]:
         (stored.gradients, state.grads),
     ):
         if tensors is not None:
-            adapter.load(tensors, flat, str(directory), finite=False)
+            adapter.load(tensors, flat, str(directory), below=None)
     state.step, state.has_grads = stored.step, stored.gradients is not None
     return adapter, state

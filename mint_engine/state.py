@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,11 +88,11 @@ def load_state(
     loaded = TrainState(adapter)
     if optimizer:
         stored = read_training_state(directory)
-        adapter.load(stored.exp_avg, loaded.exp_avg, what)
-        adapter.load(stored.exp_avg_sq, loaded.exp_avg_sq, what)
+        adapter.load(stored.exp_avg, loaded.exp_avg, what, below=math.inf)
+        adapter.load(stored.exp_avg_sq, loaded.exp_avg_sq, what, below=math.inf)
         loaded.step = stored.step
         if stored.gradients is not None:
-            adapter.load(stored.gradients, loaded.grads, what)
+            adapter.load(stored.gradients, loaded.grads, what, below=math.inf)
             loaded.has_grads = True
 
     def apply() -> None:

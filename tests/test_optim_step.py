@@ -140,3 +140,23 @@ def test_a_call_and_its_step_measure_what_they_need_once(tiny_tied: Path, monkey
             norm = float(state.grads.norm())
             assert optim_step(adapter, state, ADAM, decoder).metrics["grad_norm"] == pytest.approx(norm)
     assert measured == ["adamw_norm", "adamw_largest", "adamw_norm", "adamw_norm"]
+
+
+@pytest.mark.parametrize("params", [
+    {"learning_rate": 1e34, "beta1": 1 - 1e-9},  # times a zero moment it would be NaN
+    {"learning_rate": 1e3, "weight_decay": 1e36},  # so would this, times a zero weight
+])  # fmt: skip
+def test_a_step_whose_factors_do_not_fit_fp32_is_refused(tiny_tied: Path, params: dict[str, float]) -> None:
+    decoder = load_decoder(tiny_tied)
+    adapter, state = trained(decoder, 4)
+    adapter.params.zero_()
+    state.grads.zero_()
+    with pytest.raises(NonFiniteError, match="beyond fp32; the step was refused"):
+        optim_step(adapter, state, AdamParams(**params), decoder)
+    assert state.step == 0
+    assert not adapter.params.any()
+
+
+def test_an_eps_that_is_zero_in_fp32_is_refused() -> None:
+    with pytest.raises(ValueError, match="eps"):
+        AdamParams(eps=1e-46)

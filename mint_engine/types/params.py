@@ -53,6 +53,9 @@ class AdamOptimizerConfig(RequestModel):
     type: OptimizerType = "adamw"
 
 
+_SMALLEST = 2.0**-126  # float32's smallest normal number: a smaller eps may be 0 where it is used, and the step 0 / 0
+
+
 class AdamParams(RequestModel):
     """Hyperparameters of one AdamW step (decoupled weight decay, bias correction).
 
@@ -65,7 +68,7 @@ class AdamParams(RequestModel):
     learning_rate: float = Field(default=5e-5, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, ge=_SMALLEST)
     weight_decay: float = Field(default=0.0, ge=0)
     grad_clip_norm: float = Field(default=0.0, ge=0)
 
