@@ -101,6 +101,7 @@ class Collecting(Work):
         # A call that fails half-way leaves no trace: its gradients collect in a buffer of its own, or in the state's if
         # that holds none yet and so can be emptied again.
         self.scratch: Tensor | None = None
+        self._output: ForwardBackwardOutput | None = None
         if call.state is not None:
             grads = call.state.grads
             if call.state.has_grads:
@@ -115,18 +116,24 @@ class Collecting(Work):
         assert scratch is not None
         return state.factors if scratch is state.grads else self.call.adapter.views(scratch)
 
-    def finish(self) -> ForwardBackwardOutput | NonFiniteError:
-        """The call's result, or why it was refused. Only now its gradients count."""
+    def prepare(self) -> None:
+        """Make the result, before any call of the passes counts: what fails here can be done again."""
         if self.error is None:
-            try:
-                output = self.output()
-                if self.call.state is not None and self.scratch is not None:
-                    add_gradients(self.call.state, self.scratch)
-                return output
-            except NonFiniteError as error:
-                self.error = error
-        self.withdraw()
-        return self.error
+            self._output = self.output()
+
+    def finish(self) -> ForwardBackwardOutput | Exception:
+        """The call's result, or why it was refused. Only now its gradients count."""
+        if self.error is not None:
+            self.withdraw()
+            return self.error
+        assert self._output is not None
+        try:
+            if self.call.state is not None and self.scratch is not None:
+                add_gradients(self.call.state, self.scratch)
+        except Exception as error:  # the others' gradients count already: it is this call's alone
+            self.withdraw()
+            return error
+        return self._output
 
     def withdraw(self) -> None:
         """The call came to nothing: leave its state as it was."""

@@ -19,7 +19,6 @@ from mint_engine.batch import micro_batches, pack
 from mint_engine.calls import Call, Collecting
 from mint_engine.datums import CheckedDatum, stack_targets
 from mint_engine.device import upload
-from mint_engine.errors import NonFiniteError
 from mint_engine.gpu.memory import Plan
 from mint_engine.gpu.run import TARGET_CELLS, programs
 from mint_engine.losses import Loss
@@ -28,7 +27,7 @@ from mint_engine.models.layer import Saved
 from mint_engine.pending import Pending
 from mint_engine.types import ForwardBackwardOutput
 
-Outcomes: TypeAlias = list[ForwardBackwardOutput | NonFiniteError]
+Outcomes: TypeAlias = list[ForwardBackwardOutput | Exception]
 
 
 def run(
@@ -50,7 +49,7 @@ def run(
         NonFiniteError: the loss or a gradient is not finite. ``state`` is as it was.
     """
     (outcome,) = run_together(decoder, [Call(adapter, state, data, loss, config)], max_tokens=max_tokens)
-    if isinstance(outcome, NonFiniteError):
+    if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
@@ -93,11 +92,13 @@ def begin_together(
             # One that was refused in an earlier pass is over.
             live = (datum for datum in datums[chosen.start : chosen.stop] if datum[0].error is None)
             _one_pass(decoder, _spans(live), masked_logprobs)
+        for work in works:
+            work.prepare()
     except BaseException:
         for work in works:
             work.withdraw()
         raise
-    outcomes = {id(work.call): work.finish() for work in works}
+    outcomes = {id(work.call): work.finish() for work in works}  # nothing is done again from here on
     return [outcomes[id(call)] for call in calls]
 
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from mint_engine import trainer
 from mint_engine.adapters import Adapter, TrainState
+from mint_engine.calls import Call, Work
 from mint_engine.errors import NonFiniteError
 from mint_engine.models.decoder import Decoder
-from mint_engine.types import Datum, LoraConfig, ModelInput
+from mint_engine.types import Datum, ForwardBackwardOutput, LoraConfig, ModelInput
 
 # The same fp32 sums in another order: some hundred roundings of 2**-24 each.
 REORDERED = 1e-5
@@ -133,3 +134,38 @@ def test_a_loss_that_is_not_finite_is_refused_and_leaves_no_trace(tiny_tied: Pat
         trainer.run(decoder, adapter, state, *checked([good[0], bad], "importance_sampling", decoder), max_tokens=1)
     assert torch.equal(state.grads, before)
     assert torch.equal(adapter.params, params)
+
+
+def test_a_call_that_fails_at_its_end_leaves_no_trace(tiny_tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for the results is not there: nobody's gradients count yet, so the calls can be run again."""
+    decoder, adapter = setup(tiny_tied)
+    other = trained_adapter(decoder, LoraConfig(rank=4, seed=9))
+    states = [TrainState(adapter), TrainState(other)]
+    parts = checked(make_data("cross_entropy", (4, 5), 199), "cross_entropy", decoder)
+    calls = [Call(adapter, states[0], *parts), Call(other, states[1], *parts)]
+    made, real = [], Work.output
+
+    def second_fails(self: Work) -> ForwardBackwardOutput:
+        made.append(self)
+        if len(made) == 2:
+            raise MemoryError
+        return real(self)
+
+    monkeypatch.setattr(Work, "output", second_fails)
+    with pytest.raises(MemoryError):
+        trainer.run_together(decoder, calls)
+    assert len(made) == 2
+    for state in states:
+        assert not state.has_grads
+        assert not state.grads.any()
+
+
+def test_weights_beyond_what_a_step_may_reach_are_not_loaded(tiny_tied: Path) -> None:
+    """They are finite in fp32 and infinite in bf16, where they would reach their neighbours' rows."""
+    _, adapter = setup(tiny_tied)
+    before, tensors = adapter.params.clone(), {name: t.clone() for name, t in adapter.named(adapter.params)}
+    next(iter(tensors.values())).view(-1)[3] = -3.4e38
+    with pytest.raises(NonFiniteError, match="not below 1e"):
+        adapter.load(tensors, adapter.params, "the checkpoint")
+    assert torch.equal(adapter.params, before)
+    adapter.load(tensors, torch.empty_like(before), "moments", below=float("inf"))
