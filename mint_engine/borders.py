@@ -21,6 +21,7 @@ from mint_engine.kernels import Places, Words, write_places_
 Shape: TypeAlias = tuple[int, tuple[str, ...]]  # of an adapter: its rank, and the groups it trains
 
 DEFAULT_RANKS = 16  # room made at load time; the border grows when more is asked for
+LEAST_TOGETHER = 256  # ranks that may always sit there together: one adapter may have as many
 
 
 class BorderedWeight:
@@ -51,6 +52,10 @@ class BorderedWeight:
             self.int8[0][start:stop], self.int8[1][start:stop] = values.to(torch.int8), scales
             rows = values * scales[:, None]
         self.weight[start:stop].copy_(rows)
+
+    def bytes_of(self, ranks: int) -> int:
+        """What the buffer takes with room for ``ranks`` ranks."""
+        return (self.n + self.m * ranks) * (self.k + self.m * ranks) * self.buf.itemsize
 
     def widen(self, ranks: int) -> None:
         """Make room for ``ranks`` ranks. What sat in the border is forgotten."""
@@ -172,6 +177,14 @@ class Borders:
         self._places = WeakKeyDictionary[Adapter, tuple[int | None, Places]]()
         self.before_move: Callable[[], None] = lambda: None  # called before the buffers are replaced by wider ones
 
+    def ranks_within(self, budget: int) -> int:
+        """Ranks that may sit side by side: the most, a power of two, for which room takes at most ``budget`` bytes
+        beside W, and at least ``LEAST_TOGETHER``. Room is there for a square of them, and stays."""
+        ranks = LEAST_TOGETHER
+        while sum(w.bytes_of(2 * ranks) - w.bytes_of(0) for w in self.weights) <= budget:
+            ranks *= 2
+        return ranks
+
     def seat(self, rows: Iterable[tuple[Adapter | None, int, int]], *, grouped: bool = False) -> Seating:
         """Seat the adapters of a pass given as (adapter or None for the base model, first row, last row + 1).
 
@@ -188,9 +201,11 @@ class Borders:
             self.before_move()
             for known in (self._places, self._at_zero, self._laid):  # of the old buffers
                 known.clear()
+            # Should memory end half-way, nobody sits anywhere, and nothing made for the old buffers is used again.
+            self.capacity, self._seated = 0, {}
             for w in self.weights:
                 w.widen(room)
-            self.capacity, self._seated = room, {}
+            self.capacity = room
         offsets, end = {}, 0
         for uid, adapter in adapters.items():
             offsets[uid], end = end, end + adapter.rank

@@ -21,7 +21,7 @@ from mint_engine.borders import Seating
 from mint_engine.errors import NonFiniteError, SampleCancelledError, UserError
 from mint_engine.interruption import Interruption
 from mint_engine.kernels import plan
-from mint_engine.kv_cache import KVCache, blocks_for
+from mint_engine.kv_cache import KVCache, blocks_for, default_bytes
 from mint_engine.models.decoder import Decoder
 from mint_engine.requests import MAX_VALUES, Request, check_product
 from mint_engine.sampling import alternatives, sample
@@ -51,16 +51,19 @@ class Sampler:
     ``speculation``: tokens a sample may propose per step (`speculation.py`); 0 for none.
     ``interruption``: raised by who wants the device, too. With it ``step`` may compute several tokens of every sample,
     where nobody is to see each; without it one.
+    ``max_ranks``: of the adapters that are computed for at a time; by default what makes borders of at most an eighth
+    of the memory, and at least 256.
     """
 
     def __init__(
         self, decoder: Decoder, max_cache_bytes: int, wake: Callable[[], None], *,
         chunk_beside_rows: int = CHUNK_BESIDE_ROWS, chunk_alone: int = CHUNK_ALONE,
-        speculation: int = 0, interruption: Interruption | None = None,
+        speculation: int = 0, interruption: Interruption | None = None, max_ranks: int | None = None,
     ) -> None:  # fmt: skip
         self._decoder = decoder
         self._cache = KVCache(decoder.config, decoder.dtype, max_cache_bytes, decoder.device)
-        self._schedule = Schedule(self._cache)
+        eighth = default_bytes(decoder.device) // 2
+        self._schedule = Schedule(self._cache, max_ranks or decoder.borders.ranks_within(eighth))
         self._wake = wake
         self._chunk_beside_rows, self._chunk_alone = chunk_beside_rows, chunk_alone
         self._speculation, self._interruption = speculation, interruption

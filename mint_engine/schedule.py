@@ -27,8 +27,9 @@ class Schedule:
     ``rows``: samples being decoded, those of an adapter together. ``jobs``: begun and not fully computed, oldest first.
     """
 
-    def __init__(self, cache: KVCache) -> None:
-        self._cache = cache
+    def __init__(self, cache: KVCache, max_ranks: int) -> None:
+        """``max_ranks``: of all adapters that are computed for at a time; others wait."""
+        self._cache, self._max_ranks = cache, max_ranks
         self._lock = threading.Lock()
         self._queue: Turns[Job] = Turns()  # not begun, or preempted
         self._owners: set[str] = set()  # seen so far
@@ -115,6 +116,8 @@ class Schedule:
         """Whether its blocks are there, with one to spare for every sample that will want, and may have, another."""
         if len(self.rows) + sum(len(j.rows) for j in self.jobs) + len(job.rows) > MAX_ALL_ROWS:
             return False
+        if self.running and self._ranks_with(job) > self._max_ranks:
+            return False
         if not job.cached:
             return True
         price = self._cache.price(self._found(job), len(job.tokens))
@@ -126,6 +129,11 @@ class Schedule:
             wanted[sequence.request.owner] = wanted.get(sequence.request.owner, 0) + more
         spare = sum(min(n, max(0, self._share - held.get(owner, (0, 0))[1])) for owner, n in wanted.items())
         return price + spare <= self._cache.blocks_available
+
+    def _ranks_with(self, job: Job) -> int:
+        """Of the adapters of what is running and of the job, which will sit in the borders together."""
+        together = (s.request.adapter for s in [*self.running, job])
+        return sum(adapter.rank for adapter in {a for a in together if a is not None})
 
     def _within_share(self, job: Job, rows: int, blocks: int) -> bool:
         if rows + len(job.rows) > MAX_ROWS:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mint_engine.adapters import Adapter, LinearGroup
-from mint_engine.borders import BorderedWeight, Borders
+from mint_engine.borders import LEAST_TOGETHER, BorderedWeight, Borders
 from mint_engine.types import LoraConfig
 
 GROUPS = (
@@ -46,3 +47,36 @@ def test_a_seat_holds_its_adapter_whoever_sat_there_before(passes: list[list[int
         for w, wanted in zip(ours.weights, fresh.weights, strict=True):
             assert torch.equal(w.forward_weight(seating.ranks), wanted.forward_weight(seating.ranks))
             assert torch.equal(w.backward_weight(seating.ranks), wanted.backward_weight(seating.ranks))
+
+
+def test_memory_that_ends_while_borders_grow_costs_nobody_a_seat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second weight cannot be widened: what sat in the first is gone, so everybody is seated again."""
+    ours, fresh, first, large = borders(), borders(), Adapter(GROUPS, CONFIGS[0]), Adapter(GROUPS, LoraConfig(rank=32))
+    trained(first, 1)
+    ours.seat([(first, 0, 1)])
+    before = ours.capacity
+
+    def no_memory(ranks: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ours.weights[1], "widen", no_memory)
+    with pytest.raises(MemoryError):
+        ours.seat([(large, 0, 1)])
+    monkeypatch.undo()
+    assert ours.capacity != before, "addresses that were kept for the old buffers are found to be stale"
+    seating = ours.seat([(first, 0, 1)])
+    fresh.seat([(first, 0, 1)])
+    for w, wanted in zip(ours.weights, fresh.weights, strict=True):
+        assert torch.equal(w.forward_weight(seating.ranks), wanted.forward_weight(seating.ranks))
+        assert torch.equal(w.backward_weight(seating.ranks), wanted.backward_weight(seating.ranks))
+
+
+def test_ranks_together_are_what_memory_allows() -> None:
+    ours = borders()
+    assert ours.ranks_within(0) == LEAST_TOGETHER
+    before = sum(w.buf.nbytes for w in ours.weights) - sum(w.bytes_of(8) - w.bytes_of(0) for w in ours.weights)
+    for w in ours.weights:
+        w.widen(1024)
+    taken = sum(w.buf.nbytes for w in ours.weights) - before
+    assert ours.ranks_within(taken) == 1024
+    assert ours.ranks_within(taken - 1) == 512

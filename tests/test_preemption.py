@@ -236,3 +236,19 @@ def test_blocks_of_a_cancelled_prompt_that_were_computed_serve_the_next(decoder:
     got = drain(sampler, [sampler.submit(request(LONG))])[0]
     assert got.prompt_cache_hit_tokens == BLOCK_TOKENS
     assert_same(got, alone(decoder, request(LONG)))
+
+
+def test_adapters_that_do_not_fit_the_borders_together_wait(decoder: Decoder) -> None:
+    """Room in the borders is a square of the ranks that sit there, and stays."""
+    ranks = [4, 7, 5, 3]
+    adapters = [trained_adapter(decoder, LoraConfig(rank=r, seed=r), scale=0.1) for r in ranks]
+    cases = [(LONG[: 5 + i], adapters[i % 4]) for i in range(9)]
+    expected = [alone(decoder, request(p, a, 2, seed=i)) for i, (p, a) in enumerate(cases)]
+    sampler = make_sampler(decoder, max_ranks=11)
+    futures = [sampler.submit(request(p, a, 2, seed=i)) for i, (p, a) in enumerate(cases)]
+    most = 0
+    while step(sampler):
+        most = max(most, sum(a.rank for a in {row.request.adapter for row in sampler._schedule.rows}))
+    assert 8 <= most <= 11, "some are computed for together, but never too many"
+    for future, wanted in zip(futures, expected, strict=True):
+        assert_same(future.result(timeout=0), wanted)
