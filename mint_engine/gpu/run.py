@@ -19,7 +19,6 @@ from torch import Tensor
 from mint_engine.batch import micro_batches
 from mint_engine.calls import Call, Work, refused_gradients
 from mint_engine.device import computing_on
-from mint_engine.errors import NonFiniteError
 from mint_engine.gpu.buckets import power_of_2
 from mint_engine.gpu.capture import Capture, CudaGraphs, NoGraph
 from mint_engine.gpu.layout import Part, Shape, seat_shape
@@ -35,7 +34,7 @@ PROGRAMS = 64  # kept, least recently used first out; what they do not share is 
 # Targets of a pass, padded to those of the widest datum: one wide datum must not multiply all the others.
 TARGET_CELLS = 1 << 25
 
-Outcome = ForwardBackwardOutput | NonFiniteError
+Outcome = ForwardBackwardOutput | Exception
 
 
 @dataclass(frozen=True)
