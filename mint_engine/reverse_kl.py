@@ -110,7 +110,8 @@ def run(
         NonFiniteError: a KL or a gradient is not finite. ``state`` is as it was.
     """
     scratch = torch.zeros_like(state.grads)
-    max_tokens = max_tokens or decoder.max_tokens
+    theirs = 0 if reference.adapter is None else reference.adapter.rank
+    max_tokens = max_tokens or decoder.max_tokens(max(adapter.rank, theirs))
     per_row: list[np.ndarray] = []
     for chosen in micro_batches([d.student.size + d.reference.size for d in data], max_tokens):
         pairs = [data[i] for i in chosen]

@@ -83,7 +83,7 @@ def begin_together(
     works = sorted(
         (Collecting(call, decoder.space, i) for i, call in enumerate(calls)), key=lambda work: work.scratch is None
     )
-    max_tokens = max_tokens or decoder.max_tokens
+    max_tokens = max_tokens or decoder.max_tokens(max(call.adapter.rank for call in calls))
     datums = [(work, i) for work in works for i in range(len(work.call.data))]
     lengths = [work.call.data[i].tokens.size for work, i in datums]
     widths = [work.call.data[i].targets.shape[1] for work, i in datums]

@@ -224,20 +224,22 @@ def test_buckets_waste_at_most_an_eighth() -> None:
 
 
 def test_short_memory_is_met_first_by_passes_then_by_checkpoints(decoder: Decoder) -> None:
-    keep, some = (kept_bytes(decoder, checkpoint=c) for c in (False, True))
+    keep, some = (kept_bytes(decoder, 16, checkpoint=c) for c in (False, True))
     assert some < keep
     before = decoder.activation_bytes
     try:
         decoder.activation_bytes = 9000 * keep
-        assert plan(decoder, 4000, 100) == Plan(8000, False)  # all at once
-        assert plan(decoder, 9000, 100) == Plan(8000, False)  # in two passes
+        assert plan(decoder, 4000, 100, 16) == Plan(8000, False)  # all at once
+        assert plan(decoder, 9000, 100, 16) == Plan(8000, False)  # in two passes
         assert bucket(8000) <= 9000
-        assert plan(decoder, 9000, 100, company=True) == Plan(4500, False)  # whose rows are rounded to powers of two
+        assert plan(decoder, 9000, 100, 16, company=True) == Plan(
+            4500, False
+        )  # whose rows are rounded to powers of two
         decoder.activation_bytes = 1800 * keep
-        assert plan(decoder, 900, 100) == Plan(1600, False)
-        short = plan(decoder, 9000, 100)  # small passes would leave a GPU idle
+        assert plan(decoder, 900, 100, 16) == Plan(1600, False)
+        short = plan(decoder, 9000, 100, 16)  # small passes would leave a GPU idle
         assert short.checkpoint
         assert short.max_tokens > 1600
-        assert plan(decoder, 9000, 8000).max_tokens >= 8000  # a sequence is never cut
+        assert plan(decoder, 9000, 8000, 16).max_tokens >= 8000  # a sequence is never cut
     finally:
         decoder.activation_bytes = before

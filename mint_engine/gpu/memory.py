@@ -27,22 +27,26 @@ class Plan:
     checkpoint: bool
 
 
-def kept_bytes(decoder: Decoder, *, checkpoint: bool) -> int:
-    """Bytes per token that a pass writes: what all layers keep, or their inputs and what one keeps; and one at work."""
+def kept_bytes(decoder: Decoder, rank: int, *, checkpoint: bool) -> int:
+    """Bytes per token that a pass writes: what all layers keep, or their inputs and what one keeps; and one at work.
+
+    ``rank``: of the adapters' the highest.
+    """
     if not checkpoint:
-        return decoder.activation_bytes_per_token
+        return decoder.activation_bytes_per_token(rank)
     c = decoder.config
-    return decoder.activation_bytes_of(1) + c.num_layers * c.hidden_size * decoder.dtype.itemsize
+    return decoder.activation_bytes_of(1, rank) + c.num_layers * c.hidden_size * decoder.dtype.itemsize
 
 
-def plan(decoder: Decoder, total: int, longest: int, *, company: bool = False) -> Plan:
+def plan(decoder: Decoder, total: int, longest: int, rank: int, *, company: bool = False) -> Plan:
     """What ``decoder.activation_bytes`` allow of a call of ``total`` tokens in sequences of at most ``longest``.
 
-    A pass's rows are rounded up (`layout.seat_shape`): in ``company`` to as many again, else by an eighth.
+    ``rank``: of the adapters' the highest. A pass's rows are rounded up (`layout.seat_shape`): in ``company`` to as
+    many again, else by an eighth.
     """
 
     def fit(checkpoint: bool) -> int:
-        rows = decoder.activation_bytes // kept_bytes(decoder, checkpoint=checkpoint)
+        rows = decoder.activation_bytes // kept_bytes(decoder, rank, checkpoint=checkpoint)
         return min(rows // 2 if company else rows * STEPS // (STEPS + 1), LARGEST)
 
     keeping = fit(False)

@@ -132,7 +132,8 @@ class Programs:
             return _Passes([], [], False)
         lengths = [work.call.data[i].tokens.size for work, i in datums]
         widths = [work.call.data[i].targets.shape[1] for work, i in datums]
-        memory = memory or plan(self._decoder, sum(lengths), max(lengths), company=len(works) > 1)
+        rank = max(work.call.adapter.rank for work in works)
+        memory = memory or plan(self._decoder, sum(lengths), max(lengths), rank, company=len(works) > 1)
         ranges = list(micro_batches(lengths, memory.max_tokens, widths, TARGET_CELLS))
         return _Passes(datums, ranges, memory.checkpoint)
 

@@ -93,28 +93,31 @@ class Decoder:
     def groups(self) -> tuple[LinearGroup, ...]:
         return tuple(w.group for w in self.borders.weights)
 
-    @property
-    def activation_bytes_per_token(self) -> int:
+    def activation_bytes_per_token(self, rank: int) -> int:
         """What a training pass writes per token: what every layer keeps (layer.Saved), and what one needs at a time.
 
-        Without the adapters' columns, which are few.
+        ``rank``: of the adapters' the highest, for the columns of S and dS beside every linear's own.
         """
-        return self.activation_bytes_of(self.config.num_layers)
+        return self.activation_bytes_of(self.config.num_layers, rank)
 
-    def activation_bytes_of(self, layers: int) -> int:
+    def activation_bytes_of(self, layers: int, rank: int) -> int:
         """The same if ``layers`` layers keep something."""
         c = self.config
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        kept = 2 * c.hidden_size + 2 * q + 2 * kv + 2 * c.intermediate_size
-        # Twice h (embedding, stream), the gradients of h twice, x, delta, dx; q, k, their and v's gradients; the MLP's.
-        passing = 7 * c.hidden_size + 4 * (q + kv) + 4 * c.intermediate_size
+        # S of q, k, v, o, gate, up and down.
+        kept = 2 * c.hidden_size + 2 * q + 2 * kv + 2 * c.intermediate_size + 7 * rank
+        # Twice h (embedding, stream), the gradients of h twice, x, delta, dx; q, k, their and v's gradients; the MLP's;
+        # S and dS where they are made.
+        passing = 7 * c.hidden_size + 4 * (q + kv) + 4 * c.intermediate_size + 12 * rank
         statistics = 4 * layers * c.num_heads  # the log-sum-exps, fp32
         return (layers * kept + passing) * self.dtype.itemsize + statistics
 
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of a training pass that ``activation_bytes`` allow; one longer sequence is a pass all the same."""
-        return max(1, self.activation_bytes // self.activation_bytes_per_token)
+    def max_tokens(self, rank: int) -> int:
+        """Tokens of a training pass that ``activation_bytes`` allow; one longer sequence is a pass all the same.
+
+        ``rank``: the highest of the adapters'. A ninth is left to buffers, which grow by an eighth more than they must.
+        """
+        return max(1, self.activation_bytes * 8 // (9 * self.activation_bytes_per_token(rank)))
 
     @property
     def resident_bytes(self) -> int:

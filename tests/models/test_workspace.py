@@ -107,13 +107,14 @@ def test_what_an_earlier_pass_left_reaches_no_number(tiny_tied: Path) -> None:
     assert torch.equal(found[0][1], found[1][1])
 
 
-def test_a_call_beyond_the_memory_it_may_take_is_cut_into_passes(tiny_tied: Path) -> None:
+@pytest.mark.parametrize("rank", [4, 256])
+def test_a_call_beyond_the_memory_it_may_take_is_cut_into_passes(tiny_tied: Path, rank: int) -> None:
     decoder = load_decoder(tiny_tied)
-    adapter = trained_adapter(decoder, LoraConfig(rank=4, seed=0))
+    adapter = trained_adapter(decoder, LoraConfig(rank=rank, seed=0))
     data = checked(make_data("cross_entropy", (20, 21, 22, 23), 199), "cross_entropy", decoder)
     found = []
     for tokens in (1000, 45):
-        decoder.activation_bytes = tokens * decoder.activation_bytes_per_token
+        decoder.activation_bytes = tokens * decoder.activation_bytes_per_token(rank) * 9 // 8
         decoder.space.release()
         state = TrainState(adapter)
         trainer.run(decoder, adapter, state, *data)
