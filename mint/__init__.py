@@ -13,12 +13,14 @@ from mint import mint, types
 from mint_engine import __version__
 from mint_engine.client import APIFuture, RestClient, SamplingClient, ServiceClient, TrainingClient
 from mint_engine.errors import (
+    AuthenticationError,
     CheckpointError,
     EngineClosedError,
     MintError,
     ModelError,
     NonFiniteError,
     NotFoundError,
+    PermissionDeniedError,
     StorageError,
     TransportError,
     UserError,
@@ -50,21 +52,34 @@ from mint_engine.types import (
     TrainingRun,
 )
 
-TinkerError = MintError
-"""The Tinker SDK's name for the base class of its errors."""
+# The Tinker SDK's names for errors. It has a class for each status of an answer, and other bases; where these are one
+# class here, they are the same, so that `except` catches at least what it catches there.
+TinkerError = APIError = APIStatusError = RequestFailedError = MintError
+BadRequestError = ConflictError = UnprocessableEntityError = UserError
+APIConnectionError = APITimeoutError = APIResponseValidationError = TransportError
+InternalServerError = RateLimitError = TransportError  # a server that cannot answer is asked for minutes before
 
 __all__ = [
+    "APIConnectionError",
+    "APIError",
     "APIFuture",
+    "APIResponseValidationError",
+    "APIStatusError",
+    "APITimeoutError",
     "AdamOptimizerConfig",
     "AdamParams",
+    "AuthenticationError",
+    "BadRequestError",
     "Checkpoint",
     "CheckpointError",
     "CheckpointType",
+    "ConflictError",
     "Datum",
     "EncodedTextChunk",
     "EngineClosedError",
     "ForwardBackwardOutput",
     "ForwardBackwardResult",
+    "InternalServerError",
     "LoraConfig",
     "MintError",
     "ModelError",
@@ -76,6 +91,9 @@ __all__ = [
     "OptimParams",
     "OptimStepResponse",
     "ParsedCheckpointTinkerPath",
+    "PermissionDeniedError",
+    "RateLimitError",
+    "RequestFailedError",
     "RestClient",
     "ReverseKLDatum",
     "SampleResponse",
@@ -92,6 +110,7 @@ __all__ = [
     "TrainingClient",
     "TrainingRun",
     "TransportError",
+    "UnprocessableEntityError",
     "UserError",
     "__version__",
     "mint",

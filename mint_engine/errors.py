@@ -19,6 +19,14 @@ class NotFoundError(UserError, LookupError):
     """A session, run, sampler, checkpoint or model that does not exist (or no longer does)."""
 
 
+class AuthenticationError(UserError):
+    """A server wants a key, or does not know the one it was given (401)."""
+
+
+class PermissionDeniedError(UserError):
+    """A server does not do this for this caller (403)."""
+
+
 class NonFiniteError(UserError):
     """A loss, a gradient or an input is NaN or infinite. The step is refused, the adapter is unchanged."""
 

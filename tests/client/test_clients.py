@@ -475,6 +475,13 @@ def test_mint_has_what_scripts_import():
     assert isinstance(mint.__version__, str)
 
 
+def test_scripts_may_catch_the_sdk_s_errors():
+    sdk = """TinkerError APIError APIStatusError APITimeoutError APIConnectionError APIResponseValidationError
+        RequestFailedError BadRequestError AuthenticationError PermissionDeniedError NotFoundError ConflictError
+        UnprocessableEntityError RateLimitError InternalServerError"""
+    assert all(issubclass(getattr(mint, name), mint.TinkerError) for name in sdk.split())
+
+
 @pytest.mark.parametrize("client", [mint.ServiceClient, mint.TrainingClient, mint.SamplingClient, mint.RestClient])
 def test_every_call_that_may_wait_has_an_async_twin(client):
     local = {"close", "get_tokenizer", "get_telemetry", "create_rest_client", "result", "zero_grad"}

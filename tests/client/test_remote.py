@@ -225,13 +225,19 @@ def test_a_failed_call_raises_what_it_raises_in_process(trainer, engine, monkeyp
     ("status", "body", "raised", "message"),
     [
         (400, {"detail": "rank: 300"}, mint.UserError, "^rank: 300$"),
-        (401, {"detail": "the key is wrong"}, mint.UserError, "^the key is wrong$"),
+        (401, {"detail": "the key is wrong"}, mint.AuthenticationError, "^the key is wrong$"),
+        (403, {"detail": "not from there"}, mint.PermissionDeniedError, "^not from there$"),
         (404, {"detail": "no model"}, mint.NotFoundError, "^no model$"),
-        (422, {"detail": [{"loc": ["body", "rank"], "msg": "too large"}]}, mint.UserError, "^rank: too large$"),
+        (
+            422,
+            {"detail": [{"loc": ["body", "rank"], "msg": "too large"}]},
+            mint.UnprocessableEntityError,
+            "^rank: too large$",
+        ),
         (418, None, mint.UserError, "418"),
         (301, None, mint.TransportError, "redirects to nowhere"),
-        (200, "not json", mint.TransportError, "Is this a mint-engine server's address"),
-        (500, {"detail": "bug"}, mint.TransportError, "500 Internal Server Error: bug .tried 4 times"),
+        (200, "not json", mint.APIResponseValidationError, "Is this a mint-engine server's address"),
+        (500, {"detail": "bug"}, mint.InternalServerError, "500 Internal Server Error: bug .tried 4 times"),
     ],
 )
 def test_a_refusal_carries_the_server_s_sentence(service, server, status, body, raised, message):

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from mint_engine import errors
-from mint_engine.errors import MintError, NotFoundError, TransportError, UserError
+from mint_engine.errors import MintError, TransportError, UserError
 
 # Classes a server may name in the `type` of a refusal. Nothing else is looked up.
 _CLASSES: dict[str, type[MintError]] = {
@@ -24,6 +24,12 @@ _CLASSES: dict[str, type[MintError]] = {
         errors.StorageError,
         errors.UserError,
     )
+}
+
+_BY_STATUS: dict[int, type[MintError]] = {
+    HTTPStatus.UNAUTHORIZED: errors.AuthenticationError,
+    HTTPStatus.FORBIDDEN: errors.PermissionDeniedError,
+    HTTPStatus.NOT_FOUND: errors.NotFoundError,
 }
 
 _SHOWN = 500  # characters of an answer that is not a server's own sentence
@@ -46,8 +52,7 @@ def refusal(response: httpx.Response) -> MintError:
         sentence += " (set MINT_API_KEY, or pass api_key)"
     if status == HTTPStatus.GONE:
         return LostPromiseError(sentence)
-    kind = NotFoundError if status == HTTPStatus.NOT_FOUND else UserError
-    return _class_of(body, kind)(sentence)
+    return _class_of(body, _BY_STATUS.get(status, UserError))(sentence)
 
 
 def failure(body: Mapping[str, Any]) -> MintError:
