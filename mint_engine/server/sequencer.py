@@ -333,11 +333,7 @@ def _idempotency_key() -> str | None:
 
 
 def _has_run(caller: Caller, model_id: str) -> bool:
-    try:
-        caller.store.get_run(model_id)
-    except NotFoundError:
-        return False
-    return True
+    return caller.store.has_run(model_id)
 
 
 def _then(start: Start, release: Callable[[], None]) -> Start:

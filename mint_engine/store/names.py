@@ -31,9 +31,14 @@ def check_name(name: str) -> None:
         raise UserError(f"name: expected no slash, backslash or control character, got {name!r}")
 
 
+def is_id(identifier: Any) -> bool:
+    """Whether it can be the id of something."""
+    return isinstance(identifier, str) and _ID.fullmatch(identifier) is not None
+
+
 def check_id(identifier: str, what: str) -> str:
     """`identifier` itself. Raises NotFoundError for what cannot be the id of anything."""
-    if not isinstance(identifier, str) or not _ID.fullmatch(identifier):
+    if not is_id(identifier):
         raise NotFoundError(f"{what}: expected letters, digits and _ . : -, got {identifier!r}")
     return identifier
 

@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, func, insert, or_, 
 
 from mint_engine.store import schema
 from mint_engine.store.base import StoreBase, record_of, unique
-from mint_engine.store.names import check_id, check_page, check_scope, check_text, now
+from mint_engine.store.names import check_id, check_page, check_scope, check_text, is_id, now
 from mint_engine.types import AccessScope, Cursor, LoraConfig, TrainingRun, TrainingRunsResponse
 
 _runs, _checkpoints, _sessions = schema.runs, schema.checkpoints, schema.sessions
@@ -63,6 +63,14 @@ class Runs(StoreBase):
             rows = connection.execute(page.limit(limit).offset(offset)).all()
             found = self._training_runs(connection, rows, accessible)
         return TrainingRunsResponse(training_runs=found, cursor=Cursor(offset=offset, limit=limit, total_count=total))
+
+    def has_run(self, run_id: str) -> bool:
+        """Whether there is such a run of one's own. Quicker than `get_run`, most of all if there is not."""
+        if not is_id(run_id):
+            return False
+        mine = and_(_runs.c.run_id == run_id, _runs.c.owner == self.owner)
+        with self._database.read() as connection:
+            return connection.execute(select(_runs.c.run_id).where(mine)).first() is not None
 
     def get_run(self, run_id: str, access_scope: AccessScope = "owned") -> TrainingRun:
         """A run of one's own, or with "accessible" also another's that has a published checkpoint."""

@@ -18,6 +18,7 @@ from mint_engine.server.failures import RestartingError, TryAgainLaterError
 from mint_engine.server.lifecycle import _put_aside_for_good
 from mint_engine.server.promises import Promise, Promises
 from mint_engine.server.sequencer import Sequencer
+from mint_engine.store import names
 from mint_engine.types import AdamParams, LoraConfig
 from mint_engine.wire.requests import OptimStepRequest
 
@@ -109,6 +110,16 @@ def test_a_model_that_is_made_twice_is_made_once(tmp_path: Path) -> None:
         assert server.engine.names() == ["create_model", "create_model"]
         with pytest.raises(UserError, match="there is a model"):
             await server.sequencer.create(server.b, "s:train:1", "CreateModel", lambda: pytest.fail("made again"))
+
+    serve(tmp_path, body)
+
+
+def test_making_a_model_does_not_look_for_runs_of_similar_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(server: Server) -> None:
+        monkeypatch.setattr(names, "get_close_matches", None)
+        await server.create("s:train:1")
 
     serve(tmp_path, body)
 

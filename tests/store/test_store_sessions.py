@@ -9,7 +9,7 @@ import pytest
 from store_helpers import LORA, META, RUN, Place, note, save
 
 from mint_engine.errors import NotFoundError, UserError
-from mint_engine.store import Store
+from mint_engine.store import Store, names
 
 
 def test_sessions_runs_and_samplers_survive_a_restart(place: Place, store: Store) -> None:
@@ -40,6 +40,17 @@ def test_a_session_is_finished_once_its_client_says_so(place: Place, store: Stor
     for view, session in ((store, "s-9"), (store.as_owner("key-2"), "s-1")):
         with pytest.raises(NotFoundError):
             view.session_finished(session)
+
+
+def test_whether_a_run_exists_is_answered_without_a_search(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def search(*arguments: Any, **options: Any) -> list[str]:
+        raise AssertionError("a search")
+
+    monkeypatch.setattr(names, "get_close_matches", search)
+    assert store.has_run(RUN)
+    assert not store.as_owner("key-2").has_run(RUN)
+    for unknown in ("s-9:train:0", "", "../\0"):
+        assert not store.has_run(unknown)
 
 
 def test_unknown_sessions_samplers_and_runs_are_named(store: Store) -> None:
