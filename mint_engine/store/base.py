@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from mint_engine.errors import NotFoundError, UserError
 from mint_engine.store import schema
 from mint_engine.store.database import Database
-from mint_engine.store.names import check_id, nearby, now
+from mint_engine.store.names import SEARCHED, MissingError, check_id, now
 from mint_engine.store.records import CheckpointRecord
 from mint_engine.types import CheckpointKind
 
@@ -54,8 +54,8 @@ class StoreBase:
         row = connection.execute(query.with_for_update() if lock else query).one_or_none()
         if row is None:
             known = select(table.c.run_id).where(table.c.owner == self.owner).order_by(table.c.created.desc())
-            there = nearby(run_id, list(connection.execute(known.limit(1000)).scalars()))
-            raise NotFoundError(f"there is no training run {run_id!r}; {there}")
+            there = list(connection.execute(known.limit(SEARCHED + 1)).scalars())
+            raise MissingError(f"there is no training run {run_id!r}", run_id, there)
         return row
 
     def _visible(self, accessible: bool) -> ColumnElement[bool]:

@@ -10,10 +10,20 @@ from typing import Any
 from sqlalchemy import Connection, Row, and_, delete, func, insert, select, update
 
 from mint_engine import durable
-from mint_engine.errors import CheckpointError, NotFoundError, UserError
+from mint_engine.errors import CheckpointError, UserError
 from mint_engine.store import artifacts, schema
 from mint_engine.store.base import KINDS, record_of, unique
-from mint_engine.store.names import check_name, check_page, check_scope, check_text, check_ttl, file_name, nearby, now
+from mint_engine.store.names import (
+    SEARCHED,
+    MissingError,
+    check_name,
+    check_page,
+    check_scope,
+    check_text,
+    check_ttl,
+    file_name,
+    now,
+)
 from mint_engine.store.records import CheckpointRecord, ResolvedCheckpoint
 from mint_engine.store.runs import Runs
 from mint_engine.types import (
@@ -257,8 +267,8 @@ class Checkpoints(Runs):
             query = _newest_first().where(mine)
             matches = [record_of(row) for row in connection.execute(query.where(_checkpoints.c.name == name))]
             if not matches:
-                there = [record_of(row).tinker_path for row in connection.execute(query.limit(1000))]
-                raise NotFoundError(f"there is no checkpoint {path!r}; {nearby(path, there)}")
+                there = [record_of(row).tinker_path for row in connection.execute(query.limit(SEARCHED + 1))]
+                raise MissingError(f"there is no checkpoint {path!r}", path, there)
         if prefer is not None and len(matches) > 1:
             matches = [record for record in matches if record.kind == prefer] or matches
         if len(matches) > 1:
@@ -273,9 +283,9 @@ class Checkpoints(Runs):
         row = connection.execute(select(_checkpoints).where(named, self._visible(not mine))).one_or_none()
         if row is None:
             self._run(connection, path.training_run_id)
-            rows = connection.execute(_newest_first().where(of_run, self._visible(False)).limit(1000))
-            there = nearby(path.checkpoint_id, [f"{r.kind}/{r.name}" for r in rows])
-            raise NotFoundError(f"there is no checkpoint {path.tinker_path}; {there}")
+            rows = connection.execute(_newest_first().where(of_run, self._visible(False)).limit(SEARCHED + 1))
+            there = [f"{r.kind}/{r.name}" for r in rows]
+            raise MissingError(f"there is no checkpoint {path.tinker_path}", path.checkpoint_id, there)
         return row
 
     def _update(self, path: str, **changes: Any) -> None:

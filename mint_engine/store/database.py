@@ -23,6 +23,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from mint_engine import durable
 from mint_engine.errors import StorageError, UserError
 from mint_engine.store import schema
+from mint_engine.store.names import MissingError
 
 _BUSY_SECONDS = 30
 _UPGRADE_LOCK = 0x6D696E74  # any number, the same for every process: "mint"
@@ -195,6 +196,8 @@ def _refusals(action: str) -> Iterator[None]:
     """The database's refusals as StorageError. A violated constraint is the caller's to handle, and passes."""
     try:
         yield
+    except MissingError as missing:  # looking for what was meant takes time: nobody waits for the transaction meanwhile
+        raise missing.told() from None
     except sqlalchemy.exc.IntegrityError:
         raise
     except SQLAlchemyError as error:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from store_helpers import META, RUN, everything, note, save
+from store_helpers import LORA, META, RUN, everything, note, save
 
 from mint_engine.errors import NotFoundError, UserError
-from mint_engine.store import Store
+from mint_engine.store import Store, base, checkpoints, names
 from mint_engine.types import ParsedCheckpointTinkerPath
 
 
@@ -101,6 +105,36 @@ def test_what_is_not_there_is_said_with_what_is(store: Store, path: str, message
     save(store, "checkpoint")
     with pytest.raises(NotFoundError, match=message):
         store.resolve(path)
+
+
+@pytest.mark.parametrize(
+    "lookup",
+    [
+        lambda store: store.get_run("s-1:train:1000"),
+        lambda store: store.resolve(f"tinker://{RUN}/weights/v-1000"),
+        lambda store: store.resolve("v-1000"),
+        lambda store: store.publish(f"tinker://{RUN}/weights/v-1000"),
+    ],
+)
+def test_what_was_meant_is_looked_for_behind_the_transaction_and_not_for_long(
+    store: Store, monkeypatch: pytest.MonkeyPatch, lookup: Callable[[Store], object]
+) -> None:
+    """Comparing a name with a thousand takes 150 ms, and a write transaction keeps every other writer waiting."""
+    for module in (names, base, checkpoints):
+        monkeypatch.setattr(module, "SEARCHED", 3)
+    for i in range(8):
+        save(store, f"v-{i}")
+        store.create_run(f"s-1:train:{i + 1}", session_id="s-1", base_model="tiny", lora=LORA)
+    searches = []
+
+    def search(wanted: str, known: list[str], **options: Any) -> list[str]:
+        searches.append((len(known), store._database._engine.pool.checkedout()))
+        return get_close_matches(wanted, known, **options)
+
+    monkeypatch.setattr(names, "get_close_matches", search)
+    with pytest.raises(NotFoundError, match=r"; there is: .*(train:8|v-7).* \(and more\)$"):
+        lookup(store)
+    assert searches == [(3, 0)], "three names, and no connection in use"
 
 
 @pytest.mark.parametrize(
