@@ -24,6 +24,7 @@ from mint_engine.server.openai import router
 from mint_engine.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
 
 EOS = 256
+VOCAB = 260  # padded
 CONTEXT = 512
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 TEMPLATE = (
@@ -73,7 +74,8 @@ class ScriptedEngine:
         return self.tokens
 
     def base_info(self) -> list[Any]:
-        return [SimpleNamespace(name="tiny", directory="/tiny", eos_token_ids=(EOS,), max_context_length=CONTEXT)]
+        sizes = {"vocab_size": VOCAB, "max_context_length": CONTEXT}
+        return [SimpleNamespace(name="tiny", directory="/tiny", eos_token_ids=(EOS,), **sizes)]
 
     def sampler_load(self, owner: str | None = None) -> tuple[int, int]:
         return self.waiting, 0

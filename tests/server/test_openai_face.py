@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from openai_fakes import CONTEXT, ScriptedEngine, byte_tokenizer, fake_app, serving
+from openai_fakes import CONTEXT, VOCAB, ScriptedEngine, byte_tokenizer, fake_app, serving
 
 from mint_engine.errors import UserError
 
@@ -265,6 +265,12 @@ def test_errors_as_the_package_knows_them(client: openai.OpenAI, engine: Scripte
         client.completions.create(model="tiny", prompt="x" * (CONTEXT * 20))
     with pytest.raises(openai.BadRequestError, match="prompt: expected at most 4 prompts in a request, got 5"):
         client.completions.create(model="tiny", prompt=["x"] * 5)
+    # The engine would refuse them too, but not before their text had been looked up and kept.
+    refusal = rf"prompt: expected token ids in \[0, {VOCAB}\), got {2**31 - 1} at index 1 \(prompt 1\)"
+    with pytest.raises(openai.BadRequestError, match=refusal) as unknown:
+        client.completions.create(model="tiny", prompt=[[1, VOCAB - 1], [1, 2**31 - 1]])
+    assert unknown.value.param == "prompt"
+    assert engine.calls == []
     engine.waiting = 1
     with pytest.raises(openai.RateLimitError):
         client.completions.create(model="tiny", prompt=["x"] * 4)

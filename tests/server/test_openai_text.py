@@ -81,6 +81,13 @@ def test_ids_beyond_the_tokenizer_have_no_text(byte_vocabulary: Vocabulary):
     assert byte_vocabulary.token_bytes(9999) == b""
 
 
+def test_only_the_tokenizer_s_own_tokens_are_remembered(byte_vocabulary: Vocabulary):
+    vocabulary = Vocabulary(byte_vocabulary.tokenizer)
+    for token in (5, EOS, 300, 2**31 - 1):
+        vocabulary.token_bytes(token)
+    assert set(vocabulary._cache) == {5, EOS}
+
+
 def test_part_of_a_character_is_shown_as_its_bytes(byte_vocabulary: Vocabulary):
     first = byte_vocabulary.encode("€")[0]
     assert byte_vocabulary.token_string(first) == r"\xe2"

@@ -17,7 +17,7 @@ from mint_engine.types import SampleResponse
 def read_prompts(body: CompletionRequest, served: Served) -> list[Prompt]:
     """The prompts as tokens, with their texts. An empty one is the beginning of a document."""
     vocabulary, prompts = served.vocabulary, []
-    for prompt in body.prompt:
+    for i, prompt in enumerate(body.prompt):
         if isinstance(prompt, str):
             tokens = served.encode(prompt, reserve=body.tokens, param="prompt")
             if not tokens and vocabulary.beginning is None:
@@ -25,6 +25,7 @@ def read_prompts(body: CompletionRequest, served: Served) -> list[Prompt]:
             prompts.append(Prompt(tokens or [vocabulary.beginning or 0], prompt))
         else:
             served.check_length(len(prompt), reserve=body.tokens, param="prompt")
+            served.check_tokens(prompt, param="prompt", where=f"prompt {i}")
             prompts.append(Prompt(prompt, _text(prompt, vocabulary)))
     return prompts
 

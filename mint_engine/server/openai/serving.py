@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ class Base:
     name: str
     vocabulary: Vocabulary
     eos: frozenset[int]
+    vocab_size: int
     context: int
 
 
@@ -67,6 +68,13 @@ class Served:
         if tokens + reserve > self.base.context:
             asked = f"the request asks for {tokens + reserve} ({tokens} in {param}, {reserve} to sample)"
             raise _too_long(self.base.context, asked, param)
+
+    def check_tokens(self, tokens: Sequence[int], *, param: str, where: str) -> None:
+        """Refuse ids that the model does not have. Who turns them into text could not tell."""
+        for i, token in enumerate(tokens):
+            if not 0 <= token < self.base.vocab_size:
+                message = f"expected token ids in [0, {self.base.vocab_size}), got {token} at index {i} ({where})"
+                raise ApiError(400, f"{param}: {message}", param=param)
 
     def start(self, job: Job, *, live: bool) -> Generation:
         generation = Generation(self.engine, self.sampler_id, job, self.vocabulary, self.base.eos, live=live)
@@ -143,7 +151,7 @@ def _describe(engine: Engine, name: str) -> Base:
     """A base model that has been loaded, since a sampler of it exists."""
     tokenizer = engine.tokenizer(name)
     info = next(info for info in engine.base_info() if name in (info.name, str(info.directory)))
-    return Base(name, Vocabulary(tokenizer), frozenset(info.eos_token_ids), info.max_context_length)
+    return Base(name, Vocabulary(tokenizer), frozenset(info.eos_token_ids), info.vocab_size, info.max_context_length)
 
 
 def _too_long(context: int, asked: str, param: str) -> ApiError:

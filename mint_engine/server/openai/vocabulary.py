@@ -30,6 +30,7 @@ class Vocabulary:
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = special | set(tokenizer.all_special_ids)
         self._to_bytes = _byte_rule(tokenizer)
+        self._size = len(tokenizer)
         self._cache: dict[int, bytes | None] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -56,9 +57,12 @@ class Vocabulary:
 
     def token_bytes(self, token: int) -> bytes | None:
         """The bytes ``token`` stands for, special ones by their name. None: this tokenizer cannot say."""
-        if token not in self._cache:
-            self._cache[token] = self._bytes_of(token)
-        return self._cache[token]
+        if token in self._cache:
+            return self._cache[token]
+        found = self._bytes_of(token)
+        if token < self._size:  # an id from outside may be any number: what is kept has an end
+            self._cache[token] = found
+        return found
 
     def token_string(self, token: int, *, prefix: str = "") -> str:
         """A token for display. Part of a character is shown as its bytes, ``prefix`` and ``\\xe2\\x82``."""
