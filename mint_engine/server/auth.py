@@ -12,11 +12,11 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection
 
 from mint_engine.errors import NotFoundError, UserError
@@ -36,6 +36,7 @@ ANONYMOUS = "local"
 
 _FRESH_SECONDS = 1.0
 _REMEMBERED = 4096
+_THREADS = 4
 _LONGEST = 8192  # characters of a credential
 
 
@@ -61,6 +62,7 @@ class Auth:
         self._anonymous = Caller(ANONYMOUS, store.as_owner(ANONYMOUS))
         self._locked = False  # once a key has been seen nobody comes in without one, even after all are revoked
         self._next_look = 0.0
+        self._threads = ThreadPoolExecutor(_THREADS, "mint-keys")  # of its own: slow work elsewhere locks nobody out
         self._looks: dict[str, asyncio.Task[Any]] = {}  # that are being taken just now
         self.quotas = Quotas(settings)
 
@@ -155,10 +157,13 @@ class Auth:
         """`job()` in a thread. Of many that come at once, one asks the database."""
         look = self._looks.get(what)
         if look is None:
-            look = self._looks[what] = asyncio.get_running_loop().create_task(run_in_threadpool(job))
+            look = self._looks[what] = asyncio.get_running_loop().create_task(self._in_thread(job))
             look.add_done_callback(lambda done: self._looks.get(what) is done and self._looks.pop(what))
         found: _T = await asyncio.shield(look)
         return found
+
+    async def _in_thread(self, job: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, job)
 
 
 class _Cache:

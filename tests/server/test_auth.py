@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -127,6 +128,21 @@ async def test_a_burst_of_requests_asks_the_database_once(small: SmallApp, monke
                 for _ in range(50):
                     group.start_soon(ask, key)
     assert sorted(looks) == sorted([secret, "tml-wrong"])
+
+
+async def test_slow_work_of_others_keeps_nobody_out(small: SmallApp) -> None:
+    owner, secret = small.key()
+    held = threading.Event()
+    threads = int(anyio.to_thread.current_default_thread_limiter().total_tokens)
+    async with small.client(secret) as client, anyio.create_task_group() as group:
+        for _ in range(threads):
+            group.start_soon(anyio.to_thread.run_sync, held.wait, 30)
+        await anyio.wait_all_tasks_blocked()
+        try:
+            with anyio.fail_after(10):
+                assert await _owner(client) == (200, owner)
+        finally:
+            held.set()
 
 
 async def test_a_flood_of_wrong_keys_takes_a_bounded_amount_of_memory(
