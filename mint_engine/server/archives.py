@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
 from fastapi import HTTPException, Request
 from starlette.concurrency import run_in_threadpool
 
+from mint_engine.server.shares import files
 from mint_engine.server.signed_urls import version_of
 from mint_engine.store import ResolvedCheckpoint, Store
 
@@ -20,7 +22,7 @@ async def make_archive(request: Request, store: Store, path: str) -> ResolvedChe
     Raises:
         HTTPException: 503 while it is being made; the next request finds it further on. SDKs ask again.
     """
-    checkpoint = await run_in_threadpool(store.resolve, path)
+    checkpoint, made = await run_in_threadpool(_look, store, path)
     version = version_of(checkpoint.directory)
     state = request.app.state
     if not hasattr(state, "mint_archives"):
@@ -28,7 +30,8 @@ async def make_archive(request: Request, store: Store, path: str) -> ResolvedChe
     making: dict[str, asyncio.Task[Path]] = state.mint_archives
     task = making.get(version)
     if task is None:
-        task = asyncio.ensure_future(run_in_threadpool(store.archive_file, checkpoint.tinker_path))
+        keep = partial(store.archive_file, checkpoint.tinker_path)
+        task = asyncio.ensure_future(run_in_threadpool(keep) if made else files.run(store.owner, keep))
         making[version] = task
         task.add_done_callback(lambda done: _made(making, version, done))
     await asyncio.wait({task}, timeout=_PATIENCE_SECONDS)
@@ -36,6 +39,12 @@ async def make_archive(request: Request, store: Store, path: str) -> ResolvedChe
         raise HTTPException(503, "the archive is being made: ask again", headers={"Retry-After": "5"})
     task.result()
     return checkpoint
+
+
+def _look(store: Store, path: str) -> tuple[ResolvedCheckpoint, bool]:
+    """The checkpoint, and whether its archive is there already."""
+    checkpoint = store.resolve(path)
+    return checkpoint, store.is_archived(checkpoint)
 
 
 def _made(making: dict[str, asyncio.Task[Path]], version: str, done: asyncio.Task[Path]) -> None:

@@ -6,12 +6,10 @@ import asyncio
 import contextvars
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
-
-_WORKERS = 2  # a body of 256 MiB takes a gigabyte while it is parsed; and Python parses one at a time anyway
 
 
 def over(own: int, others: int, more: int, most: int) -> bool:
@@ -27,23 +25,23 @@ def over(own: int, others: int, more: int, most: int) -> bool:
 class _Queue:
     """``users``: jobs that hold or want one of the owner's places."""
 
-    places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_WORKERS))
+    places: asyncio.Semaphore
     users: int = 0
 
 
 class Workers:
-    """Two threads for what takes memory and time: bodies that are decompressed or parsed, results that are encoded.
+    """A few threads for what takes memory or time, so that nothing else waits for it.
 
-    So the memory is bounded that bodies take while they are read, however many come at once. Owners take turns: each
-    has at most two jobs in the threads' own queue.
+    Owners take turns: each has at most ``each`` jobs in the threads' own queue.
     """
 
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_WORKERS, "mint-bodies")
+    def __init__(self, name: str, *, threads: int = 2, each: int = 2) -> None:
+        self._threads = ThreadPoolExecutor(threads, name)
+        self._each = each
         self._queues: dict[str, _Queue] = {}
 
     async def run(self, owner: str, job: Callable[[], T]) -> T:
-        queue = self._queues.setdefault(owner, _Queue())
+        queue = self._queues.setdefault(owner, _Queue(asyncio.Semaphore(self._each)))
         queue.users += 1
         try:
             async with queue.places:
@@ -55,5 +53,10 @@ class Workers:
                 del self._queues[owner]
 
 
-workers = Workers()
-"""Of this process."""
+# Of this process. What else takes a thread, mostly a look into the store, shares the forty of anyio.
+workers = Workers("mint-bodies")
+"""Bodies that are decompressed or parsed: 256 MiB take a gigabyte meanwhile; and Python parses one at a time anyway."""
+prompts = Workers("mint-prompts")
+"""Prompts that are rendered and tokenised. A tokenizer has one thread in it at a time anyway."""
+files = Workers("mint-files", threads=4)
+"""Checkpoints that are packed or copied: no owner has more than half of the threads."""

@@ -32,6 +32,10 @@ class Archive(Checkpoints):
                 _pack(checkpoint, target)
         return target
 
+    def is_archived(self, checkpoint: ResolvedCheckpoint) -> bool:
+        """Whether :meth:`archive_file` would be quick."""
+        return self._archive_of(checkpoint).exists()
+
     def _archive_of(self, checkpoint: ResolvedCheckpoint) -> Path:
         run = file_name(checkpoint.training_run_id, "run_id")
         return self.home / "archives" / run / checkpoint.kind / f"{checkpoint.directory.name}.tar.gz"

@@ -279,7 +279,7 @@ def test_bodies_that_are_not_finished_take_one_key_s_share_only(tmp_path: Path) 
 
 
 def test_one_owner_s_heavy_work_does_not_keep_out_another_s() -> None:
-    workers, release = Workers(), threading.Event()
+    workers, release = Workers("mint-test"), threading.Event()
 
     async def run() -> None:
         jobs = [asyncio.create_task(workers.run("mallory", lambda: release.wait(30))) for _ in range(20)]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import tarfile
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx
 import pytest
 from small_app import SmallApp
 
-from mint_engine.store import LedgerEntry
+from mint_engine.store import LedgerEntry, archive, copies
 
 pytestmark = pytest.mark.anyio
 API = "/api/v1"
@@ -218,6 +221,55 @@ async def test_an_archive_is_a_redirect_to_022_and_json_to_later_sdks(small: Sma
             with tarfile.open(fileobj=io.BytesIO(tar.content)) as opened:
                 names = opened.getnames()
             assert names == ["adapter_config.json", "adapter_model.safetensors", "checkpoint_complete"]
+
+
+@pytest.mark.parametrize("kind", ["archive", "copy"])
+async def test_one_owner_s_slow_jobs_keep_nobody_waiting(
+    small: SmallApp, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, begun = threading.Event(), []
+
+    def slow(module: ModuleType, name: str) -> None:
+        """Hold up what is done with mallory's checkpoints."""
+        real = getattr(module, name)
+
+        def job(source: Any, *others: Any) -> Any:
+            if "mallory" in str(source):
+                begun.append(source)
+                held.wait(30)
+            return real(source, *others)
+
+        monkeypatch.setattr(module, name, job)
+
+    slow(archive, "_pack")
+    slow(copies, "_copier")
+
+    async def ask(client: httpx.AsyncClient, run: str, name: str) -> int:
+        path = f"{run}/weights/{name}"
+        if kind == "copy":
+            body = {"source_path": f"tinker://{path}"}
+            return (await client.post(f"{API}/copy_weights", json=body)).status_code
+        response = await client.get(f"{API}/training_runs/{path.replace('weights', 'checkpoints/weights')}/archive")
+        return response.status_code
+
+    (mallory, hers), (carol, secret) = small.key("mallory"), small.key("carol")
+    runs = {owner: small.run(owner, session) for owner, session in ((mallory, "mallory"), (carol, "carol"))}
+    names = [f"v{i}" for i in range(50)]  # anyio has forty threads
+    for name in names:
+        small.checkpoint(mallory, runs[mallory], name)
+    small.checkpoint(carol, runs[carol])
+    async with small.client(hers) as attacker, small.client(secret) as client:
+        jobs = [asyncio.create_task(ask(attacker, runs[mallory], name)) for name in names]
+        try:
+            while not begun:
+                await asyncio.sleep(0.01)
+            async with asyncio.timeout(10):
+                assert len((await _json(client, "/checkpoints"))["checkpoints"]) == 1
+                assert await ask(client, runs[carol], "one") in (200, 302)
+            assert len(begun) == 2
+        finally:
+            held.set()
+        assert set(await asyncio.gather(*jobs)) <= {200, 302}
 
 
 async def test_a_link_needs_no_key_and_parts_can_be_fetched(small: SmallApp) -> None:

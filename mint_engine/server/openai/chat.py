@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from mint_engine.server.caller import Caller, get_caller
 from mint_engine.server.openai.chat_request import ChatRequest
@@ -16,6 +16,7 @@ from mint_engine.server.openai.generation import Job, Prompt
 from mint_engine.server.openai.logprobs import chat_logprobs
 from mint_engine.server.openai.respond import answer, stream
 from mint_engine.server.openai.serving import Envelope, Served, serve
+from mint_engine.server.shares import prompts
 from mint_engine.server.state import ServerState, get_state
 from mint_engine.types import SampleResponse
 
@@ -30,7 +31,7 @@ async def create_chat_completion(
     state: Annotated[ServerState, Depends(get_state)],
 ) -> Response:
     async with serve(request.app, state, caller, body.model) as served:
-        tokens = await run_in_threadpool(render, body, served)
+        tokens = await prompts.run(caller.owner, partial(render, body, served))
         job = Job(
             prompts=[Prompt(tokens)],
             samples=body.samples,

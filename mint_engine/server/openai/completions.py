@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from starlette.concurrency import run_in_threadpool
 
+from mint_engine.server import shares
 from mint_engine.server.caller import Caller, get_caller
 from mint_engine.server.openai.choice import Piece
 from mint_engine.server.openai.completion_request import CompletionRequest
@@ -31,7 +32,7 @@ async def create_completion(
     state: Annotated[ServerState, Depends(get_state)],
 ) -> Response:
     async with serve(request.app, state, caller, body.model, prompts=len(body.prompt)) as served:
-        prompts = await run_in_threadpool(read_prompts, body, served)
+        prompts = await shares.prompts.run(caller.owner, partial(read_prompts, body, served))
         job = Job(
             prompts=prompts,
             samples=body.samples,

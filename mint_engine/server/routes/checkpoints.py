@@ -15,6 +15,7 @@ from mint_engine.server.caller import Caller, get_caller
 from mint_engine.server.once import once
 from mint_engine.server.reading import body_of, read
 from mint_engine.server.sdk import listed_kinds
+from mint_engine.server.shares import files
 from mint_engine.server.signed_urls import Grant, version_of
 from mint_engine.server.state import ServerState, get_state
 from mint_engine.store import ResolvedCheckpoint
@@ -109,7 +110,8 @@ async def copy_weights(caller: Who, state: State, request: Request) -> dict[str,
     async def copy() -> str:
         source = await run_in_threadpool(reader.resolve, body.source_path)
         await state.auth.quotas.check_disk(caller, source.record.size_bytes)
-        return await run_in_threadpool(
+        return await files.run(
+            caller.owner,
             lambda: caller.store.copy_checkpoint(
                 source.tinker_path,
                 reader=reader,
@@ -117,7 +119,7 @@ async def copy_weights(caller: Who, state: State, request: Request) -> dict[str,
                 model_seq_id=body.model_seq_id,
                 project_id=body.destination_project_id,
                 ttl_seconds=body.ttl_seconds,
-            )
+            ),
         )
 
     path = await once(request, caller.owner, body.model_dump_json(), copy)
