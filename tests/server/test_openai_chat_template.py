@@ -29,8 +29,7 @@ def vocabulary(tmp_path: Path) -> Vocabulary:
 
 
 def rendered(vocabulary: Vocabulary, *messages: dict[str, Any], **fields: Any) -> str:
-    tokens = render_chat(ChatRequest(model="m", messages=list(messages), **fields), vocabulary)
-    return str(vocabulary.tokenizer.decode(tokens))
+    return render_chat(ChatRequest(model="m", messages=list(messages), **fields), vocabulary)
 
 
 def user(content: str) -> dict[str, Any]:

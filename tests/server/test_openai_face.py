@@ -15,6 +15,7 @@ import pytest
 from openai_fakes import CONTEXT, VOCAB, ScriptedEngine, byte_tokenizer, fake_app, serving
 
 from mint_engine.errors import UserError
+from mint_engine.server.openai.vocabulary import Vocabulary
 
 CHAT: Any = [{"role": "user", "content": "hi"}]
 PATH = "tinker://run/sampler_weights/v1"
@@ -278,6 +279,27 @@ def test_errors_as_the_package_knows_them(client: openai.OpenAI, engine: Scripte
     with pytest.raises(openai.RateLimitError) as busy:
         client.completions.create(model="tiny", prompt="x")
     assert busy.value.response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("where", ["tools", "tool_calls", "chat_template_kwargs"])
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised(
+    client: openai.OpenAI, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    engine.tokens.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+        "{% endfor %}{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{{ extra }}"
+    )
+    long = "x" * (CONTEXT * 20)
+    messages: Any = CHAT
+    if where == "tool_calls":
+        call = {"id": "1", "type": "function", "function": {"name": long, "arguments": ""}}
+        messages = [*CHAT, {"role": "assistant", "tool_calls": [call]}]
+    tools: Any = [{"type": "function", "function": {"name": long}}] if where == "tools" else openai.NOT_GIVEN
+    extra = {"chat_template_kwargs": {"extra": long}} if where == "chat_template_kwargs" else {}
+    monkeypatch.setattr(Vocabulary, "encode", None)
+    with pytest.raises(openai.BadRequestError, match=r"messages: .* has \d{5,} characters") as refused:
+        client.chat.completions.create(model="tiny", messages=messages, tools=tools, extra_body=extra)
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
 
 
 def test_bodies_that_are_no_json(client: openai.OpenAI):

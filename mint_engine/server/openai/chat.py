@@ -49,7 +49,10 @@ async def create_chat_completion(
 
 def render(body: ChatRequest, served: Served) -> list[int]:
     served.check_size(sum(len(message.content or "") for message in body.messages), param="messages")
-    tokens = render_chat(body, served.vocabulary)
+    text = render_chat(body, served.vocabulary)
+    # There are tools, calls and the template's variables besides, and one thread at a time has the tokenizer.
+    served.check_size(len(text), param="messages", what="the prompt of messages and tools")
+    tokens = served.vocabulary.encode(text, add_special_tokens=False)  # the template writes them itself
     served.check_length(len(tokens), reserve=body.tokens or 1, param="messages")
     return tokens
 

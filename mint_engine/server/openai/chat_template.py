@@ -1,4 +1,4 @@
-"""A conversation as the tokens its model was trained to see: the chat template of the model's tokenizer."""
+"""A conversation as the text its model was trained to see: the chat template of the model's tokenizer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mint_engine.server.openai.chat_request import ChatRequest, Message
 from mint_engine.server.openai.vocabulary import Vocabulary
 
 
-def render_chat(request: ChatRequest, vocabulary: Vocabulary) -> list[int]:
-    """The prompt for the assistant's next turn.
+def render_chat(request: ChatRequest, vocabulary: Vocabulary) -> str:
+    """The prompt for the assistant's next turn, as a text that begins with the special tokens it needs.
 
     A control token that is spelled out in a message counts as that token, as it does in transformers.
 
@@ -41,7 +41,7 @@ def render_chat(request: ChatRequest, vocabulary: Vocabulary) -> list[int]:
         )  # fmt: skip
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"messages: the model's chat template refuses them: {error}") from error
-    return vocabulary.encode(str(text), add_special_tokens=False)  # the template writes them itself
+    return str(text)
 
 
 def _template(vocabulary: Vocabulary, tools: list[Any] | None) -> str:

@@ -59,10 +59,10 @@ class Served:
         self.check_length(len(tokens), reserve=reserve, param=param)
         return tokens
 
-    def check_size(self, characters: int, *, param: str) -> None:
-        """Refuse a text that cannot fit before any work is spent on it."""
+    def check_size(self, characters: int, *, param: str, what: str | None = None) -> None:
+        """Refuse a text that cannot fit before any work is spent on it. ``what``: its name, if not ``param``."""
         if characters > self.base.context * self.vocabulary.longest:
-            raise _too_long(self.base.context, f"{param} has {characters} characters", param)
+            raise _too_long(self.base.context, f"{what or param} has {characters} characters", param)
 
     def check_length(self, tokens: int, *, reserve: int, param: str) -> None:
         if tokens + reserve > self.base.context:
