@@ -13,7 +13,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,21 @@ def read_adapter(directory: Path) -> tuple[AdapterMeta, dict[str, torch.Tensor]]
     meta = _parse_config(config, metadata, directory / ADAPTER_CONFIG)
     _check_factors(tensors, meta.rank, directory / ADAPTER_MODEL)
     return meta, tensors
+
+
+def open_adapter(
+    directory: Path,
+) -> tuple[AdapterMeta, dict[str, torch.Tensor], Callable[[str], torch.Tensor]]:
+    """What `read_adapter` gives, but the tensors have shapes only (they are on torch's meta device).
+
+    The function reads one of them. The file stays open as long as it is kept, whatever becomes of the directory.
+    """
+    config = _read_json(directory / ADAPTER_CONFIG)
+    file = _TensorFile(directory / ADAPTER_MODEL)
+    meta = _parse_config(config, file.metadata, directory / ADAPTER_CONFIG)
+    shapes = {name: torch.empty(file.shape(name), device="meta") for name in file.names}
+    _check_factors(shapes, meta.rank, directory / ADAPTER_MODEL)
+    return meta, shapes, file.read
 
 
 def read_meta(directory: Path) -> AdapterMeta:
@@ -275,25 +291,40 @@ def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def _load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing")
-    try:
-        # By way of numpy, which knows no bfloat16: safetensors 0.8 leaks two integers with every tensor it makes for
-        # torch, and is three times as slow.
-        with safe_open(path, framework="np") as file, safe_open(path, framework="pt") as wide:
-            metadata = dict(file.metadata() or {})
+    file = _TensorFile(path)
+    return {name: file.read(name) for name in file.names}, file.metadata
+
+
+class _TensorFile:
+    """A file of tensors whose header has been read."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing")
+        self._path = path
+        with self._damage():
+            # By way of numpy, which knows no bfloat16: safetensors 0.8 leaks two integers with every tensor it makes
+            # for torch, and is three times as slow.
+            self._file, self._wide = safe_open(path, framework="np"), safe_open(path, framework="pt")
+            self.metadata: dict[str, str] = dict(self._file.metadata() or {})
+            self.names: list[str] = list(self._file.keys())
+
+    def shape(self, name: str) -> list[int]:
+        return list(self._file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        with self._damage():
+            numpy_knows = self._file.get_slice(name).get_dtype() in _NUMPY_DTYPES
+            tensor = torch.from_numpy(self._file.get_tensor(name)) if numpy_knows else self._wide.get_tensor(name)
             # The file is mapped into memory: copy, so that replacing or removing it cannot reach a loaded tensor.
-            tensors = {
-                name: (
-                    torch.from_numpy(file.get_tensor(name))
-                    if file.get_slice(name).get_dtype() in _NUMPY_DTYPES
-                    else wide.get_tensor(name)
-                ).to(torch.float32, copy=True)
-                for name in file.keys()  # noqa: SIM118
-            }
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from error
-    return tensors, metadata
+            return tensor.to(torch.float32, copy=True)
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            yield
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._path}: damaged ({error})") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

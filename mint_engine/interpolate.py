@@ -5,13 +5,15 @@ exact factors of rank sum r_i, the sources' side by side: B = [c_1 s_1 B_1 | c_2
 With B = Q_b R_b and A^T = Q_a R_a, the singular values of dW are those of the small matrix R_b R_a^T; the largest
 max(r_i) of them are kept. So the result is the best approximation of that rank, and exact where the sum has no higher
 rank: for one source, or for versions of one adapter whose updates share directions. All in float64; stored in float32.
+
+Module by module, so that only one module's factors are in float64 at a time.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,13 +26,22 @@ from mint_engine.types import LORA_ALPHA
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
+MAX_RANKS = 1024
+"""Of all sources together: the time grows with the square."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """An adapter as `checkpoint.read_adapter` gives it. ``path``: what to call it in errors."""
+    """An adapter as `checkpoint.read_adapter` or `checkpoint.open_adapter` gives it. ``path``: its name in errors."""
 
     path: str
     meta: AdapterMeta
     tensors: Mapping[str, Tensor]
+    read: Callable[[str], Tensor] | None = None
+
+    def factor(self, name: str) -> Tensor:
+        """A tensor with its values, float64."""
+        return (self.tensors[name] if self.read is None else self.read(name)).double()
 
 
 def check_coefficients(paths: Sequence[str], coefficients: Sequence[float]) -> list[float]:
@@ -43,6 +54,32 @@ def check_coefficients(paths: Sequence[str], coefficients: Sequence[float]) -> l
         if isinstance(c, bool) or not isinstance(c, numbers.Real) or not math.isfinite(c):
             raise UserError(f"coefficients: expected finite numbers, got {c!r} at index {i}")
     return [float(c) for c in coefficients]
+
+
+def check_size(sources: Sequence[Source], most_bytes: int) -> None:
+    """Raises UserError if the sum has too many ranks, or would take more than ``most_bytes`` of memory."""
+    ranks = sum(source.meta.rank for source in sources)
+    if ranks > MAX_RANKS:
+        raise UserError(
+            f"source_paths: expected checkpoints with at most {MAX_RANKS} ranks together, got {ranks} in {len(sources)}"
+        )
+    if (needed := needed_bytes(sources)) > most_bytes:
+        raise UserError(
+            f"source_paths: expected a sum that takes at most {most_bytes:,} bytes of memory, got {len(sources)} "
+            f"checkpoints with {ranks} ranks together that take {needed:,}"
+        )
+
+
+def needed_bytes(sources: Sequence[Source]) -> int:
+    """What `combine` and `write_adapter` take, to within a fifth. The sources are taken to be alike."""
+    ranks, rank = sum(source.meta.rank for source in sources), max(source.meta.rank for source in sources)
+    tensors = sources[0].tensors
+    sides = [
+        tensors[name].shape[1] + tensors[name.removesuffix(_A) + _B].shape[0] for name in tensors if name.endswith(_A)
+    ]
+    # Of a module: the factors side by side, their Q, and what QR works on; R twice, and the SVD's. Of all modules: the
+    # new factors, and a copy of them that is written.
+    return 8 * (3 * ranks * max(sides) + 6 * ranks**2) + 2 * 4 * rank * sum(sides)
 
 
 def combine(sources: Sequence[Source], coefficients: Sequence[float]) -> tuple[AdapterMeta, dict[str, Tensor]]:
@@ -62,8 +99,8 @@ def combine(sources: Sequence[Source], coefficients: Sequence[float]) -> tuple[A
         if not name.endswith(_A):
             continue
         module = name.removesuffix(_A)
-        a = torch.cat([source.tensors[module + _A].double() for source in sources])
-        b = torch.cat([f * source.tensors[module + _B].double() for f, source in zip(factors, sources, strict=True)], 1)
+        a = torch.cat([source.factor(module + _A) for source in sources])
+        b = torch.cat([f * source.factor(module + _B) for f, source in zip(factors, sources, strict=True)], 1)
         out[module + _A], out[module + _B] = _truncate(a, b, rank)
     return replace(first.meta, rank=rank, alpha=LORA_ALPHA), out
 

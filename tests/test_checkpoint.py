@@ -17,6 +17,7 @@ from mint_engine.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_MODEL,
     OPTIMIZER_STATE,
+    open_adapter,
     read_adapter,
     read_training_state,
     write_adapter,
@@ -85,6 +86,17 @@ def test_loaded_tensors_outlive_their_file(adapter):
     _, loaded = read_adapter(adapter)
     (adapter / ADAPTER_MODEL).write_bytes(b"\0" * (adapter / ADAPTER_MODEL).stat().st_size)
     assert same_bits(loaded, factors())
+
+
+def test_an_adapter_can_be_read_tensor_by_tensor(adapter):
+    meta, shapes, read = open_adapter(adapter)
+    assert meta == read_adapter(adapter)[0]
+    assert {name: (t.shape, t.device.type) for name, t in shapes.items()} == {
+        name: (t.shape, "meta") for name, t in factors().items()
+    }
+    for file in adapter.iterdir():
+        file.unlink()
+    assert same_bits({name: read(name) for name in shapes}, factors())
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3-tied"])
@@ -164,8 +176,9 @@ def test_every_truncation_of_the_weights_is_noticed(adapter):
     whole = (adapter / ADAPTER_MODEL).read_bytes()
     for size in range(0, len(whole), 37):
         (adapter / ADAPTER_MODEL).write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match=ADAPTER_MODEL):
-            read_adapter(adapter)
+        for reading in (read_adapter, open_adapter):
+            with pytest.raises(CheckpointError, match=ADAPTER_MODEL):
+                reading(adapter)
 
 
 @pytest.mark.parametrize(
@@ -208,8 +221,9 @@ def test_tensors_that_are_no_adapter_are_refused_on_both_sides(adapter, change, 
     with pytest.raises(CheckpointError, match=message):
         write_adapter(adapter, changed, **DESCRIPTION)
     save_file(changed, adapter / ADAPTER_MODEL)
-    with pytest.raises(CheckpointError, match=message):
-        read_adapter(adapter)
+    for reading in (read_adapter, open_adapter):
+        with pytest.raises(CheckpointError, match=message):
+            reading(adapter)
 
 
 def test_only_float32_is_written(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,11 @@ from engine_helpers import VOCAB, new_model, open_engine, sampled, train
 from helpers import make_data, peft_logprobs, relative
 from tiny_models import build_tiny
 
+from mint_engine import interpolate
 from mint_engine.checkpoint import AdapterMeta, read_adapter
-from mint_engine.engine import Engine
+from mint_engine.engine import Engine, checkpoints
 from mint_engine.errors import NotFoundError, UserError
-from mint_engine.interpolate import Source, check_coefficients, combine
+from mint_engine.interpolate import Source, check_coefficients, check_size, combine, needed_bytes
 from mint_engine.types import ModelInput, SamplingParams
 
 MODULES = {"q_proj": (24, 16), "down_proj": (16, 40)}  # N, K
@@ -127,6 +130,36 @@ def test_what_cannot_be_added_is_refused_by_name() -> None:
     assert check_coefficients(["a", "b"], [2, np.float32(0.5)]) == [2.0, 0.5]  # type: ignore[list-item]
 
 
+def test_a_sum_that_is_too_large_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unread(name: str) -> torch.Tensor:
+        raise AssertionError("read")
+
+    sources = [Source(s.path, s.meta, s.tensors, unread) for s in (source(3, 1), source(4, 2))]
+    check_size(sources, needed_bytes(sources))
+    with pytest.raises(UserError, match=r"at most 9,999 bytes of memory, got 2 checkpoints with 7 ranks together"):
+        check_size(sources, 9_999)
+    monkeypatch.setattr(interpolate, "MAX_RANKS", 6)
+    with pytest.raises(UserError, match=r"source_paths: expected .* at most 6 ranks together, got 7 in 2"):
+        check_size(sources, 1 << 40)
+
+
+def test_only_one_module_is_in_memory_at_a_time() -> None:
+    sources, alive, most = [source(3, 1), source(4, 2)], weakref.WeakSet(), 0
+
+    def read(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        nonlocal most
+        alive.add(value := tensors[name].clone())
+        most = max(most, len(alive))
+        return value
+
+    lazy = [Source(s.path, s.meta, s.tensors, partial(read, s.tensors)) for s in sources]
+    meta, tensors = combine(lazy, [0.5, 0.5])
+    expected = combine(sources, [0.5, 0.5])
+    assert meta == expected[0]
+    assert all(torch.equal(tensors[name], value) for name, value in expected[1].items())
+    assert most <= len(sources)
+
+
 # ---- through the engine ----------------------------------------------------------------------------------------------
 
 
@@ -212,3 +245,48 @@ def test_sums_belong_to_the_one_who_asked(engine: Engine, tiny_tied: Path, tmp_p
     with pytest.raises(UserError, match="coefficients"):
         engine.interpolate_checkpoints("alice", [mine], [1.0, 2.0]).result()
     assert len(engine.store.as_owner("alice").list_user_checkpoints().checkpoints) == before
+
+
+def test_a_checkpoint_that_is_named_twice_counts_once(
+    engine: Engine, tiny_tied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = engine.create_session()
+    model = new_model(engine, session, tiny_tied)
+    train(engine, model)
+    path = engine.save_weights_for_sampler(model, "v").result().path or ""
+    other = engine.save_weights_for_sampler(new_model(engine, session, tiny_tied, seed=1), "w").result().path or ""
+    given: list[tuple[list[str], list[float]]] = []
+
+    def combined(sources: list[Source], coefficients: list[float]) -> object:
+        given.append(([s.path for s in sources], coefficients))
+        return combine(sources, coefficients)
+
+    monkeypatch.setattr(interpolate, "combine", combined)
+    monkeypatch.setattr(interpolate, "MAX_RANKS", 8)
+    paths, coefficients = [path, other, path.replace("tinker://", "mint://"), path], [0.5, 1.0, 0.25, 0.125]
+    answer = engine.interpolate_checkpoints("local", paths, coefficients).result()
+    assert given == [([path, other], [0.875, 1.0])]
+    assert (answer.source_paths, answer.coefficients) == (paths, coefficients)
+    with pytest.raises(UserError, match="expected finite numbers, got inf"):
+        engine.interpolate_checkpoints("local", [path, path], [1e308, 1e308]).result()
+
+
+def test_a_sum_that_is_too_large_leaves_nothing(
+    engine: Engine, tiny_tied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = engine.create_session()
+    paths = []
+    for seed in range(2):
+        model = new_model(engine, session, tiny_tied, seed=seed)
+        paths.append(engine.save_weights_for_sampler(model, "v").result().path or "")
+    before = engine.store.list_user_checkpoints()
+    with monkeypatch.context() as patch:
+        patch.setattr(interpolate, "MAX_RANKS", 7)
+        with pytest.raises(UserError, match="at most 7 ranks together, got 8 in 2"):
+            engine.interpolate_checkpoints("local", paths, [0.5, 0.5]).result()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "machine_bytes", lambda: 80_000)
+        with pytest.raises(UserError, match="at most 10,000 bytes of memory"):
+            engine.interpolate_checkpoints("local", paths, [0.5, 0.5]).result()
+    assert engine.store.list_user_checkpoints() == before
+    assert engine.interpolate_checkpoints("local", paths, [0.5, 0.5]).result().path

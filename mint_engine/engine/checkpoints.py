@@ -8,7 +8,8 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from mint_engine import interpolate
-from mint_engine.checkpoint import read_adapter, write_adapter
+from mint_engine.checkpoint import open_adapter, write_adapter
+from mint_engine.device import machine_bytes
 from mint_engine.engine.core import EngineCore, Steps, failed
 from mint_engine.engine.residents import Model
 from mint_engine.external import parse_recipients, save_external
@@ -103,17 +104,25 @@ class Checkpoints(EngineCore):
 
         The sources are on one base model and adapt the same modules; the result has the largest of their ranks.
         ``reader``: whose checkpoints may be read, if it is not ``owner``.
+
+        Fails with UserError if the sources have more than `interpolate.MAX_RANKS` ranks together, a checkpoint that is
+        named twice counted once, or if the sum would take more than an eighth of the machine's memory.
         """
         paths, given = list(source_paths), list(coefficients)
 
         def build() -> InterpolateCheckpointsResponse:
             weights = interpolate.check_coefficients(paths, given)
             store = self._view(owner)
-            sources = []
-            for path in paths:
-                directory = (reader or store).resolve(path, prefer="sampler_weights").directory
-                sources.append(interpolate.Source(path, *read_adapter(directory)))
-            meta, tensors = interpolate.combine(sources, weights)
+            sources: dict[str, interpolate.Source] = {}
+            sums: dict[str, float] = {}
+            for path, weight in zip(paths, weights, strict=True):
+                found = (reader or store).resolve(path, prefer="sampler_weights")
+                if found.tinker_path not in sources:
+                    sources[found.tinker_path] = interpolate.Source(path, *open_adapter(found.directory))
+                sums[found.tinker_path] = sums.get(found.tinker_path, 0.0) + weight
+            interpolate.check_size([*sources.values()], machine_bytes() // 8)
+            merged = interpolate.check_coefficients([*sums], [*sums.values()])
+            meta, tensors = interpolate.combine([*sources.values()], merged)
             with tempfile.TemporaryDirectory(prefix="mint-engine-") as folder:
                 write_adapter(
                     Path(folder), tensors, base_model=meta.base_model, rank=meta.rank, alpha=meta.alpha,
