@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -21,6 +23,7 @@ from mint_engine.checkpoint import AdapterMeta, read_adapter
 from mint_engine.engine import Engine, checkpoints
 from mint_engine.errors import NotFoundError, UserError
 from mint_engine.interpolate import Source, check_coefficients, check_size, combine, needed_bytes
+from mint_engine.off_thread import THREADS
 from mint_engine.types import ModelInput, SamplingParams
 
 MODULES = {"q_proj": (24, 16), "down_proj": (16, 40)}  # N, K
@@ -290,3 +293,25 @@ def test_a_sum_that_is_too_large_leaves_nothing(
             engine.interpolate_checkpoints("local", paths, [0.5, 0.5]).result()
     assert engine.store.list_user_checkpoints() == before
     assert engine.interpolate_checkpoints("local", paths, [0.5, 0.5]).result().path
+
+
+def test_sums_are_computed_one_at_a_time_and_saves_go_on(
+    engine: Engine, tiny_tied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = new_model(engine, engine.create_session(), tiny_tied)
+    path = engine.save_weights_for_sampler(model, "v").result().path or ""
+    begun, held = [], threading.Event()
+
+    def slow(*arguments: Any) -> object:
+        begun.append(arguments)
+        assert held.wait(30)
+        return combine(*arguments)
+
+    monkeypatch.setattr(interpolate, "combine", slow)
+    sums = [engine.interpolate_checkpoints("local", [path], [1.0]) for _ in range(THREADS + 1)]
+    try:
+        assert engine.save_weights(model, "meanwhile").result(timeout=10).path
+        assert len(begun) == 1
+    finally:
+        held.set()
+    assert len({future.result().path for future in sums}) == len(sums)

@@ -13,6 +13,7 @@ from mint_engine.device import machine_bytes
 from mint_engine.engine.core import EngineCore, Steps, failed
 from mint_engine.engine.residents import Model
 from mint_engine.external import parse_recipients, save_external
+from mint_engine.lanes import Lane
 from mint_engine.state import load_state, lora_of, save_state
 from mint_engine.store import Store
 from mint_engine.types import (
@@ -27,6 +28,8 @@ DEFAULT_SUM = "interpolated"
 
 
 class Checkpoints(EngineCore):
+    _sums_lane: Lane  # one sum after the other: each takes memory, and one of the few threads that all saves share
+
     def save_weights(
         self, model_id: str, name: str, *, ttl_seconds: int | None = None, overwrite: bool = False,
         user_metadata: dict[str, str] | None = None,
@@ -102,8 +105,8 @@ class Checkpoints(EngineCore):
     ) -> Future[InterpolateCheckpointsResponse]:  # fmt: skip
         """sum of coefficient * adapter, as a sampler checkpoint in a new run of ``owner``; see ``interpolate.py``.
 
-        The sources are on one base model and adapt the same modules; the result has the largest of their ranks.
-        ``reader``: whose checkpoints may be read, if it is not ``owner``.
+        The sources are on one base model and adapt the same modules; the result has the largest of their ranks. One sum
+        at a time is computed. ``reader``: whose checkpoints may be read, if it is not ``owner``.
 
         Fails with UserError if the sources have more than `interpolate.MAX_RANKS` ranks together, a checkpoint that is
         named twice counted once, or if the sum would take more than an eighth of the machine's memory.
@@ -137,7 +140,7 @@ class Checkpoints(EngineCore):
         def run() -> Steps[InterpolateCheckpointsResponse]:
             return (yield build)
 
-        return self._submit("interpolate_checkpoints", self._executor.lane(owner), run)
+        return self._submit("interpolate_checkpoints", self._sums_lane, run)
 
     def copy_checkpoint(
         self, source: str, *, owner: str | None = None, session_id: str | None = None, seq: int | None = None,

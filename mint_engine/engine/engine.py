@@ -81,6 +81,7 @@ class Engine(Models, Training, Checkpoints, Parking):
         )
         self._references = OrderedDict()
         self._sampler_lane = self._executor.lane()
+        self._sums_lane = self._executor.lane()
         alive.add(self)
 
     def create_session(
