@@ -80,6 +80,23 @@ def test_samplers_work_on_after_the_session_was_closed_and_end_it_when_they_are_
     eventually(lambda: server.finished == [(service.session_id, "errored")])
 
 
+def test_a_closed_training_client_is_refused_and_given_no_old_result(service, server):
+    trainer = service.create_lora_training_client("tiny")
+    sampler = trainer.save_weights_and_get_sampling_client()  # so that the session lives on
+    trainer.optim_step(types.AdamParams()).result()
+    service.close()
+    applied, asked = list(server.applied), len(server.seen)
+    for call in (
+        lambda: trainer.forward_backward([DATUM]),
+        lambda: trainer.optim_step(types.AdamParams()),
+        lambda: trainer.save_state("late"),
+    ):
+        with pytest.raises(mint.NotFoundError, match=r"there is no model 'session-0:train:0' \(unloaded\)"):
+            call().result()
+    assert (server.applied, len(server.seen)) == (applied, asked)
+    assert len(sampler.sample([1, 2]).sequences) == 1
+
+
 def test_a_dropped_training_client_is_unloaded_after_what_was_asked_of_it(service, server, engine):
     engine.gate.clear()
     creating = threading.Timer(0.05, engine.gate.set)

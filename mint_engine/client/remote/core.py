@@ -22,7 +22,7 @@ from mint_engine.client.remote.promises import Promise, result_of
 from mint_engine.client.remote.samples import Numbers
 from mint_engine.client.remote.sessions import BEAT_SECONDS, Sessions
 from mint_engine.client.remote.transport import Body, Patience, Transport, answer_as
-from mint_engine.errors import EngineClosedError
+from mint_engine.errors import EngineClosedError, NotFoundError
 from mint_engine.types import FinishReason, GetInfoResponse, GetSamplerResponse
 
 T = TypeVar("T")
@@ -45,6 +45,7 @@ class RemoteCore:
         self._samplers: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
         self._lanes: dict[str, Lane] = {}
         self._unloading: dict[str, asyncio.Task[None]] = {}
+        self._unloaded: set[str] = set()  # while a client holds them
         self._infos: dict[str, GetInfoResponse] = {}
         self._sampler_infos: dict[str, GetSamplerResponse] = {}
         self._ending: dict[str, tuple[FinishReason, str | None]] = {}  # closed sessions that are still sampled from
@@ -67,7 +68,10 @@ class RemoteCore:
             return next(counters[session_id])
 
     def _lane(self, model_id: str) -> Lane:
-        """Only on the loop's thread."""
+        """Only on the loop's thread. A model that was unloaded gets no second one: it would count from 1 again, and a
+        server answers a number it knows with the old result."""
+        if model_id in self._unloaded:
+            raise NotFoundError(f"model_id: there is no model {model_id!r} (unloaded)")
         if model_id not in self._lanes:
             self._lanes[model_id] = Lane(self._transport, model_id)
         return self._lanes[model_id]

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from mint_engine.client.remote.core import RemoteCore
+from mint_engine.client.remote.lane import Lane
 from mint_engine.client.remote.transport import answer_as, json_object
 from mint_engine.errors import MintError
 from mint_engine.types import FinishReason, GetInfoResponse, LoraConfig
@@ -76,18 +77,19 @@ class Models(RemoteCore):
 
     def unload_model(self, model_id: str) -> Future[None]:
         async def run() -> None:
-            await asyncio.shield(self._unload(model_id))
+            unloading = self._unload(model_id)
+            self._unloaded.add(model_id)
+            await asyncio.shield(unloading)
 
         return self._submit(run)
 
     def _unload(self, model_id: str) -> asyncio.Task[None]:
         """Once, whether the session is closed first or the model's client is gone first."""
         if model_id not in self._unloading:
-            self._unloading[model_id] = self._background.spawn(self._send_unload(model_id))
+            self._unloading[model_id] = self._background.spawn(self._send_unload(model_id, self._lane(model_id)))
         return self._unloading[model_id]
 
-    async def _send_unload(self, model_id: str) -> None:
-        lane = self._lane(model_id)
+    async def _send_unload(self, model_id: str, lane: Lane) -> None:
         try:
             await self._in_lane(lane, "unload_model", "UnloadModel", {"model_id": model_id, "type": "unload_model"})
         finally:
@@ -103,6 +105,7 @@ class Models(RemoteCore):
             self._background.call(lambda: self._let_go(identifier))
 
     def _let_go(self, identifier: str) -> None:
+        self._unloaded.discard(identifier)  # nobody is left who could ask
         if identifier in self._sessions.alive:
             self._background.spawn(self._finish(identifier, *self._ending.pop(identifier, ("success", None))))
         elif identifier in self._lanes or identifier in self._infos:
