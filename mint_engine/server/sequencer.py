@@ -73,14 +73,14 @@ class Sequencer:
 
         Raises:
             NotFoundError: the model is not there, or not the caller's.
-            UserError: the seq_id is used up.
+            UserError: the seq_id is used up, or another kind of request has it.
             TryAgainLaterError: the server holds all it can.
         """
         lane = await self.lane(caller, model_id)
         # From here to the end nothing waits: two copies of a request cannot both pass.
         self._check_running()
         key = _idempotency_key()
-        if (known := self._known(lane, seq_id, key)) is not None:
+        if (known := self._known(lane, kind, seq_id, key)) is not None:
             return known
         if seq_id is not None:
             lane.check(seq_id)
@@ -114,7 +114,7 @@ class Sequencer:
         if lane is not None:
             if release is not None:
                 release()
-            if lane.owner == caller.owner and (known := self._known(lane, CREATION)) is not None:
+            if lane.owner == caller.owner and (known := self._known(lane, kind, CREATION)) is not None:
                 return known
             raise UserError(f"model_seq_id: there is a model {model_id!r} already")
         lane = self._lanes[model_id] = Lane(model_id, caller.owner, CREATION)
@@ -205,13 +205,19 @@ class Sequencer:
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
-    def _known(self, lane: Lane, seq_id: int | None, key: str | None = None) -> Promise | None:
-        """The promise that a copy of this request was given."""
+    def _known(self, lane: Lane, kind: str, seq_id: int | None, key: str | None = None) -> Promise | None:
+        """The promise that a copy of this request was given. Raises UserError if it was another kind of request's."""
         request_id = lane.request_of(seq_id, key)
         if request_id is None:
             return None
-        # One whose result is long gone is answered all the same: a late copy of a request, which nobody reads.
-        return self._promises.get(request_id, lane.owner) or Promise(request_id, "", lane.owner, lane.model_id)
+        promise = self._promises.get(request_id, lane.owner)
+        if promise is None:
+            # One whose result is long gone is answered all the same: a late copy of a request, which nobody reads.
+            return Promise(request_id, "", lane.owner, lane.model_id)
+        if promise.kind != kind:
+            what = f"X-Idempotency-Key: {key}" if seq_id is None else f"seq_id: {seq_id}"
+            raise UserError(f"{what} of {lane.model_id}: expected the {promise.kind} that has it once more, got {kind}")
+        return promise
 
     def _advance(self, lane: Lane) -> None:
         """Start what may start."""

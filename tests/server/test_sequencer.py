@@ -88,6 +88,34 @@ def test_a_request_that_comes_twice_is_one(tmp_path: Path) -> None:
     serve(tmp_path, body)
 
 
+def test_a_number_that_another_kind_of_request_has_is_refused(tmp_path: Path) -> None:
+    """It would be answered with the other's result. Which may wait for its turn, or be of before a restart."""
+
+    async def body(server: Server) -> None:
+        async def save(seq_id: int | None) -> Promise:
+            return await server.sequencer.submit(
+                server.a, server.model, seq_id, "SaveWeights", lambda: pytest.fail("it ran")
+            )
+
+        first = await server.step(1)
+        await server.step(3)
+        for seq_id, kind in ((0, "CreateModel"), (1, "OptimStep"), (3, "OptimStep")):
+            with pytest.raises(UserError, match=f"seq_id: {seq_id} of s:train:0: expected the {kind} that has it"):
+                await save(seq_id)
+        await server.step(2)
+        await server.sequencer.park(server.model)
+        with pytest.raises(UserError, match=r"seq_id: 1 of s:train:0: expected the OptimStep .*, got SaveWeights"):
+            await save(1)
+        assert (await server.step(1)).request_id == first.request_id
+        enter(None, "key-1")
+        await server.step(None, 0.5)
+        with pytest.raises(UserError, match="X-Idempotency-Key: key-1"):
+            await save(None)
+        assert server.applied == [1, 2, 3, 0.5]
+
+    serve(tmp_path, body)
+
+
 def test_copies_that_arrive_together_are_one(tmp_path: Path) -> None:
     """Also when the model has to come from the disk first, so that all of them wait."""
 
