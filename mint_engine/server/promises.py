@@ -85,9 +85,11 @@ class Promise:
             said = {"error": self.failure.detail, "category": self.failure.category, "type": self.failure.type}
             return Encoded(answers.dumps(said), answers.JSON)  # without a type that is None
         media = answers.media_type(self.kind, accept, uneven=self.uneven)
-        encoded = self._encoded
+        # In this order: another poll's thread may encode it just now, and sets the second before it clears the first.
+        value, encoded = self.value, self._encoded
         if encoded is None or encoded.media_type != media:
-            value = self.value if encoded is None else answers.decode(encoded, self.kind)
+            if encoded is not None:
+                value = answers.decode(encoded, self.kind)
             encoded = answers.encode(value, media)
             if media != answers.JSON or self.kind not in answers.PROTO_KINDS:
                 self._encoded, self.value = encoded, None  # protobuf can become JSON later, JSON not protobuf

@@ -14,7 +14,7 @@ from mint_engine.errors import NotFoundError, UserError
 from mint_engine.server import resume
 from mint_engine.server.failures import RestartingError
 from mint_engine.server.lane import Lane
-from mint_engine.server.promises import Promises
+from mint_engine.server.promises import Promise, Promises
 from mint_engine.types import ForwardBackwardOutput, OptimStepResponse, SampledSequence, SampleResponse, TensorData
 
 
@@ -132,6 +132,27 @@ def test_a_result_is_encoded_once_and_still_available_as_json_afterwards() -> No
         assert wire.parse_json(promise.result("application/json").body)["sequences"][0]["tokens"] == [1, 2]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("read", ["value", "_encoded"])
+def test_two_polls_that_encode_one_result_both_get_it(read: str) -> None:
+    """One of them is overtaken by the other, just before it reads the one field or the other."""
+    slot, others = getattr(Promise, read), []
+
+    def overtaken(promise: Promise):
+        if others:
+            others.pop()()
+        return slot.__get__(promise)
+
+    class Overtaken(Promise):
+        pass
+
+    setattr(Overtaken, read, property(overtaken, slot.__set__))
+    promise = Overtaken("req:1", "OptimStep", "a", finished=1.0, value=step())
+    seen = []
+    others.append(lambda: seen.append(promise.result(None)))
+    assert promise.result(None) == seen[0]
+    assert wire.parse_json(seen[0].body)["metrics"] == {"grad_norm": 2.0}
 
 
 def test_what_tinker_022_cannot_read_as_protobuf_it_gets_as_json() -> None:
