@@ -32,6 +32,7 @@ FORSAKEN_S = 300.0
 """An unfetched result of this age makes room for others when memory is short."""
 MOST_PENDING = 1 << 16
 """Requests of all owners that wait: small ones take memory, too."""
+FULL = "the server has as many requests and results in memory as it may: fetch what is done, or try again"
 SCOPE = ":req:"  # between what a request was about (a model, a sampler) and its random part
 
 
@@ -226,13 +227,14 @@ class Promises:
     def full(self, more: int, owner: str) -> bool:
         """Whether ``more`` bytes of an owner's would be too many (`shares.over`).
 
-        Never while nothing of the owner's waits: what is large must not wait for ever.
+        While nothing of the owner's waits, only if the results that it leaves unfetched are too many already: what is
+        large must not wait for ever.
         """
         self._make_room(more)
         own, waiting = self._held.get(owner, (0, 0))
-        if not waiting:
-            return False
         others = self.pending_bytes + self.result_bytes - own
+        if not waiting:
+            return over(own, others, 0, self._budget)
         return over(own, others, more, self._budget) or over(waiting, self.pending - waiting, 1, MOST_PENDING)
 
     def waiting_by_kind(self) -> dict[str, int]:

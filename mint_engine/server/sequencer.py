@@ -17,7 +17,7 @@ from mint_engine.server import resume
 from mint_engine.server.context import current
 from mint_engine.server.failures import RestartingError, TryAgainLaterError
 from mint_engine.server.lane import Lane, Operation
-from mint_engine.server.promises import Promise, Promises
+from mint_engine.server.promises import FULL, Promise, Promises
 
 if TYPE_CHECKING:
     from mint_engine.engine import Engine
@@ -89,7 +89,7 @@ class Sequencer:
         if not fills_gap and lane.crowded:
             raise TryAgainLaterError(f"{lane.model_id} has as many requests waiting for an earlier one as it may")
         if not fills_gap and self._promises.full(request_bytes, caller.owner):
-            raise TryAgainLaterError("the server has as many requests and results in memory as it may: try again")
+            raise TryAgainLaterError(FULL)
         promise = self._promises.create(
             kind, caller.owner, model_id, tokens=tokens, request_bytes=request_bytes, seq_id=seq_id
         )

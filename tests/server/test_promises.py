@@ -287,3 +287,45 @@ def test_results_that_nobody_fetches_do_not_keep_everybody_out(monkeypatch: pyte
         assert [promises.get(p.request_id, "a") is None for p in left] == [True, True, False, False]
 
     asyncio.run(run())
+
+
+def test_who_sends_one_request_at_a_time_and_fetches_nothing_is_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of theirs is thrown away for that before it is old: to fetch it is the way on."""
+
+    async def run() -> None:
+        promises = Promises(budget=40_000)
+
+        def large() -> Promise:
+            promise = promises.create("ForwardBackward", "a")
+            outputs = [{"logprobs": TensorData(np.zeros(2_000, np.float32), "float32")}]
+            promises.settle(promise, ForwardBackwardOutput("TorchLossReturn", outputs, {"loss:sum": 1.0}))
+            return promise
+
+        left = []
+        while not promises.full(100, "a") and len(left) < 10:
+            left.append(large())
+        assert len(left) == 4, "three quarters of the budget, and the result that went beyond it"
+        assert all(promises.get(promise.request_id, "a") is promise for promise in left)
+        assert not promises.full(100, "b")
+        promises.mark_fetched(left[0])
+        assert not promises.full(100, "a")
+        left.append(large())
+        assert promises.full(100, "a")
+        monkeypatch.setattr("mint_engine.server.promises.FORSAKEN_S", -1.0)
+        assert not promises.full(100, "a")
+        assert [promises.get(promise.request_id, "a") is None for promise in left] == [True, True, True, False, False]
+
+    asyncio.run(run())
+
+
+def test_a_result_larger_than_the_budget_is_kept_until_it_is_fetched() -> None:
+    async def run() -> None:
+        promises = Promises(budget=1_000)
+        promise = promises.create("OptimStep", "a")
+        promises.settle(promise, step())
+        assert promises.full(1, "a")
+        assert promises.get(promise.request_id, "a") is promise
+        promises.mark_fetched(promise)
+        assert not promises.full(1, "a")
+
+    asyncio.run(run())

@@ -40,6 +40,17 @@ def test_samples_are_refused_for_a_while_when_too_many_wait(engine: StubEngine) 
         assert api.ok("asample", **sample(sampler))["request_id"], "the same number is taken later"
 
 
+def test_a_sample_without_an_end_counts_as_long_as_the_context(engine: StubEngine) -> None:
+    with live_server(engine, models=[BASE], memory_budget_bytes=1 << 20) as live, Api(live.url) as api:
+        sampler = api.sampler(api.model(BASE), 1)
+        engine.hold = True
+        assert api.post("asample", **sample(sampler, 0, topk_sample_logprobs=2)).status_code == 200
+        assert live.state.promises.pending_bytes > 2 * 4000 * 2 * 100
+        assert api.post("asample", **sample(sampler, 1, topk_sample_logprobs=2)).status_code == 429
+        for call in engine.take():
+            call.finish()
+
+
 def test_a_cancelled_sample_stops(api: Api, engine: StubEngine) -> None:
     sampler = api.sampler(api.model(BASE), 1)
     engine.hold = True

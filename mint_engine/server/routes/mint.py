@@ -18,6 +18,7 @@ from mint_engine.server.caller import Caller, get_caller
 from mint_engine.server.document import PROMISED, files
 from mint_engine.server.failures import TryAgainLaterError
 from mint_engine.server.once import once
+from mint_engine.server.promises import FULL
 from mint_engine.server.reading import body_of, read_object, work
 from mint_engine.server.refusals import Refusals
 from mint_engine.server.state import ServerState, get_state
@@ -44,7 +45,7 @@ async def interpolate_checkpoints(caller: Who, state: State, request: Request) -
 
     async def start() -> dict[str, Any]:
         if state.promises.full(size, caller.owner):
-            raise TryAgainLaterError("the server has as many requests and results in memory as it may: try again")
+            raise TryAgainLaterError(FULL)
         future = state.engine.interpolate_checkpoints(
             caller.owner, body.source_paths, body.coefficients, output_name=body.output_path, reader=caller.store
         )

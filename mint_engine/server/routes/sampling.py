@@ -16,6 +16,7 @@ from mint_engine.server.caller import Caller, get_caller
 from mint_engine.server.context import current
 from mint_engine.server.document import PROMISED
 from mint_engine.server.failures import TryAgainLaterError
+from mint_engine.server.promises import FULL
 from mint_engine.server.reading import LARGE, body_of, read, read_object, work
 from mint_engine.server.samplers import SamplerEntry
 from mint_engine.server.shares import over
@@ -81,7 +82,7 @@ async def asample(request: Request, caller: CallerOf, state: State) -> Response:
     # From here to the promise nothing waits: two copies of a request cannot both pass.
     if (known := state.samplers.known(entry, key)) is not None:
         return answers.promised(known)
-    size += _answer_bytes(body)
+    size += _answer_bytes(state, body)
     _admit(state, caller, size)
     if size >= LARGE or body.sampling_params().stop_strings:
         future = await run_in_threadpool(call)  # the first use of a tokenizer takes seconds
@@ -103,7 +104,7 @@ def _admit(state: ServerState, caller: Caller, size: int) -> None:
     """The SDK takes a 429 as advice to slow down, and sends the same request again."""
     check_queue(state, caller)
     if state.promises.full(size, caller.owner):
-        raise TryAgainLaterError("the server has as many requests and results in memory as it may: try again")
+        raise TryAgainLaterError(FULL)
 
 
 def check_queue(state: ServerState, caller: Caller, count: int = 1) -> None:
@@ -113,10 +114,14 @@ def check_queue(state: ServerState, caller: Caller, count: int = 1) -> None:
         raise TryAgainLaterError(f"the server has {waiting} samples waiting, {own} of them yours: try again")
 
 
-def _answer_bytes(body: SampleRequest) -> int:
+def _answer_bytes(state: ServerState, body: SampleRequest) -> int:
     """What the alternatives that are asked for will take in the answer, at worst."""
     prompt = body.prompt.length * (body.topk_prompt_logprobs + body.prompt_alt_tokens_k)
-    sampled = body.num_samples * (body.params.max_tokens or 0) * body.topk_sample_logprobs
+    tokens = body.params.max_tokens
+    if tokens is None:  # until the context ends
+        models = state.engine.capabilities().supported_models
+        tokens = max((model.max_context_length or 0 for model in models), default=0) - body.prompt.length
+    sampled = body.num_samples * tokens * body.topk_sample_logprobs
     return min(answers.TOKEN_BYTES * max(0, prompt + sampled), _MOST_ANSWERED)
 
 
