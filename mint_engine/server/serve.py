@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_S = 75  # longer than clients keep an idle connection, so that it is not closed under a request
 HTTP_GRACE_S = 10
 BACKLOG = 4096
+SMALL_BODY = 16 << 20
+"""tinker 0.22 puts half a million numbers into a request, whatever it is told; JSON takes some 23 bytes for each."""
 SWITCH_S = 0.0005
 """How long the engine's thread may keep the interpreter while a request waits for it; Python's own is 5 ms."""
 
@@ -52,6 +54,7 @@ def run(settings: Settings) -> int:
         stack.callback(store.close)
         keys = store.keys.any()
         check_address(settings, keys)
+        warn_of_small_bodies(settings)
         listener = stack.enter_context(_bind(settings))  # before minutes of loading: a port that is taken shows at once
         _raise_open_files()
         if settings.threads is not None:
@@ -102,6 +105,16 @@ def check_address(settings: Settings, keys: bool) -> None:
         f"host: no keys are configured, so the server listens on loopback only, not on {settings.host!r}: create one "
         "with `mint-engine keys create NAME`, or say --allow-anonymous"
     )
+
+
+def warn_of_small_bodies(settings: Settings) -> None:
+    """Which number a request had that is too large to be read, nobody knows: those behind it wait for it."""
+    if settings.max_request_bytes < SMALL_BODY:
+        log.warning(
+            "max_request_bytes: expected at least %d, got %d: tinker 0.22 sends larger requests, and after one that is "
+            "refused its model's next calls wait for gap_timeout_s (%g s)",
+            SMALL_BODY, settings.max_request_bytes, settings.gap_timeout_s,
+        )  # fmt: skip
 
 
 class _Server(uvicorn.Server):

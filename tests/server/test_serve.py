@@ -23,7 +23,7 @@ from mint_engine import wire
 from mint_engine.engine import Engine
 from mint_engine.errors import UserError
 from mint_engine.server import Settings
-from mint_engine.server.serve import check_address, run
+from mint_engine.server.serve import check_address, run, warn_of_small_bodies
 from mint_engine.types import AdamParams, LoraConfig
 
 START = """
@@ -168,6 +168,13 @@ def test_without_keys_only_loopback_is_served(tmp_path: Path) -> None:
     for host in ("0.0.0.0", "192.168.1.2", "example.org", ""):
         with pytest.raises(UserError, match="mint-engine keys create"):
             check_address(Settings(host=host), keys=False)
+
+
+def test_bodies_smaller_than_an_sdk_sends_are_warned_of(caplog) -> None:
+    warn_of_small_bodies(Settings())
+    assert caplog.text == ""
+    warn_of_small_bodies(Settings(max_request_bytes=1 << 20))
+    assert "max_request_bytes: expected at least 16777216, got 1048576" in caplog.text
 
 
 @pytest.mark.parametrize(("settings", "error"), [({}, "models: expected"), ({"models": ["/no/such"]}, "no such dir")])
