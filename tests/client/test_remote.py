@@ -201,6 +201,14 @@ def test_later_calls_wait_for_a_loss_of_one_s_own_and_its_error_reaches_its_futu
 # --- errors
 
 
+def test_an_interpolation_whose_result_is_lost_says_so(service, server):
+    server.after = lambda request, _: server.forget_promises()
+    future = service.create_rest_client().interpolate_checkpoints(["tinker://r/sampler_weights/a"], [1.0])
+    with pytest.raises(mint.TransportError, match=r"MintInterpolateCheckpoints: the server accepted this .* lost its"):
+        future.result()
+    assert server.requests["mint/checkpoints/interpolate"] == 1
+
+
 @pytest.mark.parametrize(
     ("error", "raised"),
     [

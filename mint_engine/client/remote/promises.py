@@ -98,6 +98,9 @@ async def result_of(transport: Transport, path: str, body: Body, promise: Promis
         again = Promise.of(await transport.post(path, body), promise.kind)
         return await retrieve(transport, again)
     except LostPromiseError as error:
-        raise TransportError(
-            f"{promise.kind}: the server accepted this request and lost its result ({error})"
-        ) from error
+        raise lost(promise, error) from error
+
+
+def lost(promise: Promise, error: LostPromiseError) -> TransportError:
+    """What a user is told of a result that cannot be had any more."""
+    return TransportError(f"{promise.kind}: the server accepted this request and lost its result ({error})")

@@ -12,8 +12,8 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel
 
-from mint_engine.client.remote.failures import unreadable
-from mint_engine.client.remote.promises import Promise, retrieve
+from mint_engine.client.remote.failures import LostPromiseError, unreadable
+from mint_engine.client.remote.promises import Promise, lost, retrieve
 from mint_engine.client.remote.transport import Transport, answer_as, json_object
 from mint_engine.errors import NotFoundError, UserError
 from mint_engine.types import (
@@ -197,7 +197,11 @@ class RemoteRegistry:
 
         async def run() -> InterpolateCheckpointsResponse:
             response = await self._transport.post("mint/checkpoints/interpolate", body)
-            answer = await retrieve(self._transport, Promise.of(response, "MintInterpolateCheckpoints"))
+            promise = Promise.of(response, "MintInterpolateCheckpoints")
+            try:
+                answer = await retrieve(self._transport, promise)
+            except LostPromiseError as error:  # not asked again: it may be there, and would be there twice
+                raise lost(promise, error) from error
             return answer_as(InterpolateCheckpointsResponse, answer)
 
         return self._submit(run)
