@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from mint_engine import __version__
 from mint_engine.errors import MintError
-from mint_engine.server import lifecycle, operations
+from mint_engine.server import lifecycle, operations, resume
 from mint_engine.server.auth import Auth
 from mint_engine.server.caller import Caller
 from mint_engine.server.context import current
@@ -161,6 +161,7 @@ class _Startup:
     async def _run(self) -> None:
         for loading in self._state.served.load():
             await asyncio.wrap_future(loading)
+        resume.take_up_others(self._state.engine.store.home, self._state.promises)
         self._state.housekeeping = lifecycle.Housekeeping(self._state)
         self._state.housekeeping.start()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from starlette.concurrency import run_in_threadpool
@@ -96,7 +97,9 @@ async def stop(state: ServerState) -> None:
     lanes = await state.sequencer.stop()
     if state.settings.park_on_shutdown:
         grace = state.settings.shutdown_grace_s
-        await asyncio.gather(*(_put_aside_for_good(state, lane, back, grace) for lane, back in lanes))
+        await asyncio.gather(
+            *(_put_aside_for_good(state, lane, back, grace) for lane, back in lanes), _keep_others(state, grace)
+        )
         await state.samplers.put_all_aside()
     await state.ledger.flush()
     log.info("stopped after %.1f s", time.monotonic() - begun)
@@ -105,14 +108,31 @@ async def stop(state: ServerState) -> None:
 async def _put_aside_for_good(state: ServerState, lane: Lane, taken_back: list[Operation], grace: float) -> None:
     """Write one model to disk, once what runs of it is done, with what its server has still to do and to say."""
     running = [o.promise.future for o in lane.started if not o.promise.done and o.promise.future is not None]
-    if running:
-        _, unfinished = await asyncio.wait([asyncio.wrap_future(future) for future in running], timeout=grace)
-        if unfinished:
-            log.warning("%s is not kept: it was not done within %g s (shutdown_grace_s)", lane.model_id, grace)
-            return
-        await asyncio.sleep(0)  # their promises are settled by callbacks that are due now
+    if not await _done(running, grace):
+        log.warning("%s is not kept: it was not done within %g s (shutdown_grace_s)", lane.model_id, grace)
+        return
     try:
         note = resume.to_note(lane, state.promises, taken_back)
         await asyncio.wrap_future(state.engine.park(lane.model_id, note))
     except MintError as error:
         log.warning("%s is not kept: %s", lane.model_id, error)
+
+
+async def _keep_others(state: ServerState, grace: float) -> None:
+    """Write down what came of requests about no model."""
+    running = [promise.future for promise in state.promises.of_no_scope() if promise.future is not None]
+    if not await _done(running, grace):
+        log.warning("interpolations are not kept that were not done within %g s (shutdown_grace_s)", grace)
+    try:
+        resume.keep_others(state.engine.store.home, state.promises)
+    except OSError as error:
+        log.warning("results of interpolations are not kept: %s", error)
+
+
+async def _done(running: list[Future], grace: float) -> bool:
+    """Whether all of them end within the grace."""
+    if not running:
+        return True
+    _, unfinished = await asyncio.wait([asyncio.wrap_future(future) for future in running], timeout=grace)
+    await asyncio.sleep(0)  # their promises are settled by callbacks that are due now
+    return not unfinished

@@ -34,6 +34,7 @@ MOST_PENDING = 1 << 16
 """Requests of all owners that wait: small ones take memory, too."""
 FULL = "the server has as many requests and results in memory as it may: fetch what is done, or try again"
 SCOPE = ":req:"  # between what a request was about (a model, a sampler) and its random part
+_NO_SCOPE = "req:"
 
 
 @dataclass(eq=False, slots=True)
@@ -136,7 +137,7 @@ class Promises:
     ) -> Promise:  # fmt: skip
         """A promise nobody has settled yet. ``scope``: the model or sampler it is about, if it has one."""
         self._bind()
-        prefix = f"{scope or model_id}{SCOPE}" if scope or model_id else "req:"
+        prefix = f"{scope or model_id}{SCOPE}" if scope or model_id else _NO_SCOPE
         promise = Promise(
             request_id or prefix + next(self._random), kind, owner, model_id, tokens, request_bytes, seq_id,
             sequence_ids,
@@ -223,6 +224,10 @@ class Promises:
     def of_scope(self, scope: str) -> list[Promise]:
         """Those about one model or sampler."""
         return [promise for promise in self._promises.values() if promise.request_id.startswith(scope + SCOPE)]
+
+    def of_no_scope(self) -> list[Promise]:
+        """Those about no model and no sampler."""
+        return [promise for promise in self._promises.values() if promise.request_id.startswith(_NO_SCOPE)]
 
     def full(self, more: int, owner: str) -> bool:
         """Whether ``more`` bytes of an owner's would be too many (`shares.over`).

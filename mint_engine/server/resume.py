@@ -7,11 +7,14 @@ a client sees nothing but a connection that was gone for a while.
 from __future__ import annotations
 
 import base64
+import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mint_engine import wire
+from mint_engine.durable import replacing_file
 from mint_engine.errors import MintError
 from mint_engine.server.answers import Encoded
 from mint_engine.server.failures import Failure
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _VERSION = 1
+_RESULTS = "results.json"  # in the home
 
 
 class NotRepeatedError(MintError):
@@ -84,7 +88,7 @@ def from_note(
         lane.refuse(seq_id)
     lane.by_key.update((key, request_id) for key, request_id in note["by_key"])
     for entry in note["results"]:
-        _restore(entry, lane, promises)
+        _restore(entry, lane.owner, lane.model_id, promises)
     for entry in note["pending"]:
         promise = promises.create(
             entry["kind"], lane.owner, lane.model_id, tokens=entry["tokens"], seq_id=entry["seq_id"],
@@ -98,6 +102,25 @@ def from_note(
         begin(lane, Operation(promise, restart(caller, entry["kind"], body), lambda body=body: body))  # type: ignore[misc]
 
 
+def keep_others(home: Path, promises: Promises) -> None:
+    """Write down the results that no model's note has: those of interpolations."""
+    results = [{"owner": promise.owner} | _result(promise) for promise in promises.of_no_scope() if promise.done]
+    if results:
+        with replacing_file(home / _RESULTS) as path:
+            path.write_text(json.dumps({"version": _VERSION, "results": results}))
+
+
+def take_up_others(home: Path, promises: Promises) -> None:
+    """Put them back, once."""
+    path = home / _RESULTS
+    if path.exists():
+        written = path.read_text()
+        path.unlink()
+        note = json.loads(written)
+        for entry in note["results"] if note["version"] == _VERSION else ():
+            _restore(entry, entry["owner"], None, promises)
+
+
 def _result(promise: Promise) -> dict[str, Any]:
     entry: dict[str, Any] = {"request_id": promise.request_id, "kind": promise.kind, "seq_id": promise.seq_id}
     entry |= {"fetched": promise.fetched, "tokens": promise.tokens, "finished": promise.finished}
@@ -108,9 +131,9 @@ def _result(promise: Promise) -> dict[str, Any]:
     return entry | {"media_type": encoded.media_type, "body": body, "uneven": promise.uneven}
 
 
-def _restore(entry: dict[str, Any], lane: Lane, promises: Promises) -> None:
+def _restore(entry: dict[str, Any], owner: str, model_id: str | None, promises: Promises) -> None:
     promise = Promise(
-        entry["request_id"], entry["kind"], lane.owner, lane.model_id, entry["tokens"], seq_id=entry["seq_id"],
+        entry["request_id"], entry["kind"], owner, model_id, entry["tokens"], seq_id=entry["seq_id"],
         finished=entry["finished"], uneven=entry.get("uneven", False),
     )  # fmt: skip
     if "failure" in entry:

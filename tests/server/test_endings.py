@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 from api import Api, prompt, until
 from server_fixture import live_server
 from stub_engine import BASE, StubEngine
+
+from mint_engine.types import InterpolateCheckpointsResponse
 
 
 def finish(api: Api, session: str, how: str = "success") -> None:
@@ -63,6 +66,25 @@ def test_the_engine_is_told_of_parked_models_and_of_the_end(engine: StubEngine) 
         until(lambda: forgotten == [session])
         assert engine.names() == ["unload_model"]
         assert engine.store.parked(model) is None
+
+
+def test_interpolations_are_done_at_the_end_and_answered_after_it(engine: StubEngine) -> None:
+    body = {"source_paths": ["tinker://s:train:0/sampler_weights/a"], "coefficients": [1.0]}
+    answer = InterpolateCheckpointsResponse(path="tinker://sum/sampler_weights/sum", **body)
+    engine.interpolate_checkpoints = lambda *_, **__: engine._call("interpolate", lambda: answer)  # type: ignore[attr-defined]
+    with live_server(engine, models=[BASE], park_on_shutdown=True) as live, Api(live.url) as api:
+        asked = [api.ok("mint/checkpoints/interpolate", **body)["request_id"]]
+        engine.hold = True
+        asked.append(api.ok("mint/checkpoints/interpolate", **body)["request_id"])
+        ending = threading.Timer(0.5, engine.calls[-1].finish)
+        ending.start()
+    ending.join()
+    engine.hold = False
+    for _ in range(2):  # fetched ones are kept, too: the answer may not have arrived
+        with live_server(engine, models=[BASE], park_on_shutdown=True) as live, Api(live.url) as api:
+            for request_id in asked:
+                assert api.retrieve(request_id).json()["path"] == answer.path
+            assert live.state.promises.get(asked[0], "somebody else") is None
 
 
 def test_a_sampler_that_is_busy_is_let_go_of_afterwards(engine: StubEngine) -> None:

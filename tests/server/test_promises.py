@@ -13,7 +13,6 @@ from mint_engine import wire
 from mint_engine.errors import NotFoundError, UserError
 from mint_engine.server import resume
 from mint_engine.server.failures import RestartingError
-from mint_engine.server.lane import Lane
 from mint_engine.server.promises import Promise, Promises
 from mint_engine.types import ForwardBackwardOutput, OptimStepResponse, SampledSequence, SampleResponse, TensorData
 
@@ -165,7 +164,7 @@ def test_what_tinker_022_cannot_read_as_protobuf_it_gets_as_json() -> None:
         assert promise.result("application/x-protobuf, application/json").media_type == "application/json"
         assert promise.result("application/x-protobuf").media_type == wire.PROTOBUF
         later = Promises()  # of the server after a restart
-        resume._restore(resume._result(promise), Lane("s:train:0", "a"), later)
+        resume._restore(resume._result(promise), "a", "s:train:0", later)
         restored = later.get(promise.request_id, "a")
         assert restored is not None
         assert restored.result("application/x-protobuf, application/json").media_type == "application/json"

@@ -16,7 +16,7 @@ from mint_engine.models.hub import resolve_model
 from mint_engine.server import operations
 from mint_engine.server.caller import Caller, get_caller
 from mint_engine.server.document import PROMISED, files
-from mint_engine.server.failures import TryAgainLaterError
+from mint_engine.server.failures import RestartingError, TryAgainLaterError
 from mint_engine.server.once import once
 from mint_engine.server.promises import FULL
 from mint_engine.server.reading import body_of, read_object, work
@@ -44,6 +44,8 @@ async def interpolate_checkpoints(caller: Who, state: State, request: Request) -
     await state.auth.quotas.check_disk(caller)
 
     async def start() -> dict[str, Any]:
+        if state.promises.stopping is not None:
+            raise RestartingError(state.promises.stopping)
         if state.promises.full(size, caller.owner):
             raise TryAgainLaterError(FULL)
         future = state.engine.interpolate_checkpoints(
