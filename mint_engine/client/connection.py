@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from mint_engine.client.remote import RemoteEngine, address_of, connect
+from mint_engine.client.remote import RemoteEngine, address_of, connect, same_origin
 from mint_engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +38,16 @@ def open_engine(
     from mint_engine.engine import get_engine  # imports torch: a client of a server can do without
 
     return get_engine(dtype, device=device)
+
+
+def check_key_may_go(url: str) -> None:
+    """Raises UserError if MINT_API_KEY would go to a server that somebody else has chosen."""
+    own = os.environ.get("MINT_BASE_URL")
+    if os.environ.get("MINT_API_KEY") and not (own and same_origin(url, own)):
+        raise UserError(
+            f"api_key: expected one for {url}, which the handle names, got None: MINT_API_KEY is for "
+            f"{own or 'a server that MINT_BASE_URL would name'}"
+        )
 
 
 def registry_of(engine: ClientEngine) -> Registry:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mint_engine.client.connection import open_engine
+from mint_engine.client.connection import check_key_may_go, open_engine
 from mint_engine.client.futures import APIFuture, failed, transformed, value_twin
 from mint_engine.client.ready import Ready
 from mint_engine.client.remote import Address, RemoteEngine, connect
@@ -180,13 +180,17 @@ class SamplingClient(Ready):
 
         Args:
             handle: from `get_sampler_handle`.
-            base_url: the server; default the one the handle names. api_key: default MINT_API_KEY.
+            base_url: the server; default the one the handle names.
+            api_key: default MINT_API_KEY, for base_url or where MINT_BASE_URL is. A handle may be anybody's, so this
+                key goes to no other server that one names.
         """
         try:
             fields = json.loads(base64.urlsafe_b64decode(handle))
             url, info = fields.pop("url"), GetSamplerResponse.model_validate(fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"handle: expected a string from get_sampler_handle(), got {handle!r}") from error
+        if not base_url and api_key is None:
+            check_key_may_go(url)
         return SamplingClient._copy(open_engine(base_url=base_url or url, api_key=api_key, dtype=None), info)
 
     def __repr__(self) -> str:

@@ -230,6 +230,31 @@ def test_a_handle_holds_no_key_and_makes_a_client(connect, server, monkeypatch):
             mint.SamplingClient.from_sampler_handle(wrong)
 
 
+def test_a_handle_of_another_server_is_not_given_the_environment_s_key(connect, server, monkeypatch):
+    from mint_engine.client import connection
+
+    handle = mint.ServiceClient(engine=connect()).create_sampling_client(base_model="tiny").get_sampler_handle()
+    asked, elsewhere = [], connect()
+    monkeypatch.setattr(connection, "connect", lambda address: asked.append(address) or elsewhere)
+    make = mint.SamplingClient.from_sampler_handle
+    monkeypatch.delenv("MINT_BASE_URL", raising=False)
+    monkeypatch.delenv("MINT_API_KEY", raising=False)
+    make(handle)
+    monkeypatch.setenv("MINT_API_KEY", "tml-mine")
+    for own in ("", "https://server", "http://server:8000", "http://server.org", "other"):
+        monkeypatch.setenv("MINT_BASE_URL", own)
+        with pytest.raises(mint.UserError, match="api_key: expected one for http://server, which the handle names"):
+            make(handle)
+    make(handle, api_key="tml-given")
+    make(handle, base_url="http://chosen")
+    monkeypatch.setenv("MINT_BASE_URL", "http://SERVER:80/")
+    make(handle)
+    assert [(address.url, address.api_key) for address in asked] == [
+        ("http://server", None), ("http://server", "tml-given"), ("http://chosen", "tml-mine"),
+        ("http://server", "tml-mine"),
+    ]  # fmt: skip
+
+
 def test_a_sampling_client_of_this_process_says_why_it_cannot_leave(engine):
     sampler = mint.ServiceClient(engine=engine).create_sampling_client(base_model="tiny")
     with pytest.raises(pickle.PicklingError, match="samples in this process; one of a server"):

@@ -78,6 +78,16 @@ def normalize_url(url: str) -> str:
     return bare.rstrip("/")
 
 
+def same_origin(url: str, other: str) -> bool:
+    """Whether both name one server: scheme, host and port. Raises UserError for what is no address."""
+    return _origin(url) == _origin(other)
+
+
+def _origin(url: str) -> tuple[str, str | None, int]:
+    parts = urlsplit(normalize_url(url))
+    return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ip_address(host).is_loopback
