@@ -241,7 +241,7 @@ class Executor:
     def _step(self, stepper: Stepper) -> bool:
         try:
             return stepper.step()
-        except Exception as error:
+        except BaseException as error:
             # The requests in the step carry the error; the thread and everybody else live on.
             stepper.fail(error)
             return True

@@ -177,7 +177,7 @@ class Sampler:
         """An error in a batch reaches the requests of that batch; their memory is given back, the others go on."""
         try:
             work()
-        except Exception as error:
+        except BaseException as error:
             for request in requests:
                 self._drop(request, error)
 
@@ -411,7 +411,7 @@ class Sampler:
             if row.request.topk and logits is not None:
                 row.topk += alternatives(logits[None], [row.request.draw], row.request.topk)
             self._append(row, tokens, logprobs)
-        except Exception as error:
+        except BaseException as error:  # the caller's own code runs here: SystemExit, asyncio's CancelledError
             self._drop(row.request, error)
             return False
         return row.index not in row.request.finished

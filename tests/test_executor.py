@@ -262,6 +262,33 @@ class Decoding:
         pass
 
 
+class Exits:
+    """A stepper whose step breaks with what is no Exception."""
+
+    def __init__(self) -> None:
+        self.busy, self.failed = True, Future[None]()
+
+    def step(self) -> bool:
+        if not self.busy:
+            return False
+        raise SystemExit("from a callback")
+
+    def fail(self, error: BaseException) -> None:
+        self.busy = False
+        self.failed.set_exception(error)
+
+    def close(self, error: BaseException) -> None:
+        pass
+
+
+def test_a_step_that_breaks_with_no_exception_leaves_the_thread_to_the_others(executor: Executor) -> None:
+    exits = Exits()
+    executor.add_stepper(exits)
+    executor.notify()
+    assert isinstance(exits.failed.exception(10), SystemExit)
+    assert executor.lane().submit(lambda: "done").result(10) == "done"
+
+
 def off_thread_first() -> Generator[Callable[[], Any], Any, str]:
     yield lambda: time.sleep(0.2)
     return "done"

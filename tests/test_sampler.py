@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -299,18 +300,20 @@ def test_every_sampled_token_is_told_as_it_is_drawn(decoder: Decoder) -> None:
         )
 
 
-def test_an_exception_in_on_token_fails_its_request_only(decoder: Decoder) -> None:
+@pytest.mark.parametrize("error", [BrokenPipeError, asyncio.CancelledError, SystemExit])
+def test_an_exception_in_on_token_fails_its_request_only(decoder: Decoder, error: type[BaseException]) -> None:
+    """Also one that is no Exception: it would end the device's thread."""
     sampler = make_sampler(decoder)
     broken = request([1, 2, 3], n=2)
 
     def hang_up(index: int, token: int, logprob: float) -> None:
-        raise BrokenPipeError("the reader has gone")
+        raise error("the reader has gone")
 
     broken.on_token = hang_up
     futures = [sampler.submit(r) for r in (request([1, 2, 3], n=2), broken, request([1, 2, 3], n=2))]
     while step(sampler):
         pass
-    assert isinstance(futures[1].exception(timeout=0), BrokenPipeError)
+    assert isinstance(futures[1].exception(timeout=0), error)
     first, last = (f.result(timeout=0).sequences for f in (futures[0], futures[2]))
     assert [s.tokens for s in first] == [s.tokens for s in last]
     assert sampler.cache.blocks_available == sampler.cache.num_blocks
