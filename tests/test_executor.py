@@ -289,6 +289,21 @@ def test_a_step_that_breaks_with_no_exception_leaves_the_thread_to_the_others(ex
     assert executor.lane().submit(lambda: "done").result(10) == "done"
 
 
+def test_a_callback_that_breaks_with_no_exception_leaves_the_thread_to_the_others(
+    executor: Executor, caplog: pytest.LogCaptureFixture
+) -> None:
+    def exits(future: Future) -> None:
+        raise SystemExit("from a callback")
+
+    lane = executor.lane()
+    with held(executor):
+        first = lane.submit(lambda: "first")
+        first.add_done_callback(exits)
+    assert lane.submit(lambda: "second").result(10) == "second"
+    assert first.result(0) == "first"
+    assert [r.message for r in caplog.records] == ["a callback of a future failed"]
+
+
 def off_thread_first() -> Generator[Callable[[], Any], Any, str]:
     yield lambda: time.sleep(0.2)
     return "done"
