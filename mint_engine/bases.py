@@ -107,7 +107,7 @@ class BaseModels:
         return [f.result() for f in futures if f.done() and f.exception() is None]
 
     def get(self, name: str) -> Base:
-        """The base model of that name, loaded if need be (seconds; call it off the device thread).
+        """The base model of that name, loaded if need be (seconds or minutes; call it `Apart`).
 
         Raises:
             ModelError: the name resolves to nothing, or to something damaged or unsupported.

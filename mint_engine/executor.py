@@ -35,7 +35,7 @@ from mint_engine.interruption import Interruption
 from mint_engine.joint import Joint, Operation, Queued
 from mint_engine.kernels.op import dismiss_team
 from mint_engine.lanes import BRIEF_ONES, Lane
-from mint_engine.off_thread import OffThread
+from mint_engine.off_thread import Apart, OffThread
 from mint_engine.pending import Pending
 from mint_engine.settling import settle, settle_all
 from mint_engine.turns import Turns
@@ -379,7 +379,7 @@ class Executor:
             self._settle(lane, future, error=error)
             return
 
-        calls = [call]
+        calls, apart = [call], isinstance(call, Apart)
         del call  # what it worked on may be freed the moment it has returned, not when the next call comes
 
         def off_thread() -> None:
@@ -393,7 +393,7 @@ class Executor:
 
         with self._wake:
             self._off_thread += 1
-        self._calls.put(off_thread)
+        self._calls.put(off_thread, apart=apart)
 
     def _resume(self, continuation: Callable[[], None]) -> None:
         with self._wake:

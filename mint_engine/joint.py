@@ -33,8 +33,8 @@ class Joint(ABC):
 
 
 # A function, which may answer with what it queued on a device. Or a generator function that yields callables to be run
-# off the device thread (disk, the user's own loss) and receives their results; while it waits its model stands still,
-# the device does not. Or one to be run in company.
+# off the device thread (disk; the user's own loss or a load, `Apart`) and receives their results; while it waits its
+# model stands still, the device does not. Or one to be run in company.
 Operation: TypeAlias = Callable[[], Any] | Joint
 
 

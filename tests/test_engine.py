@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from engine_helpers import ADAM, VOCAB, logprobs, new_model, sampled, train
 from helpers import make_data, peft_logprobs
 from tiny_models import build_tiny
 
+from mint_engine.bases import Base
 from mint_engine.engine import Engine
 from mint_engine.errors import CheckpointError, NonFiniteError, NotFoundError, UserError
+from mint_engine.off_thread import THREADS
 from mint_engine.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 
 
@@ -251,6 +254,46 @@ def test_while_a_custom_loss_runs_its_model_waits_and_others_work(
     go.set()
     custom.result()
     assert step.result().metrics["grad_norm"] > 0
+
+
+def test_many_custom_losses_may_wait_for_calls_on_another_model(engine: Engine, session: str, tiny_tied: Path) -> None:
+    """They take none of the threads that the other model's saving needs."""
+    *models, other = (new_model(engine, session, tiny_tied) for _ in range(THREADS + 1))
+    together = threading.Barrier(THREADS)
+
+    def loss(data: list[Datum], lps: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        name = f"step{together.wait(30)}"
+        engine.save_weights(other, name).result(30)
+        return -lps[0].sum(), {}
+
+    data = make_data("cross_entropy", (5,), VOCAB)
+    for future in [engine.forward_backward_custom(model, data, loss) for model in models]:
+        future.result()
+
+
+def test_whoever_waits_for_a_base_model_holds_nobody_up(
+    engine: Engine, session: str, tiny_tied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = new_model(engine, session, tiny_tied)
+    go, load = threading.Event(), engine._bases._load
+
+    def slow(name: str) -> Base:
+        assert go.wait(30)
+        return load(str(tiny_tied))
+
+    monkeypatch.setattr(engine._bases, "_load", slow)
+    waiting: list[Future] = []
+    for _ in range(THREADS):
+        waiting.append(engine.load_base("slow"))
+        waiting.append(engine.create_model(session, "slow", LoraConfig(rank=2)))
+        waiting.append(engine.create_sampler(session, base_model="slow"))
+    engine.save_weights(model, "step0").result(10)
+    assert not any(future.done() for future in waiting)
+    go.set()
+    for future in waiting:
+        future.result()
+    engine.close()
+    assert not [t for t in threading.enumerate() if t.name == "mint-engine-apart"]
 
 
 def test_an_error_in_a_custom_loss_reaches_its_future_and_leaves_the_model(

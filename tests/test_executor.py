@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from mint_engine.executor import Executor
 from mint_engine.joint import Joint
+from mint_engine.off_thread import Apart
 from mint_engine.turns import Turns
 
 
@@ -211,14 +212,30 @@ def test_calls_off_the_device_thread_have_no_openmp_team_that_could_spin_beside_
     torch.set_num_threads(3)
     try:
 
-        def operation() -> Generator[Callable[[], int], int, tuple[int, int]]:
+        def operation() -> Generator[Callable[[], int], int, tuple[int, int, int]]:
             off_thread = yield torch.get_num_threads
-            return off_thread, torch.get_num_threads()
+            apart = yield Apart(torch.get_num_threads)
+            return off_thread, apart, torch.get_num_threads()
 
-        assert executor.lane().submit(operation).result(10) == (1, 3)
+        assert executor.lane().submit(operation).result(10) == (1, 1, 3)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_call_apart_is_one_of_the_others_where_the_system_gives_no_thread(
+    executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def operation() -> Generator[Callable[[], str], str, str]:
+        return (yield Apart(lambda: threading.current_thread().name))
+
+    assert executor.lane().submit(operation).result(10) == "test-apart"
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert executor.lane().submit(operation).result(10).startswith("test-io-")
 
 
 def test_asking_for_work_ends_the_openmp_threads_that_idle_beside_the_device(executor: Executor) -> None:

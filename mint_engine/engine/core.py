@@ -25,7 +25,7 @@ from mint_engine.store import Store
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 T = TypeVar("T")
-# An operation in steps: it yields what must run off the device thread (disk, a load) and is sent the results.
+# An operation in steps: it yields what must run off the device thread (disk; a load, `Apart`) and is sent the results.
 Steps: TypeAlias = Generator[Callable[[], Any], Any, T]
 
 

@@ -22,6 +22,7 @@ from mint_engine.engine.parking import Parking
 from mint_engine.engine.together import Together
 from mint_engine.engine.training import Training
 from mint_engine.fair_share import DEFAULT_SAMPLING_SHARE
+from mint_engine.off_thread import Apart
 from mint_engine.stats import EngineStats, OnOperation, rss_bytes
 from mint_engine.store import Store
 from mint_engine.types import GetServerCapabilitiesResponse, SupportedModel
@@ -107,7 +108,7 @@ class Engine(Models, Training, Checkpoints, Parking):
         """Load a base model before somebody needs it."""
 
         def load() -> Steps[None]:
-            yield lambda: self._bases.get(name)
+            yield Apart(lambda: self._bases.get(name))
 
         return self._submit("load_base", self._executor.lane(), load)
 

@@ -10,6 +10,7 @@ from mint_engine.bases import Base
 from mint_engine.engine.core import EngineCore, Steps, failed
 from mint_engine.engine.residents import Model
 from mint_engine.errors import NotFoundError, UserError
+from mint_engine.off_thread import Apart
 from mint_engine.state import load_adapter, load_state
 from mint_engine.store import Store
 from mint_engine.types import GetInfoResponse, LoraConfig, ModelData
@@ -26,7 +27,7 @@ class Models(EngineCore):
         """
 
         def build(store: Store) -> Steps[tuple[Base, Adapter, TrainState]]:
-            base = yield lambda: self._bases.get(base_model)
+            base = yield Apart(lambda: self._bases.get(base_model))
             adapter = Adapter(base.decoder.groups, lora, base.decoder.device)
             return base, adapter, TrainState(adapter)
 
@@ -46,7 +47,7 @@ class Models(EngineCore):
             name = found.record.base_model
             if base_model is not None and base_model != name:
                 raise UserError(f"base_model: {path} was trained on {name!r}, got {base_model!r}")
-            base = yield lambda: self._bases.get(name)
+            base = yield Apart(lambda: self._bases.get(name))
             # Once more: loading the base may have taken minutes, and a resolved directory only stays for a while.
             directory = (yield lambda: (reader or store).resolve(path)).directory
             adapter = yield lambda: load_adapter(directory, base, path)

@@ -16,6 +16,7 @@ from mint_engine.engine.residents import Model, SamplerEntry, kind_of
 from mint_engine.engine.sampling import Sampling
 from mint_engine.errors import NotFoundError
 from mint_engine.lanes import Lane
+from mint_engine.off_thread import Apart
 from mint_engine.parking import park_model, parked_base, revive_model
 from mint_engine.state import load_adapter, save_adapter
 
@@ -77,7 +78,7 @@ class Parking(Sampling):
             parked = yield lambda: store.parked(model_id)
             if parked is None:
                 raise NotFoundError(f"model_id: there is no parked model {model_id!r}")
-            base = yield lambda: self._bases.get(parked_base(parked.directory))
+            base = yield Apart(lambda: self._bases.get(parked_base(parked.directory)))
             adapter, state = yield lambda: revive_model(parked.directory, base)
             # From here on what is on disk is the past: it must not come back in a later process.
             yield lambda: store.unpark(model_id)
@@ -93,7 +94,7 @@ class Parking(Sampling):
         parked = yield lambda: store.parked(sampler_id)
         if parked is None:
             raise NotFoundError(f"sampler_id: there is no parked sampler {sampler_id!r}")
-        base = yield lambda: self._bases.get(parked_base(parked.directory))
+        base = yield Apart(lambda: self._bases.get(parked_base(parked.directory)))
         adapter = yield lambda: load_adapter(parked.directory, base, sampler_id)
         yield lambda: store.unpark(sampler_id)
         self._residents.add_sampler(sampler_id, SamplerEntry(base, adapter, None, owner))

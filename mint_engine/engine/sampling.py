@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from mint_engine.engine.core import EngineCore, Steps, failed
 from mint_engine.engine.residents import Model, SamplerEntry, session_of
 from mint_engine.errors import SampleCancelledError, UserError
+from mint_engine.off_thread import Apart
 from mint_engine.prompt_scores import PromptQuery
 from mint_engine.requests import OnToken, Request, make_request
 from mint_engine.state import load_adapter, save_adapter
@@ -84,13 +85,13 @@ class Sampling(EngineCore):
         self, owner: str, model_path: str | None, base_model: str | None, reader: Store | None = None
     ) -> Steps[SamplerEntry]:
         if model_path is None:
-            base = yield lambda: self._bases.get(base_model or "")
+            base = yield Apart(lambda: self._bases.get(base_model or ""))
             return SamplerEntry(base, None, None, owner)
         store = reader or self._view(owner)
         name = (yield lambda: store.resolve(model_path)).record.base_model
         if base_model is not None and base_model != name:
             raise UserError(f"base_model: {model_path} was trained on {name!r}, got {base_model!r}")
-        base = yield lambda: self._bases.get(name)
+        base = yield Apart(lambda: self._bases.get(name))
         # Once more: loading the base may have taken minutes, and a resolved directory only stays for a while.
         found = yield lambda: store.resolve(model_path)
         adapter = yield lambda: load_adapter(found.directory, base, model_path)

@@ -16,6 +16,7 @@ from mint_engine.engine.core import EngineCore, Steps
 from mint_engine.engine.residents import Model
 from mint_engine.engine.together import Together, TrainingCall
 from mint_engine.losses import get_loss
+from mint_engine.off_thread import Apart
 from mint_engine.optimizer import begin_step
 from mint_engine.pending import Pending
 from mint_engine.state import load_adapter
@@ -60,7 +61,8 @@ class Training(EngineCore):
     ) -> Future[ForwardBackwardOutput]:
         """A loss of the caller's own: ``fn(data, logprobs) -> (loss, metrics)`` on torch tensors that require grad.
 
-        ``fn`` runs off the device thread; the calls that follow on this model wait for it, other models do not.
+        ``fn`` runs on a thread of its own; the calls that follow on this model wait for it, other models do not. It
+        may wait for calls on those.
         """
         data = list(data)
 
@@ -73,7 +75,7 @@ class Training(EngineCore):
                 return trainer.run(model.base.decoder, model.adapter, state, checked, loss, {})
 
             outputs = both(custom_loss.with_weights(data), None).loss_fn_outputs
-            evaluated = yield lambda: custom_loss.evaluate(fn, data, outputs)
+            evaluated = yield Apart(lambda: custom_loss.evaluate(fn, data, outputs))
             surrogate = both(custom_loss.with_weights(data, evaluated.weights), model.state)
             return custom_loss.result(surrogate, evaluated)
 
@@ -109,7 +111,7 @@ class Training(EngineCore):
     def _reference(self, store: Store, path: str) -> Steps[Any]:
         """(base model, adapter) of a checkpoint, which this model will stay close to."""
         found = yield lambda: store.resolve(path, prefer="sampler_weights")
-        base = yield lambda: self._bases.get(found.record.base_model)
+        base = yield Apart(lambda: self._bases.get(found.record.base_model))
         if found.directory in self._references:
             self._references.move_to_end(found.directory)
         else:
