@@ -73,7 +73,8 @@ class Executor:
         self._queued = 0  # operations accepted and not begun
         self._answered: weakref.WeakSet[Lane] = weakref.WeakSet()  # lanes that ran dry since the last joint operation
         self._off_thread = 0  # operations waiting for a call off the device thread
-        self._signalled = False  # a stepper got work since the thread last looked
+        self._signalled = False  # a stepper got work, or was given up on, since the thread last looked
+        self._asked: float | None = None  # since when steppers have had work; None while they have none
         self._closed = False
         self._draining = False  # closed, but what was accepted is still done
         self._in_flight = InFlight(name, self._resume)
@@ -121,7 +122,13 @@ class Executor:
         self._leave_cores()
         with self._wake:
             self._signalled = True
+            self._look_at_steppers()
             self._call()
+
+    def _look_at_steppers(self) -> None:
+        """Note since when they have had work. The lock is held."""
+        busy = any(stepper.busy for stepper in self._steppers)
+        self._asked = (self._asked or time.perf_counter()) if busy else None
 
     def _call(self) -> None:
         """Wake the thread; if a stepper has it, for several steps, it gives it back after the present one. Locked."""
@@ -164,7 +171,6 @@ class Executor:
         with self._wake:
             while not (worked or self._may_start() or self._resumed or self._signalled or self._closed):
                 self._wake.wait()
-            self._signalled = False
             while self._closed and self._off_thread and not (self._resumed or self._may_start()):
                 self._wake.wait()
             return not self._closed or bool(self._resumed) or self._may_start()
@@ -201,6 +207,8 @@ class Executor:
         begun = time.perf_counter()
         with self._wake:
             resumed, self._resumed = self._resumed, deque()
+            signalled, self._signalled = self._signalled, False
+            self._look_at_steppers()
         came_back = bool(resumed)
         while resumed:
             resumed.popleft()()
@@ -208,7 +216,8 @@ class Executor:
             if held := self._samplers_wait():
                 self._charge(begun)  # they know what they are owed
             steppers = [] if self._closed or held else list(self._steppers)
-            sample = bool(steppers) and (self._share.samplers_turn or not self._may_start())
+            given_up = signalled and self._asked is None  # a step gives back the memory of what was cancelled
+            sample = bool(steppers) and (self._share.samplers_turn or given_up or not self._may_start())
             brief = self._may_start() and not sample and self._brief_one_waits()
             lane = self._ready.pop() if self._may_start() and not (sample or brief) else None
             waiting = bool(self._ready)
@@ -233,9 +242,15 @@ class Executor:
             return came_back or self._may_start()
 
     def _charge(self, begun: float) -> None:
-        """Operations have had the device since ``begun`` or, if some were in flight, since the last time."""
-        now = time.perf_counter()
-        self._share.trained(now - (self._charged or begun))
+        """Operations have had the device since ``begun`` or, if some were in flight, since the last time.
+
+        What counts is the time in which the steppers had work.
+        """
+        asked, now = self._asked, time.perf_counter()
+        if asked is None:
+            self._share.forget()
+        else:
+            self._share.trained(now - max(self._charged or begun, asked))
         self._charged = now if len(self._in_flight) else 0.0
 
     def _step(self, stepper: Stepper) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -84,6 +85,56 @@ class Busy:
 
     def close(self, error: BaseException) -> None:
         pass
+
+
+@pytest.mark.parametrize("sampled_before", [False, True])
+def test_the_part_of_an_operation_before_anybody_sampled_is_not_owed(sampled_before: bool) -> None:
+    """A long operation, near whose end a sample comes, does not keep the next one waiting for as long."""
+    executor, sampler = Executor("test"), Busy(0.01)
+    executor.add_stepper(sampler)
+    if sampled_before:
+        executor.notify()
+        while sampler.steps < 3:
+            time.sleep(0.001)
+    sampler.stop, taken = True, sampler.steps
+
+    def operation() -> None:
+        time.sleep(0.6)
+        sampler.stop = False
+        executor.notify()
+        time.sleep(0.05)
+
+    executor.lane().submit(operation)
+    before = executor.lane().submit(lambda: sampler.steps - taken).result(timeout=60)
+    sampler.stop = True
+    executor.close()
+    assert 2 <= before <= 20, "a step of 10 ms for each of the 50 ms, or so"
+
+
+def test_steppers_that_were_given_up_on_are_seen_to_between_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing to compute they are owed nothing, but have memory to give back."""
+    executor, sampler, go = Executor("test"), Busy(0.0), threading.Event()
+    order: list[str] = []
+
+    def look() -> bool:
+        order.append("step")
+        return False
+
+    def cancel() -> None:
+        order.append("cancel")
+        executor.notify()
+
+    sampler.stop = True
+    monkeypatch.setattr(sampler, "step", look)
+    executor.add_stepper(sampler)
+    lane = executor.lane()
+    lane.submit(lambda: go.wait(30))
+    lane.submit(cancel)
+    last = lane.submit(lambda: order.append("operation"))
+    go.set()
+    last.result(timeout=60)
+    executor.close()
+    assert order[order.index("cancel") :][:3] == ["cancel", "step", "operation"]
 
 
 class Queued(Joint):
