@@ -68,9 +68,13 @@ class KVCache:
         return self.num_blocks - self._pool.available
 
     def longest(self, prompt: int, samples: int) -> int:
-        """The largest length to which ``samples`` continuations of one prompt fit the pool side by side."""
+        """The largest length to which ``samples`` continuations of one prompt fit the pool side by side.
+
+        Where there is not another block for each, the end of one more block: they take turns.
+        """
         shared = prompt // BLOCK_TOKENS
-        return (shared + (self.num_blocks - shared) // max(1, samples)) * BLOCK_TOKENS
+        left = self.num_blocks - shared
+        return (shared + max(min(1, left), left // max(1, samples))) * BLOCK_TOKENS
 
     def find(self, keys: Sequence[bytes]) -> list[int]:
         """The blocks that hold the longest cached prefix of a sequence whose whole blocks have these keys."""

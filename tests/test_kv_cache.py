@@ -240,4 +240,5 @@ def test_the_pool_is_as_large_as_the_budget_allows(tmp_path: Path) -> None:
     assert (cache.num_blocks, cache.block_bytes, cache.capacity) == (5, block, 5 * BLOCK_TOKENS)
     assert cache.k.nbytes + cache.v.nbytes == 5 * block
     assert blocks_for(cache.capacity) == 5
-    assert [cache.longest(BLOCK_TOKENS, n) for n in (1, 2, 5)] == [5 * BLOCK_TOKENS, 3 * BLOCK_TOKENS, BLOCK_TOKENS]
+    assert [cache.longest(BLOCK_TOKENS, n) for n in (1, 2, 5)] == [5 * BLOCK_TOKENS, 3 * BLOCK_TOKENS, 2 * BLOCK_TOKENS]
+    assert cache.longest(5 * BLOCK_TOKENS, 2) == 5 * BLOCK_TOKENS, "the prompt alone fills it"

@@ -268,6 +268,21 @@ def test_without_max_tokens_a_sample_goes_as_far_as_context_and_cache_allow(deco
     assert got.sequences[0].stop_reason == "length"
 
 
+def test_without_max_tokens_samples_that_do_not_fit_side_by_side_take_turns(decoder: Decoder) -> None:
+    """They are refused only where one alone could never fit."""
+    config = decoder.config
+    block_bytes = 2 * config.num_layers * BLOCK_TOKENS * config.num_kv_heads * config.head_dim * 4
+    small = make_sampler(decoder, 5 * block_bytes)
+    prompt = [1] * (4 * BLOCK_TOKENS - 2)
+    (got,) = drain(small, [small.submit(request(prompt, n=4, max_tokens=None))])
+    assert [len(s.tokens) for s in got.sequences] == [2] * 4, "to the end of the fourth block, two at a time"
+    wide = make_sampler(decoder)
+    (same,) = drain(wide, [wide.submit(request(prompt, n=4, max_tokens=2))])
+    assert [s.tokens for s in got.sequences] == [s.tokens for s in same.sequences]
+    with pytest.raises(UserError, match="4 samples of up to 161 tokens do not fit the KV cache of 160"):
+        small.submit(request([1] * (5 * BLOCK_TOKENS), n=4, max_tokens=None))
+
+
 @pytest.mark.parametrize("temperature", [1e-50, 1e-39, 1e-3])
 def test_a_tiny_temperature_is_greedy(decoder: Decoder, temperature: float) -> None:
     sampler = make_sampler(decoder)
