@@ -8,6 +8,7 @@ the steps. Who is next, and who holds which blocks of the cache, is ``schedule.p
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import accumulate, groupby, islice
@@ -68,6 +69,7 @@ class Sampler:
         self._chunk_beside_rows, self._chunk_alone = chunk_beside_rows, chunk_alone
         self._speculation, self._interruption = speculation, interruption
         self._open: dict[Future, Request] = {}  # accepted and not answered yet
+        self._accepting = threading.Lock()  # a request that fails is open and queued, or neither
         self.tokens_sampled = self.tokens_prefilled = 0
         self._closed: BaseException | None = None
 
@@ -92,11 +94,12 @@ class Sampler:
         check_product(MAX_VALUES, "topk_sample_logprobs", samples=request.num_samples, tokens=most, alternatives=topk)
         if self._closed is not None:
             raise self._closed
-        self._open[request.future] = request
         job = Job.of_request(request, most)
         job.cached = blocks_for(len(job.tokens)) <= self._cache.num_blocks
-        self._schedule.append(job)
-        if self._closed is not None:  # between the two lines
+        with self._accepting:
+            self._open[request.future] = request
+            self._schedule.append(job)
+        if self._closed is not None:  # meanwhile
             self._drop(request, self._closed)
         request.future.add_done_callback(self._answered)
         self._wake()
@@ -151,7 +154,9 @@ class Sampler:
 
     def fail(self, error: BaseException) -> None:
         """Every running and waiting request gets ``error``."""
-        for request in list(self._open.values()):
+        with self._accepting:
+            requests = list(self._open.values())
+        for request in requests:
             self._drop(request, error)
 
     def close(self, error: BaseException) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mint_engine.models.decoder import Decoder
 from mint_engine.prompt_scores import PromptQuery
 from mint_engine.requests import Request
 from mint_engine.sampler import Sampler
+from mint_engine.sampling_rows import Job
 from mint_engine.stopping import StopRule
 from mint_engine.types import Datum, LoraConfig, ModelInput, SampleResponse, SamplingParams
 
@@ -332,6 +334,27 @@ def test_an_exception_in_on_token_fails_its_request_only(decoder: Decoder, error
     first, last = (f.result(timeout=0).sequences for f in (futures[0], futures[2]))
     assert [s.tokens for s in first] == [s.tokens for s in last]
     assert sampler.cache.blocks_available == sampler.cache.num_blocks
+
+
+def test_a_failure_while_a_request_is_queued_harms_nobody_after_it(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that has failed does not stand in the queue: its step would break, for everybody in it."""
+    sampler = make_sampler(decoder)
+    append, failing = sampler._schedule.append, threading.Thread(target=lambda: sampler.fail(RuntimeError("a step's")))
+
+    def slow(job: Job) -> None:
+        failing.start()
+        failing.join(0.1)
+        append(job)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sampler._schedule, "append", slow)
+        failed = sampler.submit(request([1, 2, 3]))
+    failing.join()
+    assert isinstance(failed.exception(timeout=0), RuntimeError)
+    (got,) = drain(sampler, [sampler.submit(request([1, 2, 3]))])
+    assert len(got.sequences) == 1
 
 
 def test_a_cancelled_sample_frees_its_cache_at_the_next_step(decoder: Decoder) -> None:
