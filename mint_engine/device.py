@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
@@ -45,8 +46,33 @@ def resolve(device: str | torch.device | None = None) -> torch.device:
 
 
 def machine_bytes() -> int:
-    """The machine's memory, the GPU's not counted."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The machine's memory, or what this process may have of it (a container's limit); the GPU's not counted."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *cgroup_limits()])
+
+
+def cgroup_limits(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes that this process's control groups may use, its own and those around it, of version 2 and 1.
+
+    Those without a limit are not in the list, or with a number that no machine has. In a container ``groups`` may name
+    a path of the host's; its own group is then at the root of ``mount``, which is looked at last.
+    """
+    try:
+        lines = groups.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    limits = []
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if not controllers:
+            root, name = mount, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = mount / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = PurePosixPath(path.lstrip("/"))
+        for directory in (group, *group.parents):
+            with suppress(OSError, ValueError):  # ValueError: "max"
+                limits.append(int((root / directory / name).read_text(encoding="ascii")))
+    return [limit for limit in limits if limit > 0]
 
 
 @cache

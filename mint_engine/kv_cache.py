@@ -19,7 +19,7 @@ _MAX_BLOCKS = 1 << 16  # keeps the free list of a tiny test model short
 
 
 def default_bytes(device: torch.device) -> int:
-    """A quarter of the memory of the machine or of the GPU."""
+    """A quarter of the memory of the machine, or of its container's limit, or of the GPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] // 4
     return machine_bytes() // 4

@@ -12,6 +12,7 @@ from mint_engine import device
 from mint_engine.device import computing_on, resolve, upload
 from mint_engine.engine import Engine
 from mint_engine.errors import UserError
+from mint_engine.kv_cache import default_bytes
 from mint_engine.server.settings import Settings
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -45,6 +46,44 @@ def test_a_gpu_that_is_not_there_is_an_error(asked: str, monkeypatch: pytest.Mon
 def test_another_name_is_an_error(asked: str) -> None:
     with pytest.raises(UserError, match=f"device: expected .* got '{asked}'"):
         resolve(asked)
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/a/b", {"a/b/memory.max": "4096", "a/memory.max": "8192", "memory.max": "max"}, [4096, 8192]),
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "8192"}, [8192]),
+        ("0::/", {"memory.max": "4096"}, [4096]),
+        ("0::/of/the/host", {"memory.max": "4096"}, [4096]),
+        ("0::/../beside", {"memory.max": "4096"}, [4096]),
+        ("5:cpu,memory:/a\n1:cpu:/c\n0::/", {"memory/a/memory.limit_in_bytes": "4096"}, [4096]),
+        ("5:memory:/docker/1f", {"memory/memory.limit_in_bytes": "4096"}, [4096]),
+        ("0::/a", {"a/memory.max": "max"}, []),
+        ("0::/a", {"a/memory.max": "0", "memory.max": ""}, []),
+        ("", {"memory.max": "4096"}, []),
+        (None, {"memory.max": "4096"}, []),
+    ],
+)
+def test_the_limits_of_a_container_are_those_of_its_groups(
+    groups: str | None, files: dict[str, str], expected: list[int], tmp_path: Path
+) -> None:
+    mount = tmp_path / "cgroup"
+    for name, content in files.items():
+        (mount / name).parent.mkdir(parents=True, exist_ok=True)
+        (mount / name).write_text(f"{content}\n")
+    if groups is not None:
+        (tmp_path / "groups").write_text(f"{groups}\n")
+    assert device.cgroup_limits(tmp_path / "groups", mount) == expected
+
+
+def test_memory_is_counted_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 1 says a number that no machine has where there is no limit."""
+    monkeypatch.setattr(device, "cgroup_limits", lambda: [9223372036854771712])
+    machine = device.machine_bytes()
+    assert 1 << 20 < machine < 1 << 60
+    monkeypatch.setattr(device, "cgroup_limits", lambda: [9223372036854771712, 1 << 20, 1 << 21])
+    assert device.machine_bytes() == 1 << 20
+    assert default_bytes(device.CPU) == 1 << 18
 
 
 def test_the_server_takes_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ class Engine(Models, Training, Checkpoints, Parking):
             faster. "int8": linear weights are rounded to int8 with a scale for each output channel; steps read these,
             half the bytes, everything else computes with the same values in ``dtype``, and both copies are kept. For
             sampling: it is another, slightly worse base model. Default: "twice" if the copy takes at most an eighth of
-            the machine's memory, else "once".
+            the machine's memory, or of its container's limit, else "once".
     """
 
     def __init__(

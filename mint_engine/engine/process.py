@@ -22,7 +22,8 @@ def get_engine(dtype: str | None = None, home: Path | None = None, *, device: st
     """The process's engine for a compute dtype, a device and a home directory, made on first use.
 
     Defaults: MINT_DTYPE or "bfloat16"; MINT_DEVICE or "cpu"; MINT_HOME or ``~/.mint-engine``;
-    MINT_KV_CACHE_BYTES or a quarter of the machine's memory (touched only as it is used), on a GPU of the GPU's;
+    MINT_KV_CACHE_BYTES or a quarter of the machine's memory or its container's limit (touched only as it is used), on
+    a GPU of the GPU's;
     MINT_ACTIVATION_BYTES or 2 GiB; MINT_MASKED_LOGPROBS or "true"; MINT_SAMPLING_SHARE or a half;
     MINT_SPECULATION or 0; MINT_WEIGHTS ("int8", "once" or "twice") or what fits, see :class:`Engine`.
     """
