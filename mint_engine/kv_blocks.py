@@ -31,6 +31,7 @@ class BlockPool:
     def take(self) -> int:
         """A block with one user and no key; evicts the prefix nobody has used for longest if none is free.
 
+        Free ones go first, also those never used, whose memory the system has yet to give: prefixes are worth it.
         Raises IndexError if every block has users: the caller looks at ``available`` first.
         """
         if self._free:
