@@ -203,10 +203,11 @@ struct DecodeStep {
     }
 
     // out(j, columns, c, c2) for every panel: c [count, C] = in W^T from column j on, and with `pairs` c2 = the same n
-    // columns further on. All threads of the team call it; it ends with a barrier.
+    // columns further on. It writes to `target`, whose lines are asked for before: claiming the next panel waits until
+    // what has been stored is in the cache. All threads of the team call it; it ends with a barrier.
     template <class Out>
     void product(const StepLinear<T>& w, int64_t index, int64_t group, int64_t m, T* in, int64_t stride, int64_t count,
-                 int64_t n, int64_t k, bool pairs, Prefetch after, Out out) {
+                 int64_t n, int64_t k, bool pairs, Prefetch after, Target target, Out out) {
         shrink(w, group, m, k, in, stride);
         auto* groups =
             static_cast<RowGroup<T>*>(scratch(Slot::kGroups, size_t(2 * adapters.count + 1) * sizeof(RowGroup<T>)));
@@ -233,6 +234,7 @@ struct DecodeStep {
                 following = threads + team->claimed++;  // the first of each thread is its own
                 const int64_t j = p * C, cols = min64(C, n - j), j1 = following * C;
                 Prefetch ahead = j1 < n ? fetch(one, j1, min64(C, n - j1)) : after;
+                if (count > 1) target.fetch(j, count, cols);
                 if (pairs) {
                     Prefetch second = fetch(two, n + j, cols);
                     left.multiply(one, j, cols, c, &second);
@@ -244,6 +246,11 @@ struct DecodeStep {
             }
         }
         meet();
+    }
+
+    template <class P>
+    static Target to(P* rows, int64_t stride) {
+        return {rows, stride * int64_t(sizeof(P)), sizeof(P)};
     }
 
     // Ends what pieces were claimed of.
@@ -276,7 +283,7 @@ struct DecodeStep {
         norm(l.attention_norm, !first);
         team->meeting.wait();
         product(l.qkv, 4 * index, 1, 3, x1, x1_stride, rows, qkv_width, hidden, false,
-                begin_of(l.o, 2, 1, hidden, q_width, calls_of(l.qkv, rows, hidden)),
+                begin_of(l.o, 2, 1, hidden, q_width, calls_of(l.qkv, rows, hidden)), to(projected, qkv_width),
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(l.qkv.bias, c, j, cols, projected, qkv_width, rows);
                 });
@@ -295,14 +302,14 @@ struct DecodeStep {
         paged_attention_share(attention, team->tasks, team->claimed, heads, heads_stride);
         meet();
         product(l.o, 4 * index + 1, 2, 1, heads, heads_stride, rows, hidden, q_width, false,
-                begin_of(l.gate_up, 4, 2, ffn, hidden, calls_of(l.o, rows, q_width)),
+                begin_of(l.gate_up, 4, 2, ffn, hidden, calls_of(l.o, rows, q_width)), to(x, hidden),
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(l.o.bias, c, j, cols, x, hidden, rows);
                 });
         norm(l.mlp_norm, true);
         team->meeting.wait();
         product(l.gate_up, 4 * index + 2, 4, 2, x1, x1_stride, rows, ffn, hidden, true,
-                begin_of(l.down, 8, 1, hidden, ffn, calls_of(l.gate_up, rows, hidden)),
+                begin_of(l.down, 8, 1, hidden, ffn, calls_of(l.gate_up, rows, hidden)), to(a, a_stride),
                 [&](int64_t j, int64_t cols, const float* gate, const float* up) {
                     alignas(64) T both[2 * C];
                     for (int64_t i = 0; i < rows; ++i) {
@@ -314,7 +321,7 @@ struct DecodeStep {
         const Prefetch after = following == nullptr
                                    ? Prefetch()
                                    : begin_of(following->qkv, 1, 3, qkv_width, hidden, calls_of(l.down, rows, ffn));
-        product(l.down, 4 * index + 3, 8, 1, a, a_stride, rows, hidden, ffn, false, after,
+        product(l.down, 4 * index + 3, 8, 1, a, a_stride, rows, hidden, ffn, false, after, to(x, hidden),
                 [&](int64_t j, int64_t cols, const float* c, const float*) {
                     store(nullptr, c, j, cols, x, hidden, rows);
                 });
@@ -331,7 +338,7 @@ struct DecodeStep {
         }
         team->meeting.wait();
         product(head.linear, adapters.linears - 1, 16, 1, x1, x1_stride, n_wanted, vocab, hidden, false, Prefetch(),
-                [&](int64_t j, int64_t cols, const float* c, const float*) {
+                to(logits, vocab), [&](int64_t j, int64_t cols, const float* c, const float*) {
                     for (int64_t w = 0; w < n_wanted; ++w)
                         std::memcpy(logits + w * vocab + j, c + w * C, size_t(cols) * sizeof(float));
                 });

@@ -50,6 +50,14 @@ struct Target {
     void* data = nullptr;          // null: unknown
     int64_t stride = 0, size = 0;  // bytes of a row and of an element
 
+    // Asks for the lines of columns [j, j + cols) of the first `rows` rows, to be written.
+    __attribute__((always_inline)) void fetch(int64_t j, int64_t rows, int64_t cols) const {
+        for (int64_t i = 0; i < rows; ++i) {
+            const char* row = static_cast<const char*>(data) + i * stride + j * size;
+            for (int64_t b = 0; b < cols * size; b += 64) __builtin_prefetch(row + b, 1, 3);
+        }
+    }
+
     // The block of `rows` x `cols` results at (i, j), fetched in about `calls` calls.
     __attribute__((always_inline)) Lines lines(int64_t i, int64_t j, int64_t rows, int64_t cols, int64_t calls) const {
         if (data == nullptr) return {};
