@@ -187,7 +187,7 @@ def test_a_refused_step_is_known_to_the_next_one(
     """It keeps the gradients; the step behind it has its number, the call between is added to what was kept."""
 
     def work(one: Engine, model: str) -> list[Future[Any]]:
-        too_much = AdamParams(learning_rate=1e38)
+        too_much = AdamParams(learning_rate=1e37)
         return [ask(one, model, 0), one.optim_step(model, too_much), ask(one, model, 1),
                 one.optim_step(model, ADAM), one.optim_step(model, ADAM)]  # fmt: skip
 
