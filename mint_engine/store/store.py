@@ -5,6 +5,7 @@
     <home>/runs/<run>/<kind>/<name>.<random>/          a version of a checkpoint: the files of checkpoint.py
     <home>/parked/<model>/state.<random>/              a model that was put aside
     <home>/archives/                                   tar.gz files made on request, kept for a day
+    <home>/results.json                                what a stopped server has still to say of interpolations
 
 In directory names `:` becomes `.`. Several threads and processes may use one home at the same time.
 """
