@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import mint
 from mint_engine import cli, demo
 from mint_engine.cli import checkpoints
+from mint_engine.errors import UserError
 from mint_engine.server import Settings
 from mint_engine.store import Store
 
@@ -138,3 +139,6 @@ def test_keys_go_where_the_server_looks_for_them(tmp_path: Path, monkeypatch: py
         "mint": {"of mint"}, "file": {"of file", "of file too"}, "server": {"of server"}, "flag": {"of flag"},
     }  # fmt: skip
     assert "of server" in run("keys", "list")
+    monkeypatch.setenv("MINT_SERVER_PORT", "a port")
+    with pytest.raises(UserError, match=r"port: .*, got 'a port'"):
+        CliRunner().invoke(cli.app, ["keys", "list"], catch_exceptions=False)

@@ -23,7 +23,7 @@ DatabaseOption = Annotated[
         "SQLite in the home."
     ),
 ]
-ConfigOption = Annotated[Path | None, typer.Option(help="The server's TOML file.", envvar=f"{ENV_PREFIX}CONFIG")]
+ConfigOption = Annotated[Path | None, typer.Option(help=f"The server's TOML file; default {ENV_PREFIX}CONFIG.")]
 
 
 def open_store(home: Path | None, database_url: str | None, owner: str = "local", config: Path | None = None) -> Store:

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
-from mint_engine.errors import UserError
 from mint_engine.server.settings import ENV_PREFIX, Settings
 
 _EXTRA_NAMES = {"models": ("--model", "--models")}  # one flag per model reads better
@@ -26,12 +24,7 @@ def command() -> Callable[..., None]:
 
     def serve(config: Path | None = None, **flags: Any) -> None:
         given = {name: value for name, value in flags.items() if value not in (None, [])}
-        try:
-            settings = Settings.load(config, **given)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"])
-            raise UserError(f"{where}: {problem['msg']}, got {problem['input']!r}") from None
+        settings = Settings.load(config, **given)
         from mint_engine.server.serve import run  # imports torch
 
         sys.exit(run(settings))

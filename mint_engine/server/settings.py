@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -185,7 +185,11 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls, config: Path | None = None, **flags: Any) -> Self:
-        """Settings from flags, environment and the TOML file ``config``, in this order of precedence."""
+        """Settings from flags, environment and the TOML file ``config``, in this order of precedence.
+
+        Raises:
+            UserError: there is no such file, or the first value that is wrong.
+        """
         if config is not None and not Path(config).is_file():
             raise UserError(f"config: there is no file {config}")
 
@@ -196,6 +200,10 @@ class Settings(BaseSettings):
             return WithFile(**flags)
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"config: {config} is not TOML: {error}") from None
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            raise UserError(f"{where}: {problem['msg']}, got {problem['input']!r}") from None
 
     @classmethod
     def settings_customise_sources(
