@@ -50,6 +50,11 @@ def machine_bytes() -> int:
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *cgroup_limits()])
 
 
+def memory_bytes(device: torch.device) -> int:
+    """The memory of a GPU, or what this process may have of the machine's."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else machine_bytes()
+
+
 def cgroup_limits(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> list[int]:
     """Bytes that this process's control groups may use, its own and those around it, of version 2 and 1.
 

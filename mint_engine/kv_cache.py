@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mint_engine.device import machine_bytes
+from mint_engine.device import memory_bytes
 from mint_engine.kv_blocks import BlockPool
 from mint_engine.models.config import ModelConfig
 
@@ -20,9 +20,7 @@ _MAX_BLOCKS = 1 << 16  # keeps the free list of a tiny test model short
 
 def default_bytes(device: torch.device) -> int:
     """A quarter of the memory of the machine, or of its container's limit, or of the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1] // 4
-    return machine_bytes() // 4
+    return memory_bytes(device) // 4
 
 
 @dataclass(eq=False)

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from mint_engine.batch import pack
 from mint_engine.borders import Seating
+from mint_engine.device import memory_bytes
 from mint_engine.errors import NonFiniteError, SampleCancelledError, UserError
 from mint_engine.interruption import Interruption
 from mint_engine.kernels import plan
-from mint_engine.kv_cache import KVCache, blocks_for, default_bytes
+from mint_engine.kv_cache import KVCache, blocks_for
 from mint_engine.models.decoder import Decoder
 from mint_engine.requests import MAX_VALUES, Request, check_product
 from mint_engine.sampling import alternatives, sample
@@ -63,8 +64,8 @@ class Sampler:
     ) -> None:  # fmt: skip
         self._decoder = decoder
         self._cache = KVCache(decoder.config, decoder.dtype, max_cache_bytes, decoder.device)
-        eighth = default_bytes(decoder.device) // 2
-        self._schedule = Schedule(self._cache, max_ranks or decoder.borders.ranks_within(eighth))
+        max_ranks = max_ranks or decoder.borders.ranks_within(memory_bytes(decoder.device) // 8)
+        self._schedule = Schedule(self._cache, max_ranks)
         self._wake = wake
         self._chunk_beside_rows, self._chunk_alone = chunk_beside_rows, chunk_alone
         self._speculation, self._interruption = speculation, interruption

@@ -116,7 +116,7 @@ class Schedule:
         """Whether its blocks are there, with one to spare for every sample that will want, and may have, another."""
         if len(self.rows) + sum(len(j.rows) for j in self.jobs) + len(job.rows) > MAX_ALL_ROWS:
             return False
-        if self.running and self._ranks_with(job) > self._max_ranks:
+        if job.request.adapter is not None and self.running and self._ranks_with(job) > self._max_ranks:
             return False
         if not job.cached:
             return True
