@@ -50,7 +50,8 @@ struct Target {
     void* data = nullptr;          // null: unknown
     int64_t stride = 0, size = 0;  // bytes of a row and of an element
 
-    // Asks for the lines of columns [j, j + cols) of the first `rows` rows, to be written.
+    // Asks for the lines of columns [j, j + cols) of the first `rows` rows, to be written, at once. Where rows begin
+    // inside a line, the last one is left out: the columns after these may be another thread's just now.
     __attribute__((always_inline)) void fetch(int64_t j, int64_t rows, int64_t cols) const {
         for (int64_t i = 0; i < rows; ++i) {
             const char* row = static_cast<const char*>(data) + i * stride + j * size;
