@@ -8,6 +8,7 @@
 // (depth()), and rows of A and c exist up to a multiple of 16. "Zipping" turns rows of B's contracted index into words:
 // out[r / 2][c] = (row r [c], row r + 1 [c]).
 #pragma once
+#include "panels.h"  // Rows
 #include "simd/bf16.h"
 
 namespace mint {
@@ -88,7 +89,7 @@ struct Tile {
         if constexpr (kTiles) {
             for (int64_t i = 0; i < m; i += 32)
                 for (int64_t j = 0; j < n; j += 32)
-                    I::multiply_tiles(m - i, n - j, reinterpret_cast<const char*>(a + i * lda), lda * 4, 64, nullptr,
+                    I::multiply_tiles(m - i, n - j, Rows{reinterpret_cast<const char*>(a + i * lda), lda * 4, false},
                                       b + j, ldb, c + i * ldc + j, ldc, k / 16, accumulate, [] {});
         } else {
             for (; k > kDepth; k -= kDepth, a += kDepth, b += kDepth * ldb, accumulate = true)

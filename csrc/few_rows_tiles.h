@@ -1,7 +1,9 @@
 // few_rows.h in tiles: the weight's rows are the left operand, straight from memory, x's rows the columns of the right
-// one, packed once for a product. The sums are turned at the end.
+// one, packed once for a product. The sums are turned at the end. (Of a weight whose words are kept:
+// few_rows_panels.h.)
 #pragma once
 #include "few_rows.h"
+#include "few_rows_panels.h"
 
 namespace mint {
 
@@ -16,7 +18,16 @@ class FewRows<S, T, true> {
 
     FewRows(const WeightRows<T>& w, const T* x, int64_t stride, int64_t k, const RowGroup<T>* groups, int64_t n_groups,
             int64_t buffers)
-        : groups_(groups), n_groups_(n_groups), rows_(groups[n_groups - 1].end), k_(k), base_(k) {
+        : groups_(groups),
+          n_groups_(n_groups),
+          rows_(groups[n_groups - 1].end),
+          k_(k),
+          base_(k),
+          reads_words_(w.words != nullptr) {
+        if (reads_words_) {
+            panels_.prepare(x, stride, k, groups, n_groups, buffers);
+            return;
+        }
         for (int64_t g = 0; g < n_groups; ++g)
             if (groups[g].width > 0 && w.scales == nullptr) base_ = k / kK * kK;  // W's last step goes on with B
         ld_ = ceil_div(rows_, 16) * 16;
@@ -41,21 +52,17 @@ class FewRows<S, T, true> {
                 to += pack(x + i * stride + base_, stride, min64(16, groups[g].end - i), tail(groups[g]), 16, to);
     }
 
-    float* sums(int64_t buffer = 0) const { return sums_ + buffer * C * ld_; }
+    float* sums(int64_t buffer = 0) const { return reads_words_ ? panels_.sums(buffer) : sums_ + buffer * C * ld_; }
     static int64_t prefetch_calls(const WeightRows<T>&, int64_t rows, int64_t k) {
         return ceil_div(k, kK) * ceil_div(rows, 32);
     }
 
     void multiply(const WeightRows<T>& w, int64_t first, int64_t cols, float* c, Prefetch* next) const {
+        if (reads_words_) return panels_.multiply(w, first, cols, c, next);
         const int64_t steps = ceil_div(base_, kK), m = cols > 16 ? 32 : 16;
         const auto each = [=]() __attribute__((always_inline)) { next->some(); };
         if (steps == 0) std::memset(turned_, 0, size_t(C * ld_) * sizeof(float));
-        if (w.words != nullptr) {
-            const Rows a = kept(w.panel(first));
-            for (int64_t g = 0; g < n_groups_; ++g) groups_[g].fetch(w, first, cols, kTileWords, C);
-            TilesAhead ahead(a.data, w.words_depth / kTileWords, ceil_div(rows_, 32), next);
-            columns(m, a, 0, steps, false, [&]() __attribute__((always_inline)) { ahead.some(); });
-        } else if (w.scales == nullptr && cols % 16 == 0) {
+        if (w.scales == nullptr && cols % 16 == 0) {
             const int64_t rest = base_ % kK;
             if (rest > 0) stage(w, first, cols, base_ - rest, rest, kK, last_);
             const char* a = reinterpret_cast<const char*>(static_cast<const T*>(w.data) + first * w.stride);
@@ -79,44 +86,6 @@ class FewRows<S, T, true> {
     }
 
   private:
-    static constexpr int64_t kKept = C * kTileWords * 4;  // bytes of a step of kept words
-
-    // A panel of kept words as the left operand.
-    static Rows kept(const uint32_t* panel) {
-        Rows rows{reinterpret_cast<const char*>(panel), 64, false};
-        rows.step = kKept;
-        return rows;
-    }
-
-    // Fetches a panel of `steps` steps of kept words: of one block of x's rows a few steps ahead, into L1. Of more the
-    // panel after it, into L2, by all blocks: else memory would rest while all but the first are multiplied.
-    struct TilesAhead {
-        static constexpr int64_t kSteps = 4, kFar = int64_t(1) << 40;
-
-        const char *at, *end;  // of what is fetched
-        const char* then;
-        int64_t share;
-        Prefetch* next;
-
-        TilesAhead(const char* panel, int64_t steps, int64_t blocks, Prefetch* next)
-            : at(panel + kSteps * kKept), end(panel + steps * kKept), then(next->then), share(kKept), next(next) {
-            if (blocks > 1) at = end, share = ceil_div(ceil_div(kKept, blocks), 64) * 64;
-        }
-        __attribute__((always_inline)) void some() {
-            next->also.some<false>();
-            if (at >= end) {
-                if (then == nullptr) return;
-                at = then + (at - end), end = at + kFar, then = nullptr;
-            }
-            if (share == kKept) {
-                for (int64_t b = 0; b < kKept; b += 64) __builtin_prefetch(at + b, 0, 3);
-            } else {
-                for (int64_t b = 0; b < share; b += 64) __builtin_prefetch(at + b, 0, 2);
-            }
-            at += share;
-        }
-    };
-
     int64_t tail(const RowGroup<T>& g) const { return k_ - base_ + g.width; }
 
     // Rows of x as columns of tiles, `width` (16 or 32, less where the rows end) a row of pairs. Returns the words
@@ -151,8 +120,7 @@ class FewRows<S, T, true> {
         const uint32_t* b = packed_;
         for (int64_t i = 0; i < rows_; i += 32) {
             const int64_t width = rows_ - i > 16 ? 32 : 16;
-            S::multiply_tiles(m, width, a.data, a.stride, a.step, a.tail, b + s * 16 * width, width, turned_ + i, ld_,
-                              steps, accumulate, each);
+            S::multiply_tiles(m, width, a, b + s * 16 * width, width, turned_ + i, ld_, steps, accumulate, each);
             b += ceil_div(base_, kK) * 16 * width;
         }
     }
@@ -160,21 +128,13 @@ class FewRows<S, T, true> {
     // The group's rows go on with what is left of W and with its B; returns the packed S of the next group.
     const uint32_t* add_tail(const WeightRows<T>& w, const RowGroup<T>& g, int64_t first, int64_t cols, int64_t m,
                              const uint32_t* b) const {
-        const int64_t rest = k_ - base_, steps = ceil_div(tail(g), kK), stride = steps * kK;
-        Rows left{reinterpret_cast<const char*>(stage_), stride * int64_t(sizeof(T)), false};
-        Range mine{0, steps};
-        if (w.words != nullptr && g.words != nullptr && rest == 0) {
-            const Range words = g.own(w, first, cols, kTileWords);
-            mine = {words.begin / kTileWords, words.end / kTileWords};
-            left = kept(g.panel(w, first) + words.begin * C);
-        } else {
-            stage_tail(w, g, first, cols, m, stride);
-        }
+        const int64_t steps = ceil_div(tail(g), kK), stride = steps * kK;
+        const Rows left{reinterpret_cast<const char*>(stage_), stride * int64_t(sizeof(T)), false};
+        stage_tail(w, g, first, cols, m, stride);
         for (int64_t i = g.begin; i < g.end; i += 16, b += steps * 16 * 16) {
             const int n = int(min64(16, g.end - i));
             for (int64_t j = 0; j < m; ++j) S::store(own_ + j * 16, S::load_n(turned_ + j * ld_ + i, n));
-            S::multiply_tiles(m, 16, left.data, left.stride, left.step, nullptr, b + mine.begin * 16 * 16, 16, own_, 16,
-                              mine.end - mine.begin, true, [] {});
+            S::multiply_tiles(m, 16, left, b, 16, own_, 16, steps, true, [] {});
             for (int64_t j = 0; j < m; ++j) S::store_n(turned_ + j * ld_ + i, S::load(own_ + j * 16), n);
         }
         return b;
@@ -207,6 +167,8 @@ class FewRows<S, T, true> {
     uint32_t *packed_, *tails_;
     T *stage_, *last_;
     float *sums_, *turned_, *own_;
+    bool reads_words_;
+    FewRowsPanels<S, T> panels_;
 };
 
 }  // namespace mint

@@ -179,20 +179,8 @@ void transposed_words(const char* rows, int64_t stride, int64_t real, int64_t wo
     }
 }
 
-// The same in the order of tiles: kTileWords words of every row, as many again of every row and so on.
-constexpr int64_t kTileWords = 16;
-inline void tiled_words(const char* rows, int64_t stride, int64_t real, int64_t words, int64_t columns,
-                        uint32_t* panel) {
-    for (int64_t w = 0; w < words; w += kTileWords)
-        for (int64_t l = 0; l < columns; ++l, panel += kTileWords) {
-            const int64_t n = l < real ? min64(kTileWords, words - w) : 0;
-            if (n > 0) std::memcpy(panel, rows + l * stride + 4 * w, size_t(n) * 4);
-            if (n < kTileWords) std::memset(panel + n, 0, size_t(kTileWords - n) * 4);
-        }
-}
-
-// to = the words of n weight rows of k elements, k even, panel by panel; zeros where the last panel has no row and, in
-// tiles, beyond k.
+// to = the words of n weight rows of k elements, k even, panel by panel, each as pack_panel would make it: zeros where
+// the last one has no row and, in tiles, beyond k.
 template <class S, class T>
 void weight_words(const T* weight, int64_t stride, int64_t n, int64_t k, uint32_t* to) {
     const char* op = "weight_words";
@@ -206,12 +194,8 @@ void weight_words(const T* weight, int64_t stride, int64_t n, int64_t k, uint32_
 #pragma omp parallel for schedule(static) if (n * k > kSerialWork)
         for (int64_t p = 0; p < panels; ++p) {
             const char* rows = reinterpret_cast<const char*>(weight + p * C * stride);
-            const int64_t real = min64(C, n - p * C);
-            if constexpr (Panel<S, T>::kTiles) {
-                tiled_words(rows, stride * kSize, real, k / 2, C, to + p * size);
-            } else {
-                transposed_words<S>(rows, stride * kSize, real, k / 2, C, to + p * size);
-            }
+            transposed_words<S>(rows, stride * kSize, min64(C, n - p * C), k / 2, C, to + p * size);
+            std::memset(to + p * size + C * (k / 2), 0, size_t(size - C * (k / 2)) * 4);
         }
     }
 }

@@ -95,8 +95,8 @@ void multiply_rows(Rows a, int64_t rows, const typename Panel<S, T>::P* b, int64
     constexpr int kCols = Q::kCols;
     if constexpr (Q::kTiles) {
         for (int64_t j = 0; j < cols; j += kCols)
-            S::multiply_tiles(rows, cols - j, a.data, a.stride, a.step, a.tail, b + j * depth, kCols, c + j, ldc,
-                              depth / Q::kUnit, accumulate, [=]() __attribute__((always_inline)) { next->some(); });
+            S::multiply_tiles(rows, cols - j, a, b + j * depth, kCols, c + j, ldc, depth / Q::kUnit, accumulate,
+                              [=]() __attribute__((always_inline)) { next->some(); });
     } else {
         for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
             const int64_t step = min64(kDepth, depth - k0);

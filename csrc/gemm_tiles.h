@@ -86,8 +86,7 @@ void gemm_tiles(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_co
                     for (int64_t j = 0; j < cols; j += kC) {
                         const int64_t wide = min64(kC, cols - j);
                         if (last) next.writes = target.lines(i0 + i, j0 + j, count, wide, depth / Q::kUnit);
-                        S::multiply_tiles(count, wide, some.data, some.stride, some.step, some.tail, pb + j * depth, kC,
-                                          c, kC, depth / Q::kUnit, k0 > 0,
+                        S::multiply_tiles(count, wide, some, pb + j * depth, kC, c, kC, depth / Q::kUnit, k0 > 0,
                                           [&]() __attribute__((always_inline)) { next.some(); });
                         if (last)
                             for (int64_t r = 0; r < count; ++r) out(i0 + i + r, j0 + j, wide, c + r * kC);

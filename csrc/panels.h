@@ -4,7 +4,8 @@
 // it is packed. The right operand goes into panels of kCols columns, k-major: element (kk, j) at kk * kCols + j, zeros
 // beyond the edge. The left operand is read row by row, from where it is if its k is contiguous (a row of bf16 is a row
 // of pairs), else from a copy. Tiles (S::kTiles) come in whole ones: copies are padded with zeros to kUnit elements of
-// k and kRows rows, and of rows that stay in place the last elements and the last rows are copied.
+// k, and of rows that stay in place the last elements and the last rows are copied. There is room for kRows rows, but
+// those beyond the last are undefined: so are their sums, which nobody reads.
 #pragma once
 #include <type_traits>
 
@@ -36,7 +37,6 @@ struct Rows {
     const char* tail = nullptr;  // if not null, where the last kUnit elements are, rows of 64 bytes
     const char* edge = nullptr;  // if not null, where the rows from edge_from on are, padded
     int64_t edge_from = 0, edge_stride = 0;
-    int64_t step = 64;  // bytes from kUnit elements to the next: more where a weight is kept in tiles
 
     // Rows i and on, i a multiple of kRows.
     Rows at(int64_t i) const {
@@ -166,7 +166,6 @@ Rows tile_rows(const T* src, int64_t stride_r, int64_t n, int64_t k, Slot slot) 
             std::memcpy(to, src + (n - edge + r) * stride_r, size_t(k) * sizeof(T));
             std::memset(to + k, 0, size_t(padded - k) * sizeof(T));
         }
-        std::memset(to, 0, size_t((Q::kRows - edge) * padded) * sizeof(T));
     }
     return rows;
 }

@@ -75,12 +75,12 @@ struct Amx : Avx512Bf16 {
         }
     }
 
-    // c[16 M][ldc] = (accumulate ? c : 0) + a b over `steps` steps of 16 pairs: 16 M rows of a, `a_stride` bytes apart,
-    // 16 N columns of b, rows ldb words apart. A step of a lies `a_step` bytes after the one before: 64, or it is kept
-    // in tiles. The last one is at `tail`, rows of 64 bytes, unless that is null. each() is called once a step.
-    template <int M, int N, class Each>
-    static void multiply_tiles(const char* a, int64_t a_stride, int64_t a_step, const char* tail, const uint32_t* b,
-                               int64_t ldb, float* c, int64_t ldc, int64_t steps, bool accumulate, Each each) {
+    // c[16 M][ldc] = (accumulate ? c : 0) + x b over `steps` steps of 16 pairs: 16 M rows of x (Rows, panels.h), 16 N
+    // columns of b, rows ldb words apart. each() is called once a step.
+    template <int M, int N, class Rows, class Each>
+    static void multiply_tiles(const Rows& x, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int64_t steps,
+                               bool accumulate, Each each) {
+        const char* a = x.data;
         const int64_t stride = ldc * 4;
         if (accumulate) {
             load_tile<0>(c, stride);
@@ -90,12 +90,12 @@ struct Amx : Avx512Bf16 {
         } else {
             zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
         }
-        if (tail != nullptr) --steps;
-        for (int64_t s = 0; s < steps; ++s, a += a_step, b += 16 * ldb) {
+        if (x.tail != nullptr) --steps;
+        for (int64_t s = 0; s < steps; ++s, a += 64, b += 16 * ldb) {
             each();
-            multiply_step<M, N>(a, a_stride, b, ldb * 4);
+            multiply_step<M, N>(a, x.stride, b, ldb * 4);
         }
-        if (tail != nullptr) multiply_step<M, N>(tail, 64, b, ldb * 4);
+        if (x.tail != nullptr) multiply_step<M, N>(x.tail, 64, b, ldb * 4);
         store_tile<0>(c, stride);
         if constexpr (N == 2) store_tile<1>(c + 16, stride);
         if constexpr (M == 2) store_tile<2>(c + 16 * ldc, stride);
@@ -103,13 +103,11 @@ struct Amx : Avx512Bf16 {
     }
 
     // The same for m <= 32 rows and n <= 32 columns, computed in whole tiles of 16.
-    template <class Each>
-    MINT_INLINE void multiply_tiles(int64_t m, int64_t n, const char* a, int64_t a_stride, int64_t a_step,
-                                    const char* tail, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                                    int64_t steps, bool accumulate, Each each) {
+    template <class Rows, class Each>
+    MINT_INLINE void multiply_tiles(int64_t m, int64_t n, const Rows& x, const uint32_t* b, int64_t ldb, float* c,
+                                    int64_t ldc, int64_t steps, bool accumulate, Each each) {
         const auto some = [&](auto rows, auto columns) __attribute__((always_inline)) {
-            multiply_tiles<decltype(rows)::value, decltype(columns)::value>(a, a_stride, a_step, tail, b, ldb, c, ldc,
-                                                                            steps, accumulate, each);
+            multiply_tiles<decltype(rows)::value, decltype(columns)::value>(x, b, ldb, c, ldc, steps, accumulate, each);
         };
         constexpr std::integral_constant<int, 1> one;
         constexpr std::integral_constant<int, 2> two;

@@ -10,7 +10,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Words:
     """Pairs of bfloat16 that are neighbours in k, of ``columns`` rows of the weight at a time: a pair of each row, the
-    next of each and so on; with AMX 16 pairs of each, zeros after the last.
+    next of each and so on; with AMX up to a multiple of 16 pairs, zeros after the last.
 
     ``parts``: int32, of all rows; or of either half of them, where a step multiplies them side by side (gate and up).
     """

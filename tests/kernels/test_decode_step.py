@@ -340,12 +340,11 @@ def test_words_are_the_weight_in_another_order(isa: str) -> None:
         assert (words is None) == (isa not in WITH_WORDS)
         if words is None:
             return
-        columns, tiles = words.columns, isa == "amx"
-        # Pairs of all rows of a panel, or in tiles 32 elements of each.
-        step = 32 if tiles else 2
-        steps = -(-k // step)
-        panels = words.parts[0].view(torch.bfloat16).view(-1, steps, columns, step)
-        rows = panels.permute(0, 2, 1, 3).reshape(-1, steps * step)
+        # A pair of each row of a panel, then the next of each; in tiles whole steps of 16.
+        pairs = words.parts[0].numel() // (-(-n // words.columns) * words.columns)
+        assert pairs == (-(-k // 32) * 16 if isa == "amx" else k // 2)
+        panels = words.parts[0].view(torch.bfloat16).view(-1, pairs, words.columns, 2)
+        rows = panels.permute(0, 2, 1, 3).reshape(-1, 2 * pairs)
         assert torch.equal(rows[:n, :k], weight)
         assert not rows[n:].any()
         assert not rows[:, k:].any()
