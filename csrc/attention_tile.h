@@ -90,7 +90,7 @@ struct Tile {
             for (int64_t i = 0; i < m; i += 32)
                 for (int64_t j = 0; j < n; j += 32)
                     I::multiply_tiles(m - i, n - j, Rows{reinterpret_cast<const char*>(a + i * lda), lda * 4, false},
-                                      b + j, ldb, c + i * ldc + j, ldc, k / 16, accumulate, [] {});
+                                      {b + j, ldb}, c + i * ldc + j, ldc, k / 16, accumulate, [] {});
         } else {
             for (; k > kDepth; k -= kDepth, a += kDepth, b += kDepth * ldb, accumulate = true)
                 multiply(a, lda, b, ldb, c, ldc, m, n, kDepth, accumulate);

@@ -18,6 +18,8 @@ struct Bordered {
     int64_t stride;
     const T* bias;
     int64_t n, k, modules, rows[3];
+    const uint32_t* words;  // of W, in panels of so many columns; null: none are kept
+    int64_t word_columns;
 
     const T* a(int64_t offset) const { return buf + (n + modules * offset) * stride; }
     // B of module j, whose first row is `row`.
@@ -175,7 +177,9 @@ void accumulate_a(const Bordered<T>& w, const Seats& seats, T* dy, int64_t strid
 // out [rows, n] from x [rows, k + tail], whose tail is filled.
 template <class S, class T>
 void forward(const Bordered<T>& w, const Seats& seats, const T* x, int64_t stride, T* out, int64_t rows) {
-    matmul<S, T>(x, stride, w.buf, w.stride, 1, w.bias, out, w.n, rows, w.n, w.k + seats.border(w), 1.0f);
+    KeptWords words;
+    if (kReadsWords<S, T> && w.word_columns == FewRows<S, T>::C) words = {w.words, w.k};
+    matmul_kept<S, T>(x, stride, w.buf, w.stride, 1, w.bias, out, w.n, rows, w.n, w.k + seats.border(w), 1.0f, words);
     if (!seats.joined) expand<S, T>(w, seats, x, stride, out);
 }
 

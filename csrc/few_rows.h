@@ -247,13 +247,16 @@ class FewRows<S, T, false> {
 
 namespace mint {
 
-// out(i, j, count, values) for pieces of every row of x [rows, k] @ weight [n, k]^T, values padded to a vector.
+// out(i, j, count, values) for pieces of every row of x [rows, k] @ weight [n, k]^T, values padded to a vector. words:
+// what is kept of the weight; what it goes on with is a tail of all rows.
 template <class S, class T, class Out>
-void few_rows(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t rows, int64_t n, int64_t k, Out out) {
+void few_rows(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t rows, int64_t n, int64_t k, Out out,
+              KeptWords words = {}) {
     using X = FewRows<S, T>;
-    const int64_t panels = ceil_div(n, X::C);
-    const RowGroup<T> all{0, rows, nullptr, 0, 0};
-    const WeightRows<T> weight{w, w_stride, nullptr};
+    const int64_t panels = ceil_div(n, X::C), border = words.data == nullptr ? 0 : k - words.k;
+    k -= border;
+    const RowGroup<T> all{0, rows, w + k, w_stride, border};
+    const WeightRows<T> weight{w, w_stride, nullptr, words.data, 0, word_depth<S, T>(k)};
 #pragma omp parallel if (panels > 1 && n * k > kSerialWork * 2)
     {
         const Range mine = my_rows(panels);

@@ -87,7 +87,7 @@ class FewRowsPanels {
         for (int64_t g = 0; g < n_groups_; ++g) groups_[g].fetch(w, first, cols, kTileWords, C);
         TilesAhead ahead(panel, kTileWords * C * 4, w.words_depth / kTileWords, ceil_div(rows_, kRows), next);
         for (int64_t i = 0; i < rows_; i += kRows)
-            S::multiply_tiles(min64(kRows, rows_ - i), cols, left_.at(i), panel, C, c + i * C, C, ceil_div(base_, kK),
+            S::multiply_tiles(min64(kRows, rows_ - i), cols, left_.at(i), {panel, C}, c + i * C, C, ceil_div(base_, kK),
                               false, [&]() __attribute__((always_inline)) { ahead.some(); });
         const T* s = tails_;
         for (const RowGroup<T>* g = groups_; g < groups_ + n_groups_; ++g)
@@ -124,7 +124,7 @@ class FewRowsPanels {
             // A tile's other rows are those of another group.
             float* to = n % 16 == 0 ? c + i * C : own_;
             if (to == own_) std::memcpy(own_, c + i * C, size_t(n * C) * sizeof(float));
-            S::multiply_tiles(n, cols, left, panel, C, to, C, (mine.end - mine.begin) / kTileWords, true, [] {});
+            S::multiply_tiles(n, cols, left, {panel, C}, to, C, (mine.end - mine.begin) / kTileWords, true, [] {});
             if (to == own_) std::memcpy(c + i * C, own_, size_t(n * C) * sizeof(float));
         }
     }

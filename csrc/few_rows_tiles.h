@@ -120,7 +120,7 @@ class FewRows<S, T, true> {
         const uint32_t* b = packed_;
         for (int64_t i = 0; i < rows_; i += 32) {
             const int64_t width = rows_ - i > 16 ? 32 : 16;
-            S::multiply_tiles(m, width, a, b + s * 16 * width, width, turned_ + i, ld_, steps, accumulate, each);
+            S::multiply_tiles(m, width, a, {b + s * 16 * width, width}, turned_ + i, ld_, steps, accumulate, each);
             b += ceil_div(base_, kK) * 16 * width;
         }
     }
@@ -134,7 +134,7 @@ class FewRows<S, T, true> {
         for (int64_t i = g.begin; i < g.end; i += 16, b += steps * 16 * 16) {
             const int n = int(min64(16, g.end - i));
             for (int64_t j = 0; j < m; ++j) S::store(own_ + j * 16, S::load_n(turned_ + j * ld_ + i, n));
-            S::multiply_tiles(m, 16, left, b, 16, own_, 16, steps, true, [] {});
+            S::multiply_tiles(m, 16, left, {b, 16}, own_, 16, steps, true, [] {});
             for (int64_t j = 0; j < m; ++j) S::store_n(turned_ + j * ld_ + i, S::load(own_ + j * 16), n);
         }
         return b;

@@ -8,9 +8,6 @@
 
 namespace mint {
 
-constexpr int64_t kDepth =
-    128;  // elements summed in registers at a time: with 256, fp32 errors were 1.2 to 1.4 times MKL's
-
 // c[M][ldc] (+)= M rows * Nv vectors of columns of a panel, over `depth` elements. Not unrolled before it looks at acc,
 // GCC 12 writes the zeros to the stack, and the sums.
 template <class S, class T, int M, int Nv>
@@ -89,13 +86,13 @@ MINT_INLINE void tile_of(int64_t m, int64_t nv, Rows a, const typename Panel<S, 
 // c[rows][ldc] (+)= rows * panels of `depth` elements for at most kRows rows; columns come out padded to whole vectors,
 // in tiles the rows too, to 16.
 template <class S, class T>
-void multiply_rows(Rows a, int64_t rows, const typename Panel<S, T>::P* b, int64_t cols, int64_t depth, float* c,
-                   int64_t ldc, bool accumulate, Prefetch* next) {
+void multiply_rows(Rows a, int64_t rows, const RightPanels<S, T>& b, int64_t cols, int64_t depth, float* c, int64_t ldc,
+                   bool accumulate, Prefetch* next) {
     using Q = Panel<S, T>;
     constexpr int kCols = Q::kCols;
     if constexpr (Q::kTiles) {
         for (int64_t j = 0; j < cols; j += kCols)
-            S::multiply_tiles(rows, cols - j, a, b + j * depth, kCols, c + j, ldc, depth / Q::kUnit, accumulate,
+            S::multiply_tiles(rows, cols - j, a, tile_panel(b, j, depth), c + j, ldc, depth / Q::kUnit, accumulate,
                               [=]() __attribute__((always_inline)) { next->some(); });
     } else {
         for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
@@ -103,8 +100,8 @@ void multiply_rows(Rows a, int64_t rows, const typename Panel<S, T>::P* b, int64
             const Rows part = {a.data + 4 * k0, a.stride, a.half && k0 + step == depth};
             for (int64_t j = 0; j < cols; j += kCols) {
                 next->some();
-                tile_of<S, T>(rows, ceil_div(min64(kCols, cols - j), S::W), part, b + j * depth + k0 * kCols, step,
-                              c + j, ldc, accumulate || k0 > 0);
+                tile_of<S, T>(rows, ceil_div(min64(kCols, cols - j), S::W), part, b.at(j, k0, depth), step, c + j, ldc,
+                              accumulate || k0 > 0);
             }
         }
     }
@@ -119,11 +116,11 @@ int64_t prefetch_calls(int64_t rows, int64_t cols, int64_t depth) {
 
 // The product of gemm, straight: panels of B, rows of A.
 template <class S, class T, class Out>
-void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
-                   int64_t k, Out out, Target target) {
+void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const RightOperand<S, T>& b, int64_t m, int64_t n, Out out,
+                   Target target) {
     using Q = Panel<S, T>;
     // Two panels a tile, so that rows are fetched half as often; four where each tile packs its rows too.
-    const int64_t most = min64(max64(Q::depth(k), 1), 8 * kDepth), widest = Q::kInPlace && a_k == 1 ? 2 : 4;
+    const int64_t k = b.k, most = min64(max64(Q::depth(k), 1), 8 * kDepth), widest = Q::kInPlace && a_k == 1 ? 2 : 4;
     const Tiling tile = tiles_of<Q>(m, n, most, 512, widest);
     const int64_t block = tile.depth * Q::kStep, col_tiles = ceil_div(n, tile.cols);
     const int64_t tiles = ceil_div(m, tile.rows) * col_tiles;
@@ -133,6 +130,7 @@ void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b
 #pragma omp parallel if (tiles > 1 && m * n * k > kSerialWork * 16)
     {
         Rows left{};
+        RightPanels<S, T> right(nullptr);
         int64_t packed_row = -1, packed_col = -1;  // of one block: which tile's rows and panels this thread has
         for_claimed(tiles, claimed, [&](int64_t t, int64_t following) {
             const int64_t i0 = t / col_tiles * tile.rows, j0 = t % col_tiles * tile.cols;
@@ -145,23 +143,22 @@ void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b
                 const bool last = k0 + step == k;
                 if (!one_block || packed_row != i0)
                     left = left_rows<S, T>(a + i0 * a_row + k0 * a_k, a_row, a_k, rows, step, Slot::kPanelsA);
-                if (!one_block || packed_col != j0)
-                    pack_panels<S, T>(b + j0 * b_col + k0 * b_k, b_col, b_k, cols, step, pb);
+                if (!one_block || packed_col != j0) right = b.block(j0, cols, k0, step, pb);
                 packed_row = i0, packed_col = j0;
                 // Fetching ahead pays where there are few rows to hide behind; large fp32 panels would only push each
                 // other out of L2.
                 Prefetch next;
                 if ((!last || following < tiles) && (Q::kPairs || rows < 256)) {
                     const int64_t j1 = last ? following % col_tiles * tile.cols : j0, k1 = last ? 0 : k0 + step;
-                    next.reads = panels_ahead(b + j1 * b_col + k1 * b_k, b_col, b_k, min64(tile.cols, n - j1),
-                                              min64(block, k - k1), prefetch_calls<S, T>(rows, cols, depth));
+                    b.fetch(&next, j1, min64(tile.cols, n - j1), k1, min64(block, k - k1),
+                            prefetch_calls<S, T>(rows, cols, depth));
                 }
                 for (int64_t i = 0; i < rows; i += Q::kRows) {
                     const int64_t count = min64(Q::kRows, rows - i);
                     float* ci = one_block ? c : c + i * tile.cols;
                     if (last)
                         next.writes = target.lines(i0 + i, j0, count, cols, prefetch_calls<S, T>(count, cols, depth));
-                    multiply_rows<S, T>(left.at(i), count, pb, cols, depth, ci, tile.cols, k0 > 0, &next);
+                    multiply_rows<S, T>(left.at(i), count, right, cols, depth, ci, tile.cols, k0 > 0, &next);
                     if (last)
                         for (int64_t r = 0; r < count; ++r) out(i0 + i + r, j0, cols, ci + r * tile.cols);
                 }
@@ -224,17 +221,18 @@ void gemm_turned(const T* a, int64_t a_row, const T* b, int64_t b_col, int64_t m
 
 // C = A * B: A is [m, k] with element (i, kk) at a[i * a_row + kk * a_k], B is [k, n] with element (kk, j) at
 // b[j * b_col + kk * b_k]. Each finished piece of a row goes to out(i, j, count, values), values padded to a vector;
-// target, if known, is where that writes: tiles fetch it before.
+// target, if known, is where that writes: tiles fetch it before. words: what is kept of B, whose b_k is 1 then.
 template <class S, class T, class Out>
 void gemm(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
-          int64_t k, Out out, Target target = {}) {
+          int64_t k, Out out, Target target = {}, KeptWords words = {}) {
     if (m == 0 || n == 0) return;
+    const RightOperand<S, T> right{b, b_col, b_k, k, words};
     if constexpr (Panel<S, T>::kTiles) {
-        if (a_k == 1 && b_k == 1 && better_turned<S, T>(m, n, k))
+        if (words.data == nullptr && a_k == 1 && b_k == 1 && better_turned<S, T>(m, n, k))
             return gemm_turned<S, T>(a, a_row, b, b_col, m, n, k, out, target);
-        gemm_tiles<S, T>(a, a_row, a_k, b, b_col, b_k, m, n, k, out, target);
+        gemm_tiles<S, T>(a, a_row, a_k, right, m, n, out, target);
     } else {
-        gemm_straight<S, T>(a, a_row, a_k, b, b_col, b_k, m, n, k, out, target);
+        gemm_straight<S, T>(a, a_row, a_k, right, m, n, out, target);
     }
 }
 

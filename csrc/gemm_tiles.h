@@ -41,12 +41,21 @@ Tiling tile_cut(int64_t m, int64_t n, int64_t k) {
     return tiles_of<Q>(m, n, depth, (int64_t(900) << 10) / row_bytes, kWide);
 }
 
+// A panel as multiply_tiles takes it.
+template <class S, class T>
+MINT_INLINE typename S::Columns tile_panel(const RightPanels<S, T>& b, int64_t j, int64_t depth) {
+    constexpr int64_t kCols = Panel<S, T>::kCols, kUnit = Panel<S, T>::kUnit;
+    if (b.whole == 0) return {b.at(j, 0, depth), kCols};
+    return {b.at(j, 0, depth), kCols, b.whole / kUnit, b.at(j, b.whole, depth)};
+}
+
 // The product of gemm (gemm.h).
 template <class S, class T, class Out>
-void gemm_tiles(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
-                int64_t k, Out out, Target target) {
+void gemm_tiles(const T* a, int64_t a_row, int64_t a_k, const RightOperand<S, T>& b, int64_t m, int64_t n, Out out,
+                Target target) {
     using Q = Panel<S, T>;
     constexpr int64_t kR = Q::kRows, kC = Q::kCols;
+    const int64_t k = b.k;
     const Tiling cut = tile_cut<Q>(m, n, k);
     const int64_t block = cut.depth * Q::kStep, col_tiles = ceil_div(n, cut.cols);
     const int64_t tiles = ceil_div(m, cut.rows) * col_tiles;
@@ -57,6 +66,7 @@ void gemm_tiles(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_co
     {
         const typename S::Tiles registers;
         Rows left{};
+        RightPanels<S, T> right(nullptr);
         int64_t packed_row = -1, packed_col = -1;  // of one block: which tile's rows and panels this thread has
         for_claimed(tiles, claimed, [&](int64_t t, int64_t following) {
             const int64_t i0 = t / col_tiles * cut.rows, j0 = t % col_tiles * cut.cols;
@@ -69,15 +79,13 @@ void gemm_tiles(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_co
                 const bool last = k0 + step == k;
                 if (!one_block || packed_row != i0)
                     left = left_rows<S, T>(a + i0 * a_row + k0 * a_k, a_row, a_k, rows, step, Slot::kPanelsA);
-                if (!one_block || packed_col != j0)
-                    pack_panels<S, T>(b + j0 * b_col + k0 * b_k, b_col, b_k, cols, step, pb);
+                if (!one_block || packed_col != j0) right = b.block(j0, cols, k0, step, pb);
                 packed_row = i0, packed_col = j0;
                 const int64_t calls = ceil_div(rows, kR) * ceil_div(cols, kC) * (depth / Q::kUnit);
                 Prefetch next;
                 if (!last || following < tiles) {
                     const int64_t j1 = last ? following % col_tiles * cut.cols : j0, k1 = last ? 0 : k0 + step;
-                    next.reads = panels_ahead(b + j1 * b_col + k1 * b_k, b_col, b_k, min64(cut.cols, n - j1),
-                                              min64(block, k - k1), calls);
+                    b.fetch(&next, j1, min64(cut.cols, n - j1), k1, min64(block, k - k1), calls);
                 }
                 float* c = sums;
                 for (int64_t i = 0; i < rows; i += kR) {
@@ -86,8 +94,8 @@ void gemm_tiles(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_co
                     for (int64_t j = 0; j < cols; j += kC) {
                         const int64_t wide = min64(kC, cols - j);
                         if (last) next.writes = target.lines(i0 + i, j0 + j, count, wide, depth / Q::kUnit);
-                        S::multiply_tiles(count, wide, some, pb + j * depth, kC, c, kC, depth / Q::kUnit, k0 > 0,
-                                          [&]() __attribute__((always_inline)) { next.some(); });
+                        S::multiply_tiles(count, wide, some, tile_panel(right, j, depth), c, kC, depth / Q::kUnit,
+                                          k0 > 0, [&]() __attribute__((always_inline)) { next.some(); });
                         if (last)
                             for (int64_t r = 0; r < count; ++r) out(i0 + i + r, j0 + j, wide, c + r * kC);
                         if (!one_block) c += kR * kC;

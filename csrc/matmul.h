@@ -8,10 +8,10 @@
 namespace mint {
 
 // out[M, N] = scale * (a[M, K] @ b[K, N]) + bias[N]; b's element (kk, j) is b[j * b_col + kk * b_k], one of the two
-// strides 1; bias may be null.
+// strides 1; bias may be null; words: see gemm.
 template <class S, class T>
-void matmul(const T* a, int64_t a_stride, const T* b, int64_t b_col, int64_t b_k, const T* bias, T* out,
-            int64_t out_stride, int64_t m, int64_t n, int64_t k, float scale) {
+void matmul_kept(const T* a, int64_t a_stride, const T* b, int64_t b_col, int64_t b_k, const T* bias, T* out,
+                 int64_t out_stride, int64_t m, int64_t n, int64_t k, float scale, KeptWords words) {
     const char* op = "matmul";
     check::row_stride(op, "a", a_stride, m, k);
     check::row_stride(op, "out", out_stride, m, n);
@@ -31,9 +31,17 @@ void matmul(const T* a, int64_t a_stride, const T* b, int64_t b_col, int64_t b_k
             S::store_n(row + v, x, lanes);
         });
     };
-    if (m <= kFewRows && b_k == 1) return few_rows<S, T>(a, a_stride, b, b_col, m, n, k, finish);
+    if (m <= kFewRows && b_k == 1) return few_rows<S, T>(a, a_stride, b, b_col, m, n, k, finish, words);
     if (better_long<S, T>(1, b_col, n, k)) return gemm_long<S, T>(a, a_stride, b, b_k, m, n, k, finish);
-    gemm<S, T>(a, a_stride, 1, b, b_col, b_k, m, n, k, finish, {out, out_stride * int64_t(sizeof(T)), sizeof(T)});
+    gemm<S, T>(a, a_stride, 1, b, b_col, b_k, m, n, k, finish, {out, out_stride * int64_t(sizeof(T)), sizeof(T)},
+               words);
+}
+
+// The same for a b of which nothing is kept.
+template <class S, class T>
+void matmul(const T* a, int64_t a_stride, const T* b, int64_t b_col, int64_t b_k, const T* bias, T* out,
+            int64_t out_stride, int64_t m, int64_t n, int64_t k, float scale) {
+    matmul_kept<S, T>(a, a_stride, b, b_col, b_k, bias, out, out_stride, m, n, k, scale, {});
 }
 
 }  // namespace mint

@@ -9,10 +9,13 @@
 #pragma once
 #include <type_traits>
 
-#include "parallel.h"
+#include "prefetch.h"
 #include "scratch.h"
 
 namespace mint {
+
+constexpr int64_t kDepth =
+    128;  // elements summed in registers at a time: with 256, fp32 errors were 1.2 to 1.4 times MKL's
 
 template <class S, class T>
 struct Panel {
@@ -201,5 +204,81 @@ Rows left_rows(const T* src, int64_t stride_r, int64_t stride_k, int64_t n, int6
             dst[r * depth + e] = padded_element<S, T>(src + r * stride_r, stride_k, e, k);
     return {reinterpret_cast<const char*>(dst), depth * 4, false};
 }
+
+// The words that are kept of a right operand's first k (few_rows_words.h): its panels, where elements are pairs.
+struct KeptWords {
+    const uint32_t* data = nullptr;  // null: none
+    int64_t k = 0;
+};
+
+// A right operand in panels of some depth, packed one after the other; or the first `whole` elements of each are kept,
+// and only what follows is packed.
+template <class S, class T>
+struct RightPanels {
+    using Q = Panel<S, T>;
+    using P = typename Q::P;
+
+    const P* packed = nullptr;
+    const P* kept = nullptr;
+    int64_t kept_depth = 0, whole = 0;
+
+    RightPanels(const P* packed) : packed(packed) {}
+
+    // Element kk of the panel that begins with column j.
+    const P* at(int64_t j, int64_t kk, int64_t depth) const {
+        if (kk < whole) return kept + j * kept_depth + kk * Q::kCols;
+        return packed + j * (depth - whole) + (kk - whole) * Q::kCols;
+    }
+};
+
+// A right operand [k, n] as gemm has it (gemm.h), by blocks.
+template <class S, class T>
+struct RightOperand {
+    using Q = Panel<S, T>;
+    const T* data;
+    int64_t stride_c, stride_k, k;
+    KeptWords words;
+
+    // `cols` columns from j on, and of them elements [k0, k0 + step) of k: what is not kept is packed into `to`.
+    RightPanels<S, T> block(int64_t j, int64_t cols, int64_t k0, int64_t step, typename Q::P* to) const {
+        RightPanels<S, T> panels(to);
+        panels.whole = whole(k0, step);
+        if constexpr (Q::kPairs) {
+            panels.kept_depth = Q::depth(words.k);
+            panels.kept = words.data + j * panels.kept_depth + k0 / Q::kStep * Q::kCols;
+        }
+        const int64_t from = panels.whole * Q::kStep;
+        if (panels.whole == 0 || from < step)
+            pack_panels<S, T>(data + j * stride_c + (k0 + from) * stride_k, stride_c, stride_k, cols, step - from, to);
+        return panels;
+    }
+
+    // Fetches what block() reads, in about `calls` calls.
+    void fetch(Prefetch* next, int64_t j, int64_t cols, int64_t k0, int64_t step, int64_t calls) const {
+        const int64_t kept = whole(k0, step), from = kept * Q::kStep;
+        Lines packed;
+        if (from < step)
+            packed = panels_ahead(data + j * stride_c + (k0 + from) * stride_k, stride_c, stride_k, cols, step - from,
+                                  calls);
+        if (kept == 0) {
+            next->reads = packed;
+            return;
+        }
+        const int64_t depth = Q::depth(words.k);
+        next->reads = Lines(words.data + j * depth + k0 / Q::kStep * Q::kCols, ceil_div(cols, Q::kCols),
+                            depth * Q::kCols * 4, kept * Q::kCols * 4, calls);
+        next->also = packed;
+    }
+
+  private:
+    // Elements of a block that are kept. Where the operand goes on behind what is kept (with a border), sums do within
+    // a chunk: it is packed as one.
+    int64_t whole(int64_t k0, int64_t step) const {
+        if (!Q::kPairs || words.data == nullptr) return 0;
+        constexpr int64_t kChunk = Q::kTiles ? Q::kUnit : kDepth;
+        const int64_t kept = words.k == k ? Q::depth(k) : words.k / Q::kStep / kChunk * kChunk;
+        return max64(min64(kept - k0 / Q::kStep, Q::depth(step)), 0);
+    }
+};
 
 }  // namespace mint

@@ -75,12 +75,22 @@ struct Amx : Avx512Bf16 {
         }
     }
 
-    // c[16 M][ldc] = (accumulate ? c : 0) + x b over `steps` steps of 16 pairs: 16 M rows of x (Rows, panels.h), 16 N
-    // columns of b, rows ldb words apart. each() is called once a step.
+    // Columns of a right operand, rows of pairs `stride` words apart; behind `steps` steps of 16 of them it goes on at
+    // `more`.
+    struct Columns {
+        const uint32_t* data;
+        int64_t stride;
+        int64_t steps = -1;  // none goes on elsewhere
+        const uint32_t* more = nullptr;
+    };
+
+    // c[16 M][ldc] = (accumulate ? c : 0) + x b over `steps` steps: 16 M rows of x (Rows, panels.h), 16 N columns of b.
+    // each() is called once a step.
     template <int M, int N, class Rows, class Each>
-    static void multiply_tiles(const Rows& x, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int64_t steps,
-                               bool accumulate, Each each) {
+    static void multiply_tiles(const Rows& x, const Columns& b, float* c, int64_t ldc, int64_t steps, bool accumulate,
+                               Each each) {
         const char* a = x.data;
+        const uint32_t* panel = b.data;
         const int64_t stride = ldc * 4;
         if (accumulate) {
             load_tile<0>(c, stride);
@@ -91,11 +101,20 @@ struct Amx : Avx512Bf16 {
             zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
         }
         if (x.tail != nullptr) --steps;
-        for (int64_t s = 0; s < steps; ++s, a += 64, b += 16 * ldb) {
-            each();
-            multiply_step<M, N>(a, x.stride, b, ldb * 4);
+        const auto run = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
+            for (int64_t s = from; s < to; ++s, a += 64, panel += 16 * b.stride) {
+                each();
+                multiply_step<M, N>(a, x.stride, panel, b.stride * 4);
+            }
+        };
+        if (b.steps < 0 || b.steps > steps) {
+            run(0, steps);
+        } else {
+            run(0, b.steps);
+            panel = b.more;
+            run(b.steps, steps);
         }
-        if (x.tail != nullptr) multiply_step<M, N>(x.tail, 64, b, ldb * 4);
+        if (x.tail != nullptr) multiply_step<M, N>(x.tail, 64, panel, b.stride * 4);
         store_tile<0>(c, stride);
         if constexpr (N == 2) store_tile<1>(c + 16, stride);
         if constexpr (M == 2) store_tile<2>(c + 16 * ldc, stride);
@@ -104,10 +123,10 @@ struct Amx : Avx512Bf16 {
 
     // The same for m <= 32 rows and n <= 32 columns, computed in whole tiles of 16.
     template <class Rows, class Each>
-    MINT_INLINE void multiply_tiles(int64_t m, int64_t n, const Rows& x, const uint32_t* b, int64_t ldb, float* c,
-                                    int64_t ldc, int64_t steps, bool accumulate, Each each) {
+    MINT_INLINE void multiply_tiles(int64_t m, int64_t n, const Rows& x, const Columns& b, float* c, int64_t ldc,
+                                    int64_t steps, bool accumulate, Each each) {
         const auto some = [&](auto rows, auto columns) __attribute__((always_inline)) {
-            multiply_tiles<decltype(rows)::value, decltype(columns)::value>(x, b, ldb, c, ldc, steps, accumulate, each);
+            multiply_tiles<decltype(rows)::value, decltype(columns)::value>(x, b, c, ldc, steps, accumulate, each);
         };
         constexpr std::integral_constant<int, 1> one;
         constexpr std::integral_constant<int, 2> two;

@@ -167,7 +167,8 @@ def _pointer(t: Tensor | None) -> int:
 def decode_words(weight: Tensor, parts: int = 1) -> Words | None:
     """The words of ``weight [n, k]`` as a decode step would read them here, in parts of n / parts rows; as large as it.
 
-    Nothing is transposed then at every step, and memory is read in the order in which it lies. None where there are no
+    Nothing is transposed then at every step, and memory is read in the order in which it lies. (Layers of prompts and
+    of training passes, ``decoder_layer``, read them in their forwards.) None where there are no
     words: in float32, for an odd k, on a GPU, and on CPUs that have neither AVX2 nor AVX-512 BF16.
     """
     n, k = args.matrix("decode_words", "weight", weight)

@@ -54,13 +54,14 @@ def words_of(adapters: StepAdapters) -> int:
 
 
 def words(weight: Tensor, parts: int) -> Words | None:
-    (n, k), code, found, out = weight.shape, NATIVE_DTYPES[weight.dtype], torch.zeros(2, dtype=torch.int64), []
+    (n, k), code, found = weight.shape, NATIVE_DTYPES[weight.dtype], torch.zeros(2, dtype=torch.int64)
     native.word_panels(code, k, found.data_ptr())
     columns, depth = found.tolist()
     if not columns:
         return None
-    for part in weight.split(n // parts) if n else [weight]:
-        panels = -(-len(part) // columns)
-        out.append(torch.empty(panels * columns * depth, dtype=torch.int32))
-        native.weight_words(code, part.data_ptr(), part.stride(0), len(part), k, out[-1].data_ptr())
-    return Words(columns, tuple(out))
+    rows = n // parts
+    all_parts = torch.empty(parts, -(-rows // columns) * columns * depth, dtype=torch.int32)
+    for i, out in enumerate(all_parts):
+        part = weight[i * rows : (i + 1) * rows]
+        native.weight_words(code, part.data_ptr(), part.stride(0), rows, k, out.data_ptr())
+    return Words(columns, tuple(all_parts))

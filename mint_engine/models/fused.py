@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mint_engine.borders import Segment
-from mint_engine.kernels import LayerCall, decoder_layer_supported, decoder_layers, decoder_layers_backward
+from mint_engine.kernels import LayerCall, Words, decoder_layer_supported, decoder_layers, decoder_layers_backward
 from mint_engine.models import linear
 from mint_engine.models.workspace import Workspace
 
@@ -30,25 +30,26 @@ Kept: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 
 class Weights:
-    """A layer's LayerWeights. To be made again when a tensor has been replaced, as borders are."""
+    """A layer's LayerWeights. To be made again when a tensor has been replaced, as borders are, or words were kept."""
 
     def __init__(self, layer: DecoderLayer) -> None:
-        self._tensors = _tensors(layer)
-        fields = [_address(t) for t in self._tensors[:4]]
+        self._made_of = _parts(layer)
+        norms = layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm
+        fields = [_address(t) for t in norms]
         for w in (layer.qkv, layer.o, layer.gate_up, layer.down):
             rows = [n for _, n in w.group.modules]
             fields += [w.buf.data_ptr(), w.buf.stride(0), _address(w.bias), w.n, w.k, w.m, *rows, *[0] * (3 - w.m)]
+            fields += [0, 0] if w.words is None else [w.words.address_of_all(w.n), w.words.columns]
         self.table = np.array(fields, dtype=np.int64)
 
     def fit(self, layer: DecoderLayer) -> bool:
-        return all(a is b for a, b in zip(_tensors(layer), self._tensors, strict=True))
+        return all(a is b for a, b in zip(_parts(layer), self._made_of, strict=True))
 
 
-def _tensors(layer: DecoderLayer) -> tuple[Tensor | None, ...]:
-    return (
-        layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm,
-        layer.qkv.buf, layer.o.buf, layer.gate_up.buf, layer.down.buf,
-    )  # fmt: skip
+def _parts(layer: DecoderLayer) -> tuple[Tensor | Words | None, ...]:
+    linears = layer.qkv, layer.o, layer.gate_up, layer.down
+    norms = layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm
+    return *norms, *(w.buf for w in linears), *(w.words for w in linears)
 
 
 class Waiting:

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from check_isas import ISAS, WITH_WORDS, using
 from helpers import checked, load_decoder, make_data, relative, trained_adapter
 from tiny_models import build_tiny
 
 from mint_engine import trainer
 from mint_engine.adapters import Adapter, TrainState
 from mint_engine.calls import Call
-from mint_engine.kernels import op, op_by_op
+from mint_engine.kernels import decode_words, op, op_by_op
 from mint_engine.kernels.plan import own_products
 from mint_engine.kv_cache import BLOCK_TOKENS, KVCache
 from mint_engine.models import checkpointed, fused
@@ -111,6 +112,29 @@ def test_the_bits_are_the_same_on_every_instruction_set(
         op.native.set_isa(before)
     assert len(layers) == 6
     assert torch.equal(grads, grads2)
+
+
+@pytest.mark.parametrize("isa", [i for i in ISAS if i in WITH_WORDS])
+@pytest.mark.parametrize("ffn", [96, 112], ids=["whole panels", "half panels"])
+@pytest.mark.parametrize("longest", [5, 90], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("ranks", [(5,), (16, 3)], ids=["one", "two"])
+def test_kept_words_change_no_bit(tmp_path: Path, isa: str, ffn: int, longest: int, ranks: tuple[int, ...]) -> None:
+    """Where W ends within a chunk of sums (152 pairs) they go on with the border, or are an adapter's alone."""
+    decoder = load_decoder(build_tiny("qwen2", tmp_path, hidden_size=304, intermediate_size=ffn), torch.bfloat16)
+    adapters = [trained_adapter(decoder, LoraConfig(rank=r, seed=r)) for r in ranks]
+    with using(isa):
+        expected = step(decoder, adapters, longest=longest)
+        for w in decoder.borders.weights:
+            w.words = decode_words(w.weight, 2 if w.group.name.endswith(".gate_up") else 1)
+        found = step(decoder, adapters, longest=longest)
+        for (logprobs, grads), (logprobs2, grads2) in zip(expected, found, strict=True):
+            torch.testing.assert_close(logprobs, logprobs2, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(grads, grads2)
+        for layer in decoder.layers:
+            assert layer.qkv.words is not None
+            layer.qkv.words.parts[0].zero_()
+        reads = isa != "avx2" or longest == 5  # AVX2's panels are widened
+        assert torch.equal(step(decoder, adapters, longest=longest)[0][1], expected[0][1]) != reads
 
 
 def test_threads_change_no_bit(tiny_tied: Path) -> None:
