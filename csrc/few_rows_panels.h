@@ -6,45 +6,7 @@
 namespace mint {
 
 constexpr int64_t kTileWords = 16;  // of a step
-
-// Fetches a panel that is read a step at a time. Where one block of rows reads it, a few steps before, into L1. Where
-// several do, the panel after it, into L2, by all of them: else memory would rest while all but the first multiply.
-class TilesAhead {
-    static constexpr int64_t kSteps = 4, kFar = int64_t(1) << 40;
-
-  public:
-    // `bytes` of a step.
-    TilesAhead(const uint32_t* panel, int64_t bytes, int64_t steps, int64_t blocks, Prefetch* next)
-        : at_(reinterpret_cast<const char*>(panel) + kSteps * bytes),
-          end_(reinterpret_cast<const char*>(panel) + steps * bytes),
-          then_(next->then),
-          share_(bytes),
-          near_(blocks == 1),
-          next_(next) {
-        if (!near_) at_ = end_, share_ = ceil_div(ceil_div(bytes, blocks), 64) * 64;
-    }
-
-    __attribute__((always_inline)) void some() {
-        next_->also.some<false>();
-        if (at_ >= end_) {
-            if (then_ == nullptr) return;
-            at_ = then_ + (at_ - end_), end_ = at_ + kFar, then_ = nullptr;
-        }
-        if (near_) {
-            for (int64_t b = 0; b < share_; b += 64) __builtin_prefetch(at_ + b, 0, 3);
-        } else {
-            for (int64_t b = 0; b < share_; b += 64) __builtin_prefetch(at_ + b, 0, 2);
-        }
-        at_ += share_;
-    }
-
-  private:
-    const char *at_, *end_;  // of what is fetched
-    const char* then_;
-    int64_t share_;  // bytes at a time
-    bool near_;
-    Prefetch* next_;
-};
+constexpr int64_t kStepsAhead = 4;
 
 // Rows of x, each with its tail behind it; kept by its thread until the next ones are prepared.
 template <class S, class T>
@@ -85,10 +47,24 @@ class FewRowsPanels {
     void multiply(const WeightRows<T>& w, int64_t first, int64_t cols, float* c, Prefetch* next) const {
         const uint32_t* panel = w.panel(first);
         for (int64_t g = 0; g < n_groups_; ++g) groups_[g].fetch(w, first, cols, kTileWords, C);
-        TilesAhead ahead(panel, kTileWords * C * 4, w.words_depth / kTileWords, ceil_div(rows_, kRows), next);
-        for (int64_t i = 0; i < rows_; i += kRows)
-            S::multiply_tiles(min64(kRows, rows_ - i), cols, left_.at(i), {panel, C}, c + i * C, C, ceil_div(base_, kK),
-                              false, [&]() __attribute__((always_inline)) { ahead.some(); });
+        const int64_t steps = ceil_div(base_, kK), blocks = ceil_div(rows_, kRows);
+        // One block of rows reads the panel from memory. Of several all fetch the next one: else memory would rest
+        // while all but the first multiply.
+        const WordsAhead near(panel, w.words_depth, next);
+        Lines far;
+        if (blocks > 1 && next->then != nullptr) far = Lines(next->then, 1, 0, w.words_depth * C * 4, blocks * steps);
+        for (int64_t i = 0; i < rows_; i += kRows) {
+            int64_t word = 0;
+            S::multiply_tiles(min64(kRows, rows_ - i), cols, left_.at(i), {panel, C}, c + i * C, C, steps, false,
+                              [&]() __attribute__((always_inline)) {
+                                  if (blocks == 1) {
+                                      near.some<C, kTileWords, kStepsAhead * kTileWords>(word);
+                                      word += kTileWords;
+                                  } else {
+                                      far.some<false>(), next->also.some<false>();
+                                  }
+                              });
+        }
         const T* s = tails_;
         for (const RowGroup<T>* g = groups_; g < groups_ + n_groups_; ++g)
             if (tail(*g) > 0) {

@@ -31,13 +31,13 @@ class WordsAhead {  // inlined everywhere: see MINT_INLINE
     __attribute__((always_inline)) WordsAhead(const uint32_t* at, int64_t left, Prefetch* next)
         : at_(reinterpret_cast<const char*>(at)), left_(left), next_(next) {}
 
-    // What kWordStep words of C columns from the w-th on need.
-    template <int64_t C>
+    // What `count` words of C columns from the w-th on need.
+    template <int64_t C, int64_t count = kWordStep, int64_t ahead = kWordsAhead>
     __attribute__((always_inline)) void some(int64_t w) const {
-        const int64_t to = w + kWordsAhead;
+        const int64_t to = w + ahead;
         const char* p = at_ + to * C * 4;
         if (to >= left_ && next_->then != nullptr) p = next_->then + (to - left_) * C * 4;
-        for (int64_t b = 0; b < kWordStep * C * 4; b += 64) __builtin_prefetch(p + b, 0, 3);
+        for (int64_t b = 0; b < count * C * 4; b += 64) __builtin_prefetch(p + b, 0, 3);
         next_->also.some<false>();
     }
 

@@ -10,11 +10,11 @@ namespace mint {
 
 constexpr int64_t kPieces = 8, kLongCols = 1200;  // a packed block of B: kDepth elements of so many columns, 600 KB
 
-// Whether to: A and B as gemm has them. From 57 blocks of k on no piece is empty.
+// Whether to, for an A with a_k 1: both as gemm has them. From 57 blocks of k on no piece is empty.
 template <class S, class T>
-bool better_long(int64_t a_k, int64_t b_col, int64_t n, int64_t k) {
+bool better_long(int64_t b_col, int64_t n, int64_t k) {
     using Q = Panel<S, T>;
-    return Q::kInPlace && !Q::kTiles && a_k == 1 && b_col == 1 && k >= 16 * n && k >= 8 * kPieces * kDepth * Q::kStep;
+    return Q::kInPlace && !Q::kTiles && b_col == 1 && k >= 16 * n && k >= 8 * kPieces * kDepth * Q::kStep;
 }
 
 // The product of gemm for contiguous columns of B (b_col 1).

@@ -32,7 +32,7 @@ void matmul_kept(const T* a, int64_t a_stride, const T* b, int64_t b_col, int64_
         });
     };
     if (m <= kFewRows && b_k == 1) return few_rows<S, T>(a, a_stride, b, b_col, m, n, k, finish, words);
-    if (better_long<S, T>(1, b_col, n, k)) return gemm_long<S, T>(a, a_stride, b, b_k, m, n, k, finish);
+    if (better_long<S, T>(b_col, n, k)) return gemm_long<S, T>(a, a_stride, b, b_k, m, n, k, finish);
     gemm<S, T>(a, a_stride, 1, b, b_col, b_k, m, n, k, finish, {out, out_stride * int64_t(sizeof(T)), sizeof(T)},
                words);
 }
