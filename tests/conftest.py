@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -24,12 +25,19 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(scope="session")
+def _homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Places for fresh homes, not made: a disk takes half a minute to remove thousands of empty directories."""
+    directory = tmp_path_factory.mktemp("homes")
+    return (directory / str(i) for i in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _own_environment(monkeypatch: pytest.MonkeyPatch, _homes: Iterator[Path]) -> Iterator[None]:
     """No MINT_* variable of the developer reaches a test; MINT_HOME is fresh, and its engine ends with it."""
     for name in [n for n in os.environ if n.startswith("MINT_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("MINT_HOME", str(tmp_path_factory.mktemp("mint-home")))
+    monkeypatch.setenv("MINT_HOME", str(next(_homes)))
     yield
     if (module := sys.modules.get("mint_engine.engine")) is not None:
         module.close_engines()
