@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,7 +148,12 @@ def kill_while_saving(server: ServerProcess, base: Path, times: int) -> None:
             saver.start()
         for saver in savers:
             assert saver.begun.wait(60)
-        threading.Event().wait(choose.uniform(0.0, 0.3))
+        # By what is saved, not by the clock: a busy machine saves little in a third of a second.
+        enough, end = len(acknowledged) + choose.randint(0, 3), time.monotonic() + 60
+        while len(acknowledged) < enough and all(saver.is_alive() for saver in savers):
+            assert time.monotonic() < end, "nothing is saved"
+            time.sleep(0.005)
+        time.sleep(choose.uniform(0.0, 0.1))
         server.kill()
         check_listed(server.home, acknowledged)
         server.start()
