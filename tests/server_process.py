@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import re
 import signal
 import socket
 import subprocess
@@ -16,10 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-STARTED_WITHIN = 120.0  # seconds, on a busy machine
-ENDED_WITHIN = 90.0
-_READY = re.compile(r"is ready on (http://127\.0\.0\.1:\d+)")
-_ENDED = re.compile(r"<process ended (-?\d+)>")
+from nursery import STARTED_WITHIN, nursery
+
+ENDED_WITHIN = 90.0  # seconds, on a busy machine
 
 
 def free_port() -> int:
@@ -37,7 +35,7 @@ class ServerProcess:
         self.settings = {"dtype": "float32", "kv_cache_bytes": 1 << 22, **settings}
         self.settings |= {"home": str(home), "port": self.port, "models": [str(model)]}
         self.url = f"http://127.0.0.1:{self.port}"
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[str | int] = queue.SimpleQueue()
         self._pid: int | None = None
 
     def start(self) -> None:
@@ -51,11 +49,11 @@ class ServerProcess:
             with process.stdout:
                 for line in process.stdout:
                     self._lines.put(line)
-            self._lines.put(f"<process ended {process.wait()}>")
+            self._lines.put(process.wait())
 
         threading.Thread(target=read, daemon=True).start()
         self._pid = process.pid
-        self._read_until(_READY, STARTED_WITHIN)
+        self._read_until_ready()
 
     def signal(self, number: int) -> None:
         """Send it and do not wait."""
@@ -64,9 +62,10 @@ class ServerProcess:
 
     def ended(self) -> int:
         """Wait until the process is gone; its exit code, or minus the signal's number."""
-        code = int(self._read_until(_ENDED, ENDED_WITHIN))
+        while isinstance(line := self._line(ENDED_WITHIN), str):
+            pass
         self._pid = None
-        return code
+        return line
 
     def terminate(self) -> None:
         """End it well."""
@@ -85,71 +84,47 @@ class ServerProcess:
         if self._pid is not None:
             self.terminate()
 
-    def _read_until(self, pattern: re.Pattern[str], seconds: float) -> str:
-        """Wait for a line that matches; its first group."""
-        while True:
-            try:
-                line = self._lines.get(timeout=seconds)
-            except queue.Empty:
-                raise AssertionError(f"no line like {pattern.pattern!r} within {seconds} s:\n{self.tail()}") from None
-            assert line is not None
+    def _read_until_ready(self) -> None:
+        while isinstance(line := self._line(STARTED_WITHIN), str):
+            if f"is ready on {self.url}" in line:
+                return
+        raise AssertionError(f"the server ended with {line}:\n{self.tail()}")
+
+    def _line(self, seconds: float) -> str | int:
+        """What it prints next, which goes into the log, or its exit code."""
+        try:
+            line = self._next(seconds)
+        except queue.Empty:
+            raise AssertionError(f"no line within {seconds} s:\n{self.tail()}") from None
+        if isinstance(line, str):
             self.log.append(line)
-            if found := pattern.search(line):
-                return found[1]
-            assert not _ENDED.search(line), f"the server ended:\n{self.tail()}"
+        return line
+
+    def _next(self, seconds: float) -> str | int:
+        return self._lines.get(timeout=seconds)
 
 
-# Imports take seconds; a process forked from one that has done them starts serving at once. It has no threads yet.
-_NURSERY = """
-import json, os, sys
+_IMPORTS = """
 import mint_engine.server.app, mint_engine.server.serve
 import alembic.command, transformers.models.auto.tokenization_auto
-from mint_engine.server import Settings
-print("<nursery>", flush=True)
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        print(f"<process {os.getpid()}>", flush=True)
-        os._exit(mint_engine.server.serve.run(Settings(**json.loads(line))))
-    status = os.waitpid(child, 0)[1]
-    print(f"<process ended {os.waitstatus_to_exitcode(status)}>", flush=True)
 """
-_BORN = re.compile(r"<process (\d+)>")
+_SERVE = """
+import json, os, sys
+from mint_engine.server import Settings, serve
+os._exit(serve.run(Settings(**json.loads(sys.argv[1]))))
+"""
 
 
 class QuickServerProcess(ServerProcess):
-    """The same server, forked from a process that has imported everything: to be started and ended many times."""
-
-    def __init__(self, home: Path, model: Path, **settings: Any) -> None:
-        super().__init__(home, model, **settings)
-        command = [sys.executable, "-c", _NURSERY]
-        self._nursery = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_quiet()
-        )
-
-        def read() -> None:
-            assert self._nursery.stdout is not None
-            with self._nursery.stdout:
-                for line in self._nursery.stdout:
-                    self._lines.put(line)
-
-        self._reader = threading.Thread(target=read, daemon=True)
-        self._reader.start()
-        self._read_until(re.compile("(<nursery>)"), STARTED_WITHIN)
+    """The same server, from a nursery: to be started and ended many times. Only one of them runs at a time."""
 
     def start(self) -> None:
-        assert self._nursery.stdin is not None
-        self._nursery.stdin.write(json.dumps(self.settings) + "\n")
-        self._nursery.stdin.flush()
-        self._pid = int(self._read_until(_BORN, STARTED_WITHIN))
-        self._read_until(_READY, STARTED_WITHIN)
+        self._nursery = nursery(_IMPORTS)
+        self._pid = self._nursery.start(_SERVE, json.dumps(self.settings))
+        self._read_until_ready()
 
-    def close(self) -> None:
-        super().close()
-        assert self._nursery.stdin is not None
-        self._nursery.stdin.close()
-        assert self._nursery.wait(30) == 0
-        self._reader.join(30)
+    def _next(self, seconds: float) -> str | int:
+        return self._nursery.line(seconds)
 
 
 class Restarts:

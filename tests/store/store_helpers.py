@@ -20,6 +20,12 @@ from mint_engine.types import LoraConfig
 LORA = LoraConfig(rank=2, train_mlp=False)
 META = {"base_model": "tiny", "lora": LORA}
 RUN = "s-1:train:0"
+IMPORTS = """
+import os, signal, sys
+from pathlib import Path
+from mint_engine.store import Store
+from mint_engine.types import LoraConfig
+"""
 
 
 @dataclass(frozen=True)
@@ -32,13 +38,9 @@ class Place:
     def open(self, owner: str = "local") -> Store:
         return Store(self.home, database_url=self.url, owner=owner)
 
-    def python(self, body: str) -> list[str]:
-        """The command of a process with a `store` of this place."""
-        start = f"""
-import os, signal, sys
-from pathlib import Path
-from mint_engine.store import Store
-from mint_engine.types import LoraConfig
+    def script(self, body: str) -> str:
+        """A program with a `store` of this place."""
+        start = f"""{IMPORTS}
 LORA = LoraConfig(rank=2, train_mlp=False)
 def note(text):
     return lambda directory: (directory / "note.txt").write_text(text)
@@ -48,7 +50,11 @@ def save(store, run, kind, name, writer, **more):
     return store.write_checkpoint(run, kind, name, writer, base_model="tiny", lora=LORA, **more)
 store = Store(Path({str(self.home)!r}), database_url={self.url!r})
 """
-        return [sys.executable, "-c", start + body]
+        return start + body
+
+    def python(self, body: str) -> list[str]:
+        """The command of a process that runs `script(body)`."""
+        return [sys.executable, "-c", self.script(body)]
 
     def run(self, body: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.python(body), env=os.environ, check=False, capture_output=True, text=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -11,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from store_helpers import RUN, Place, move_clock
+from nursery import nursery
+from store_helpers import IMPORTS, RUN, Place, move_clock
 
 from mint_engine.store import Store
 
@@ -63,13 +66,14 @@ class Acknowledged:
 
 def kill_while_saving(place: Place, name: str, lines: int, seconds: float) -> list[str]:
     """The lines that a process printed before it was killed, `seconds` after it had printed so many."""
-    with subprocess.Popen([*place.python(SAVING), name], stdout=subprocess.PIPE, text=True) as child:
-        printed = [child.stdout.readline() for _ in range(lines)]
-        timer = threading.Timer(seconds, child.kill)
-        timer.start()
-        printed += list(child.stdout)
-        timer.join()
-    assert child.returncode == -9
+    child = nursery(IMPORTS)
+    timer = threading.Timer(seconds, os.kill, (child.start(place.script(SAVING), name), signal.SIGKILL))
+    printed = [child.line() for _ in range(lines)]
+    timer.start()
+    while isinstance(printed[-1], str):
+        printed.append(child.line())
+    timer.join()
+    assert printed.pop() == -signal.SIGKILL, printed
     return [line for line in printed if line.endswith("\n")]
 
 
