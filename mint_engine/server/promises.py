@@ -25,6 +25,7 @@ from mint_engine.server.answers import Encoded
 from mint_engine.server.failures import Failure, RestartingError, describe
 from mint_engine.server.shares import over
 from mint_engine.server.waiting import Bell
+from mint_engine.store import SCOPE
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,6 @@ FORSAKEN_S = 300.0
 MOST_PENDING = 1 << 16
 """Requests of all owners that wait: small ones take memory, too."""
 FULL = "the server has as many requests and results in memory as it may: fetch what is done, or try again"
-SCOPE = ":req:"  # between what a request was about (a model, a sampler) and its random part
 _NO_SCOPE = "req:"
 
 

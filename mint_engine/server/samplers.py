@@ -23,8 +23,9 @@ from mint_engine.engine.residents import session_of
 from mint_engine.errors import NotFoundError
 from mint_engine.server.completions import CLONE, Completions
 from mint_engine.server.failures import RestartingError
-from mint_engine.server.promises import SCOPE, Promise, Promises
+from mint_engine.server.promises import Promise, Promises
 from mint_engine.server.shares import over
+from mint_engine.store import SCOPE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,6 +6,7 @@ from mint_engine.store.keys import KeyStore
 from mint_engine.store.ledger import Ledger
 from mint_engine.store.names import check_name
 from mint_engine.store.records import (
+    SCOPE,
     CheckpointRecord,
     KeyLimits,
     KeyRecord,
@@ -18,6 +19,7 @@ from mint_engine.store.store import Store
 __all__ = [
     "ARCHIVE_SECONDS",
     "GRACE_SECONDS",
+    "SCOPE",
     "CheckpointRecord",
     "KeyLimits",
     "KeyRecord",

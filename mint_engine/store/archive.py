@@ -41,7 +41,8 @@ class Archive(Checkpoints):
         return self.home / "archives" / run / checkpoint.kind / f"{checkpoint.directory.name}.tar.gz"
 
     def _remove_old_archives(self) -> None:
-        for old in (self.home / "archives").glob("*/*/*.tar.gz"):
+        folder = self.home / "archives"
+        for old in (*folder.glob("*/*/*.tar.gz"), *folder.glob("traces/*.json")):
             try:
                 if time.time() - old.stat().st_mtime > ARCHIVE_SECONDS:
                     old.unlink()

@@ -11,6 +11,7 @@ from mint_engine.types import Checkpoint, CheckpointKind, LoraConfig, ParsedChec
 from mint_engine.types.base import ResponseModel
 
 LedgerStatus: TypeAlias = Literal["done", "failed", "refused"]
+SCOPE = ":req:"  # in a request's id, between what it was about (a model, a sampler) and its random part
 
 
 class CheckpointRecord(ResponseModel):

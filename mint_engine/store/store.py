@@ -4,7 +4,7 @@
     <home>/store-id                                    which database this home belongs to
     <home>/runs/<run>/<kind>/<name>.<random>/          a version of a checkpoint: the files of checkpoint.py
     <home>/parked/<model>/state.<random>/              a model that was put aside
-    <home>/archives/                                   tar.gz files made on request, kept for a day
+    <home>/archives/                                   tar.gz files and timelines made on request, kept for a day
     <home>/results.json                                what a stopped server has still to say of interpolations
 
 In directory names `:` becomes `.`. Several threads and processes may use one home at the same time.
@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mint_engine import durable
-from mint_engine.store.archive import Archive
+from mint_engine.store.account import Account
 from mint_engine.store.base import PURGE_SECONDS, Rarely
 from mint_engine.store.claim import claim
 from mint_engine.store.copies import Copies
@@ -28,7 +28,7 @@ from mint_engine.store.search import Search
 from mint_engine.store.sessions import Sessions
 
 
-class Store(Sessions, Search, Archive, Copies, Parking, Purge):
+class Store(Sessions, Search, Account, Copies, Parking, Purge):
     """Sessions, runs, checkpoints, keys and the ledger, as one owner sees them. Made if it does not exist.
 
     Checkpoints are named `tinker://<run>/<kind>/<name>`; `resolve` says what else is accepted. Methods raise
@@ -44,7 +44,6 @@ class Store(Sessions, Search, Archive, Copies, Parking, Purge):
     """
 
     keys: KeyStore
-    ledger: Ledger
 
     def __init__(self, home: Path, *, database_url: str | None = None, owner: str = "local") -> None:
         home = Path(home)

@@ -462,7 +462,7 @@ async def test_the_audit_log_shows_ones_own_saves_of_a_day(small: SmallApp) -> N
 
 
 async def test_the_audit_log_is_not_crowded_out_by_training(small: SmallApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mint_engine.server.routes.account._AUDIT_ENTRIES", 5)
+    monkeypatch.setattr("mint_engine.store.account.AUDIT_ENTRIES", 5)
     small.store.ledger.append([_entry("SaveWeights", "m:req:0", "m")])
     small.store.ledger.append([_entry("OptimStep", f"m:req:{i}", "m") for i in range(1, 10)])
     async with small.client() as client:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import mimetypes
-from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, HTTPException, Response
 from fastapi.responses import FileResponse, JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from mint_engine.server.document import ErrorAnswer, files
-from mint_engine.server.promises import SCOPE
 from mint_engine.server.routes.checkpoints import files_of
 from mint_engine.server.signed_urls import BadLinkError, Grant, version_of
 from mint_engine.server.state import ServerState, get_state
-from mint_engine.store import LedgerEntry, Store
+from mint_engine.store import Store
 
 router = APIRouter(tags=["downloads"])
 
 _GONE = "what the link leads to has been deleted or replaced since it was made"
 _HEADERS = {"Cache-Control": "private", "X-Content-Type-Options": "nosniff"}
-_TRACED_REQUESTS = 50_000
 
 
 @router.get(
@@ -47,7 +44,7 @@ async def download(token: str, file: str, state: Annotated[ServerState, Depends(
         raise HTTPException(403, "the link was changed, or the key it was made with has been revoked")
     store = state.engine.store.as_owner(grant.owner)
     if grant.what == "trace":
-        return JSONResponse(await run_in_threadpool(_trace, store, grant.name))
+        return JSONResponse(await run_in_threadpool(store.session_trace, grant.name))
     path = await run_in_threadpool(_archive if grant.what == "archive" else _file, store, grant)
     return FileResponse(path, filename=grant.file, media_type=_media_type(grant.file), headers=_HEADERS)
 
@@ -69,40 +66,3 @@ def _media_type(file: str) -> str:
     if file.endswith(".tar.gz"):
         return "application/gzip"
     return mimetypes.guess_type(file)[0] or "application/octet-stream"
-
-
-def _trace(store: Store, session_id: str) -> dict[str, Any]:
-    """The session's newest requests in the Trace Event Format: "complete" events, in microseconds, and a row for each
-    model and sampler."""
-    store.get_session(session_id)
-    rows: dict[str, int] = {}
-    events: list[dict[str, Any]] = []
-    for entry in reversed(store.ledger.entries(owner=store.owner, limit=_TRACED_REQUESTS)):
-        name = entry.model_id or entry.request_id.partition(SCOPE)[0]
-        if name.startswith(f"{session_id}:"):
-            events.append(_event(entry, rows.setdefault(name, len(rows))))
-    names = [{"name": "thread_name", "ph": "M", "pid": 1, "tid": n, "args": {"name": name}} for name, n in rows.items()]
-    return {"traceEvents": [*names, *events], "displayTimeUnit": "ms", "otherData": {"session_id": session_id}}
-
-
-def _event(entry: LedgerEntry, thread: int) -> dict[str, Any]:
-    details = {
-        "request_id": entry.request_id,
-        "seq_id": entry.seq_id,
-        "status": entry.status,
-        "tokens": entry.tokens,
-        "error": entry.error,
-    }
-    return {
-        "name": entry.kind,
-        "ph": "X",
-        "pid": 1,
-        "tid": thread,
-        "ts": _microseconds(entry.accepted),
-        "dur": _microseconds(entry.finished or entry.accepted) - _microseconds(entry.accepted),
-        "args": {name: value for name, value in details.items() if value is not None},
-    }
-
-
-def _microseconds(moment: datetime) -> int:
-    return int(moment.timestamp() * 1e6)

@@ -13,9 +13,10 @@ from mint_engine.server import answers
 from mint_engine.server.caller import Caller, get_caller
 from mint_engine.server.document import results
 from mint_engine.server.failures import GoneError, RestartingError
-from mint_engine.server.promises import SCOPE, Promise
+from mint_engine.server.promises import Promise
 from mint_engine.server.reading import body_of, read, work
 from mint_engine.server.state import ServerState, get_state
+from mint_engine.store import SCOPE
 from mint_engine.wire.requests import CancelFutureRequest, RetrieveFutureRequest, RetrieveFuturesRequest
 
 router = APIRouter(tags=["futures"])
