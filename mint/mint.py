@@ -11,11 +11,15 @@ from typing import Literal
 
 from mint_engine.client import APIFuture, ServiceClient, TrainingClient
 from mint_engine.errors import UserError
-from mint_engine.types import InterpolateCheckpointsResponse, ReverseKLDatum, ReverseKLOutput
+from mint_engine.types import InterpolateCheckpointsResponse, ReverseKLDatum, ReverseKLItemOutput, ReverseKLOutput
+
+ForwardBackwardReverseKLResponse = ReverseKLOutput
 
 __all__ = [
+    "ForwardBackwardReverseKLResponse",
     "InterpolateCheckpointsResponse",
     "ReverseKLDatum",
+    "ReverseKLItemOutput",
     "ReverseKLOutput",
     "forward_backward_reverse_kl",
     "forward_backward_reverse_kl_async",

@@ -27,6 +27,10 @@ class PermissionDeniedError(UserError):
     """A server does not do this for this caller (403)."""
 
 
+class BillingError(MintError):
+    """A server wants to be paid (402). Ours never does."""
+
+
 class NonFiniteError(UserError):
     """A loss, a gradient or an input is NaN or infinite. The step is refused, the adapter is unchanged."""
 
@@ -56,3 +60,11 @@ class EngineClosedError(MintError, RuntimeError):
 
 class SampleCancelledError(MintError):
     """A sample was given up because the one who asked for it said so. What it had drawn is lost."""
+
+
+class SidecarError(MintError):
+    """Of the SDK's helper process, for scripts that catch it. There is no such process here: nothing raises it."""
+
+
+class ExperimentalWarning(FutureWarning):
+    """The SDK's warning of what may change, for scripts that filter it. Nothing here gives it."""

@@ -393,3 +393,15 @@ def test_errors_are_what_callers_already_catch():
     assert isinstance(error, OSError)
     assert error.errno == 28
     assert pickle.loads(pickle.dumps(error)).errno == 28
+
+
+def test_the_most_likely_tokens_are_also_matrices():
+    rows: types.TopkLists = [None, [(5, -0.25), (6, -1.5)], [(7, -0.5)]]
+    sequence = types.SampledSequence("stop", [5, 7], topk_logprobs=rows)
+    response = types.SampleResponse([sequence], topk_prompt_logprobs=rows)
+    for topk in (sequence.topk_logprobs_np, response.topk_prompt_logprobs_np):
+        assert topk is not None
+        assert (topk.token_ids.dtype, topk.logprobs.dtype) == (np.int32, np.float32)
+        np.testing.assert_array_equal(topk.token_ids, [[0, 0], [5, 6], [7, 0]])
+        np.testing.assert_array_equal(topk.logprobs, np.float32([[-99999, -99999], [-0.25, -1.5], [-0.5, -99999]]))
+    assert types.SampleResponse([types.SampledSequence("stop", [])]).topk_prompt_logprobs_np is None

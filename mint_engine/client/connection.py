@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from mint_engine.client.remote import RemoteEngine, address_of, connect, same_origin
+from mint_engine.client.remote import RemoteEngine, address_of, check_http_options, connect, same_origin
 from mint_engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,12 +22,13 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def open_engine(
-    *, base_url: str | None, api_key: str | None, dtype: str | None, device: str | None = None,
+    *, base_url: str | None = None, api_key: str | None = None, dtype: str | None = None, device: str | None = None,
     http_options: Mapping[str, Any] | None = None,
 ) -> ClientEngine:  # fmt: skip
     """The engine on the server that `base_url` or MINT_BASE_URL names; without either, this process's own.
 
-    `http_options`: see `address_of`. An engine in the process has no use for them.
+    `http_options`: see `address_of`. An engine in the process sends no requests: there is nothing to apply them to, and
+    they are checked all the same.
     """
     url = base_url or os.environ.get("MINT_BASE_URL")
     if url:
@@ -35,9 +37,20 @@ def open_engine(
         if device is not None:
             raise UserError(f"device: expected None for the server {url}, which has its own, got {device!r}")
         return connect(address_of(url, api_key, http_options))
+    check_http_options(http_options or {})
     from mint_engine.engine import get_engine  # imports torch: a client of a server can do without
 
     return get_engine(dtype, device=device)
+
+
+def engine_of(engine: ClientEngine | None, **options: Any) -> ClientEngine:
+    """`engine`, or the one that `open_engine(**options)` finds. Raises UserError if both are said: the options are of
+    connections and engines that are made here, and a given engine has its own."""
+    if engine is None:
+        return open_engine(**options)
+    if given := sorted(name for name, value in options.items() if value is not None):
+        raise UserError(f"{', '.join(given)}: expected None beside engine, which has its own, got something")
+    return engine
 
 
 def check_key_may_go(url: str) -> None:
@@ -57,6 +70,14 @@ def registry_of(engine: ClientEngine) -> Registry:
     from mint_engine.client.local import LocalRegistry
 
     return LocalRegistry(engine)  # type: ignore[arg-type]  # there are two kinds of engine
+
+
+def address_of_record(engine: ClientEngine, *parts: str) -> str:
+    """Where one finds what is recorded of something: an address of the server, or the home of this process's engine."""
+    if isinstance(engine, RemoteEngine):
+        return f"{engine.address.url}/api/v1/{'/'.join(parts)}"
+    home: Path = engine.store.home  # type: ignore[attr-defined]  # there are two kinds of engine
+    return home.resolve().as_uri()
 
 
 def access_token(engine: ClientEngine, token: str | None) -> dict[str, str]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mint_engine.errors import UserError
 from mint_engine.types import (
     AccessScope,
+    AuditEventType,
+    AuditLogResponse,
+    BillingUsageResponse,
     CheckpointArchiveUrlResponse,
     CheckpointsListResponse,
+    CurrentCheckpointStorageUsageResponse,
     ExternalWeightsUrlsResponse,
     FinishReason,
+    GetBillingUsageRequest,
     GetSamplerResponse,
     GetServerCapabilitiesResponse,
     GetSessionResponse,
@@ -24,6 +29,7 @@ from mint_engine.types import (
     TrainingRun,
     TrainingRunsResponse,
     WeightsInfoResponse,
+    WhoamiResponse,
 )
 
 if TYPE_CHECKING:
@@ -74,6 +80,22 @@ class LocalRegistry:
 
     def get_sampler(self, sampler_id: str) -> Future[GetSamplerResponse]:
         return _submit(self._store.get_sampler, sampler_id)
+
+    def whoami(self) -> Future[WhoamiResponse]:
+        return _submit(lambda: WhoamiResponse(user_urn=self._store.owner, org_urn="tml:organization:mint-engine"))
+
+    def audit_log(self, event_type: AuditEventType, day: date | None) -> Future[AuditLogResponse]:
+        return _submit(self._store.audit_log, event_type, day)
+
+    def billing_usage(self, request: GetBillingUsageRequest) -> Future[BillingUsageResponse]:
+        return _submit(lambda: BillingUsageResponse(data=[]))
+
+    def storage_usage(self, project_id: str | None) -> Future[CurrentCheckpointStorageUsageResponse]:
+        return _submit(self._store.storage_usage, project_id)
+
+    def session_trace(self, session_id: str) -> Future[str]:
+        """A `file://` URL of a file that is kept for a day."""
+        return _submit(lambda: self._store.session_trace_file(session_id).resolve().as_uri())
 
     def list_checkpoints(self, run_id: str) -> Future[CheckpointsListResponse]:
         return _submit(self._store.list_checkpoints, run_id)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from datetime import date
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mint_engine.types import (
     AccessScope,
     AdamParams,
+    AuditEventType,
+    AuditLogResponse,
+    BillingUsageResponse,
     CheckpointArchiveUrlResponse,
     CheckpointsListResponse,
+    CurrentCheckpointStorageUsageResponse,
     Datum,
     ExternalWeightsUrlsResponse,
     FinishReason,
     ForwardBackwardOutput,
+    GetBillingUsageRequest,
     GetInfoResponse,
     GetSamplerResponse,
     GetServerCapabilitiesResponse,
@@ -38,6 +44,7 @@ from mint_engine.types import (
     TrainingRun,
     TrainingRunsResponse,
     WeightsInfoResponse,
+    WhoamiResponse,
 )
 
 if TYPE_CHECKING:
@@ -153,6 +160,16 @@ class Registry(Protocol):
     def assign_project(self, session_id: str, project_id: str) -> Future[None]: ...
 
     def get_sampler(self, sampler_id: str) -> Future[GetSamplerResponse]: ...
+
+    def whoami(self) -> Future[WhoamiResponse]: ...
+
+    def audit_log(self, event_type: AuditEventType, day: date | None) -> Future[AuditLogResponse]: ...
+
+    def billing_usage(self, request: GetBillingUsageRequest) -> Future[BillingUsageResponse]: ...
+
+    def storage_usage(self, project_id: str | None) -> Future[CurrentCheckpointStorageUsageResponse]: ...
+
+    def session_trace(self, session_id: str) -> Future[str]: ...
 
     def list_checkpoints(self, run_id: str) -> Future[CheckpointsListResponse]: ...
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from mint_engine.client.connection import open_engine, registry_of
+from mint_engine.client.admin_client import AdminClient
 from mint_engine.client.futures import APIFuture, value_twin
 from mint_engine.errors import UserError
 from mint_engine.types import (
@@ -23,13 +22,11 @@ from mint_engine.types import (
     TrainingRun,
     TrainingRunsResponse,
     WeightsInfoResponse,
+    WhoamiResponse,
 )
 
-if TYPE_CHECKING:
-    from mint_engine.client.protocol import ClientEngine
 
-
-class RestClient:
+class RestClient(AdminClient):
     """Lists, inspects and removes what is stored: on a server, or under the engine's home.
 
     Every method answers an `APIFuture` of its result; its `_async` twin gives the result when awaited. `access_scope`:
@@ -38,18 +35,12 @@ class RestClient:
     Args: as of `ServiceClient`. No session is made.
     """
 
-    def __init__(
-        self, engine: ClientEngine | None = None, *, base_url: str | None = None, api_key: str | None = None
-    ) -> None:
-        if engine is None:
-            engine = open_engine(base_url=base_url, api_key=api_key, dtype=None)
-        self._registry = registry_of(engine)
-
-    def get_telemetry(self) -> None:
-        """Nothing is reported to anybody: None."""
-
     def get_server_capabilities(self) -> APIFuture[GetServerCapabilitiesResponse]:
         return APIFuture(self._registry.capabilities())
+
+    def whoami(self) -> APIFuture[WhoamiResponse]:
+        """Who owns what the caller makes: a key, or "local" where none was asked for."""
+        return APIFuture(self._registry.whoami())
 
     # ---- runs and sessions ---------------------------------------------------------------------------------------
 
@@ -88,6 +79,14 @@ class RestClient:
 
     def assign_session_project(self, session_id: str, project_id: str) -> APIFuture[None]:
         return APIFuture(self._registry.assign_project(session_id, project_id))
+
+    def export_session_trace(self, session_id: str) -> APIFuture[str]:
+        """A URL of the session's requests as a timeline: JSON for https://ui.perfetto.dev and chrome://tracing.
+
+        A server's link is good for an hour. It is made of the requests to a server, so an engine in this process has
+        one (a `file://` URL) only of sessions that a server on the same home had, and raises UserError for others.
+        """
+        return APIFuture(self._registry.session_trace(session_id))
 
     def get_sampler(self, sampler_id: str) -> APIFuture[GetSamplerResponse]:
         return APIFuture(self._registry.get_sampler(sampler_id))
@@ -161,6 +160,7 @@ class RestClient:
         return APIFuture(self._registry.interpolate(source_paths, coefficients, output_name))
 
     get_server_capabilities_async = value_twin(get_server_capabilities)
+    whoami_async = value_twin(whoami)
     get_training_run_async = value_twin(get_training_run)
     get_training_run_by_tinker_path_async = value_twin(get_training_run_by_tinker_path)
     list_training_runs_async = value_twin(list_training_runs)
@@ -168,6 +168,7 @@ class RestClient:
     get_session_async = value_twin(get_session)
     search_sessions_async = value_twin(search_sessions)
     assign_session_project_async = value_twin(assign_session_project)
+    export_session_trace_async = value_twin(export_session_trace)
     get_sampler_async = value_twin(get_sampler)
     list_checkpoints_async = value_twin(list_checkpoints)
     list_user_checkpoints_async = value_twin(list_user_checkpoints)

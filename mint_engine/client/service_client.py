@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 
 from mint_engine.client.connection import (
     access_token,
+    address_of_record,
     build,
     check_metadata,
     default_base_model,
     default_rank,
-    open_engine,
+    engine_of,
     registry_of,
 )
 from mint_engine.client.futures import APIFuture, completed, value_twin
+from mint_engine.client.loss_handle import LossHandle, PerDatumLossFn, make_loss
 from mint_engine.client.rest_client import RestClient
 from mint_engine.client.sampling_client import SamplingClient
 from mint_engine.client.session import Session
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mint_engine.client")
 
-# Options of the SDKs' HTTP clients: a local engine has no use for them, and no harm comes from them.
+# Options of the SDKs' HTTP clients.
 _HTTP_OPTIONS = frozenset({"default_headers", "default_headers_overrides", "default_query", "http_client", "timeout"})
 _HTTP_OPTIONS |= {"max_retries"}
 
@@ -45,8 +47,10 @@ class ServiceClient:
         dtype: compute dtype of an engine in this process, "bfloat16" or "float32"; default MINT_DTYPE, else bfloat16.
         device: of an engine in this process, "cpu", "cuda" or "cuda:1"; default MINT_DEVICE, else the CPU.
         engine: an engine of your own, instead of the process's.
-        http_options: timeout (seconds until a server must have answered), max_retries, default_headers,
-            default_headers_overrides, default_query.
+        http_options: of the requests to a server. timeout: seconds until it must have answered, an httpx.Timeout
+            (`mint.Timeout`), or None for no limit; results are waited for as long as they take. max_retries,
+            default_headers, default_headers_overrides, default_query. An engine in this process makes no requests:
+            they are checked there, and change nothing.
 
     Also a context manager: leaving it closes the session, see `close`. A session also ends when all its clients are
     gone.
@@ -73,10 +77,9 @@ class ServiceClient:
         if unknown:
             raise TypeError(f"ServiceClient() got unexpected keyword arguments: {', '.join(unknown)}")
         check_metadata(user_metadata)
-        if engine is None:
-            engine = open_engine(
-                base_url=base_url, api_key=api_key, dtype=dtype, device=device, http_options=http_options
-            )
+        engine = engine_of(
+            engine, base_url=base_url, api_key=api_key, dtype=dtype, device=device, http_options=http_options or None
+        )
         self._engine = engine
         session_id = engine.create_session(
             user_metadata=user_metadata, project_id=project_id, display_name=display_name
@@ -91,6 +94,11 @@ class ServiceClient:
 
     def get_telemetry(self) -> None:
         """Nothing is reported to anybody: None."""
+
+    def get_console_url(self) -> str:
+        """Where to look: there is no console here. Of a server, the address under which it tells of this session; of an
+        engine in this process, the directory that everything is kept in."""
+        return address_of_record(self._engine, "sessions", self.session_id)
 
     # ---- training clients ----------------------------------------------------------------------------------------
 
@@ -145,14 +153,14 @@ class ServiceClient:
         self,
         path: str,
         base_model: str | Mapping[str, str] | None = None,
-        user_metadata: dict[str, str] | None = None,
+        user_metadata: dict[str, str] | str | None = None,
         weights_access_token: str | None = None,
         optimizer: AdamOptimizerConfig | None = None,
     ) -> TrainingClient:
         """A new adapter with a checkpoint's weights; the optimiser starts anew.
 
-        `base_model`, if given, must be the checkpoint's. (tinker 0.22 has `user_metadata` in second place: a dict there
-        is taken as such.) mint-engine asks for no access token.
+        `base_model`, if given, must be the checkpoint's. (tinker 0.22 has `user_metadata` in second place and the token
+        in third: a dict and a string there are taken as such.) mint-engine asks for no access token.
         """
         created = self._from_state(path, base_model, user_metadata, weights_access_token, optimizer, False)
         return self._training_client(created.result())
@@ -161,7 +169,7 @@ class ServiceClient:
         self,
         path: str,
         base_model: str | Mapping[str, str] | None = None,
-        user_metadata: dict[str, str] | None = None,
+        user_metadata: dict[str, str] | str | None = None,
         weights_access_token: str | None = None,
         optimizer: AdamOptimizerConfig | None = None,
     ) -> TrainingClient:
@@ -173,7 +181,7 @@ class ServiceClient:
         self,
         path: str,
         base_model: str | Mapping[str, str] | None = None,
-        user_metadata: dict[str, str] | None = None,
+        user_metadata: dict[str, str] | str | None = None,
         weights_access_token: str | None = None,
     ) -> TrainingClient:
         """A new adapter that continues where `save_state` was called, with the optimiser's state."""
@@ -184,7 +192,7 @@ class ServiceClient:
         self,
         path: str,
         base_model: str | Mapping[str, str] | None = None,
-        user_metadata: dict[str, str] | None = None,
+        user_metadata: dict[str, str] | str | None = None,
         weights_access_token: str | None = None,
     ) -> TrainingClient:
         """The same, without blocking the event loop."""
@@ -230,6 +238,19 @@ class ServiceClient:
         return APIFuture(future)
 
     copy_weights_async = value_twin(copy_weights)
+
+    def create_custom_loss(self, fn: PerDatumLossFn, input_ranks: Mapping[str, int]) -> APIFuture[LossHandle]:
+        """A loss of your own that looks at one datum at a time, for `TrainingClient.forward_backward_custom`.
+
+        It runs in this process and is summed over the datums. (The SDKs have it done by servers that can.)
+
+        Args:
+            fn: takes `logprobs`, the datum's target log-probabilities, and then one parameter for each of the
+                loss_fn_inputs that it reads, all as tensors. Returns a loss without dimensions, and a dict of metrics
+                named custom/<name>:sum or custom/<name>:mean, which says how they are combined.
+            input_ranks: how many dimensions each parameter has, `logprobs` included.
+        """
+        return completed(make_loss(fn, input_ranks))
 
     def create_rest_client(self) -> RestClient:
         return RestClient(engine=self._engine)
@@ -312,6 +333,12 @@ class ServiceClient:
         with_optimizer: bool,
     ) -> Future[str]:
         self._check_open()
+        if isinstance(base_model, Mapping) and isinstance(user_metadata, Mapping):
+            raise UserError(f"base_model: expected a name beside user_metadata, got {base_model!r}")
+        if isinstance(user_metadata, str):
+            if token is not None:
+                raise UserError("user_metadata: expected a dict of strings, got a string")
+            user_metadata, token = None, user_metadata
         name = None if isinstance(base_model, Mapping) else base_model
         metadata = dict(base_model) if isinstance(base_model, Mapping) else user_metadata
         check_metadata(metadata)

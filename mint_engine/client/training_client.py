@@ -7,8 +7,9 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from mint_engine.client.connection import access_token, check_metadata
+from mint_engine.client.connection import access_token, address_of_record, check_metadata
 from mint_engine.client.futures import APIFuture, completed, failed, future_twin
+from mint_engine.client.loss_handle import LossHandle
 from mint_engine.client.ready import Ready
 from mint_engine.client.sampling_client import SamplingClient
 from mint_engine.errors import UserError
@@ -63,6 +64,10 @@ class TrainingClient(Ready):
     async def get_info_async(self) -> GetInfoResponse:
         return self._info
 
+    def get_console_url(self) -> str:
+        """Where to look at this training run: see `ServiceClient.get_console_url`."""
+        return address_of_record(self._engine, "training_runs", self.model_id)
+
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's Hugging Face tokenizer."""
         return self._engine.tokenizer(self._base_model)
@@ -93,11 +98,14 @@ class TrainingClient(Ready):
         self, data: Sequence[Datum], loss_fn: CustomLoss, *, loss_type_input: Literal["logprobs"] | None = "logprobs"
     ) -> APIFuture[ForwardBackwardOutput]:
         """The same with a loss of your own: `loss_fn(data, logprobs)` gets one tensor of target log-probabilities per
-        datum and returns `(loss, metrics)`; the loss is differentiated with torch."""
+        datum and returns `(loss, metrics)`; the loss is differentiated with torch. Or a `LossHandle` of
+        `ServiceClient.create_custom_loss`."""
         if loss_type_input not in (None, "logprobs"):
             return failed(UserError(f"loss_type_input: expected 'logprobs', got {loss_type_input!r}"))
         if not callable(loss_fn):
             return failed(UserError(f"loss_fn: expected a function, got {type(loss_fn).__name__}"))
+        if isinstance(loss_fn, LossHandle):
+            return self._run(self._engine.forward_backward_custom, data, loss_fn, check=loss_fn.check)
         return self._run(self._engine.forward_backward_custom, data, loss_fn)
 
     def forward_backward_reverse_kl(
@@ -243,12 +251,20 @@ class TrainingClient(Ready):
         assert self._info.model_name is not None, "the engine names every model it makes"
         return self._info.model_name
 
-    def _run(self, call: Callable[..., Future[ForwardBackwardOutput]], data: Any, *args: Any) -> APIFuture[Any]:
+    def _run(
+        self, call: Callable[..., Future[ForwardBackwardOutput]], data: Any, *args: Any,
+        check: Callable[[Sequence[Datum]], None] | None = None,
+    ) -> APIFuture[Any]:  # fmt: skip
         if not isinstance(data, Sequence) or isinstance(data, (str, bytes)):
             return failed(UserError(f"data: expected a list of Datum, got {type(data).__name__}"))
         for i, datum in enumerate(data):
             if not isinstance(datum, Datum):
                 return failed(UserError(f"data: expected a list of Datum, got {type(datum).__name__} (datum {i})"))
+        if check is not None:
+            try:
+                check(data)
+            except UserError as error:
+                return failed(error)
         return APIFuture(call(self.model_id, list(data), *args))
 
     def _snapshot(self, name: str | None, stability: bool, kind: str) -> Future[SaveWeightsForSamplerResponse]:

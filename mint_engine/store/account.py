@@ -19,6 +19,7 @@ from mint_engine.store.archive import Archive
 from mint_engine.store.ledger import Ledger
 from mint_engine.store.names import check_text, file_name
 from mint_engine.store.records import SCOPE, LedgerEntry
+from mint_engine.store.sessions import Sessions
 from mint_engine.types import (
     AuditEventType,
     AuditLogEntry,
@@ -40,7 +41,7 @@ _EVENTS = {
 }
 
 
-class Account(Archive):
+class Account(Sessions, Archive):
     ledger: Ledger
 
     def audit_log(self, event_type: AuditEventType = "all", day: date | None = None) -> AuditLogResponse:

@@ -25,10 +25,9 @@ from mint_engine.store.ledger import Ledger
 from mint_engine.store.parking import Parking
 from mint_engine.store.purge import Purge
 from mint_engine.store.search import Search
-from mint_engine.store.sessions import Sessions
 
 
-class Store(Sessions, Search, Account, Copies, Parking, Purge):
+class Store(Search, Account, Copies, Parking, Purge):
     """Sessions, runs, checkpoints, keys and the ledger, as one owner sees them. Made if it does not exist.
 
     Checkpoints are named `tinker://<run>/<kind>/<name>`; `resolve` says what else is accepted. Methods raise

@@ -23,7 +23,7 @@ from mint_engine.types.account import (
     WhoamiResponse,
 )
 from mint_engine.types.datum import Datum, LossFnInputs
-from mint_engine.types.mint import InterpolateCheckpointsResponse, ReverseKLDatum, ReverseKLOutput
+from mint_engine.types.mint import InterpolateCheckpointsResponse, ReverseKLDatum, ReverseKLItemOutput, ReverseKLOutput
 from mint_engine.types.model_input import EncodedTextChunk, ModelInput, ModelInputChunk
 from mint_engine.types.params import (
     LORA_ALPHA,
@@ -71,6 +71,7 @@ from mint_engine.types.results import (
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
     StopReason,
+    TopkLists,
     TopkLogprobs,
 )
 from mint_engine.types.sessions import (
@@ -87,6 +88,15 @@ from mint_engine.types.sessions import (
     UserSearchOwner,
 )
 from mint_engine.types.tensor_data import TensorData, TensorDtype
+from mint_engine.types.unsupported import (
+    DimuonOptimizerConfig,
+    DimuonParams,
+    DmelChunk,
+    ImageAssetPointerChunk,
+    ImageChunk,
+    PromptProvenanceSpan,
+    SampledProvenanceSpan,
+)
 
 __all__ = [
     "LORA_ALPHA",
@@ -112,6 +122,9 @@ __all__ = [
     "CurrentCheckpointStorageUsageResponse",
     "Cursor",
     "Datum",
+    "DimuonOptimizerConfig",
+    "DimuonParams",
+    "DmelChunk",
     "EncodedTextChunk",
     "ExternalWeightsUrlsResponse",
     "FinishReason",
@@ -122,6 +135,8 @@ __all__ = [
     "GetSamplerResponse",
     "GetServerCapabilitiesResponse",
     "GetSessionResponse",
+    "ImageAssetPointerChunk",
+    "ImageChunk",
     "InterpolateCheckpointsResponse",
     "ListSessionsResponse",
     "LoadWeightsResponse",
@@ -138,9 +153,12 @@ __all__ = [
     "OwnSearchOwner",
     "ParsedCheckpointTinkerPath",
     "PromptAltTokens",
+    "PromptProvenanceSpan",
     "ReverseKLDatum",
+    "ReverseKLItemOutput",
     "ReverseKLOutput",
     "SampleResponse",
+    "SampledProvenanceSpan",
     "SampledSequence",
     "SampledToken",
     "SamplingParams",
@@ -161,6 +179,7 @@ __all__ = [
     "SupportedModel",
     "TensorData",
     "TensorDtype",
+    "TopkLists",
     "TopkLogprobs",
     "TrainingBillingEvent",
     "TrainingRun",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mint_engine.errors import UserError
 from mint_engine.types.base import ResponseModel
@@ -44,14 +44,29 @@ class ReverseKLDatum:
             object.__setattr__(self, name, as_tensor_data(name, getattr(self, name)))
 
 
+class ReverseKLItemOutput(dict[str, TensorData]):
+    """``{"loss": float32 [1]}`` of one datum, which mindlab-toolkit reads as ``.loss``."""
+
+    @property
+    def loss(self) -> TensorData:
+        return self["loss"]
+
+
 @dataclass(frozen=True)
 class ReverseKLOutput:
-    """``outputs``: per datum ``{"loss": float32 [1]}``, its weighted sum of KL. ``metrics``: ``loss:sum`` is their sum,
+    """``outputs``: per datum its weighted sum of KL. ``metrics``: ``loss:sum`` is their sum,
     ``kl:mean`` the unweighted mean over the positions with a weight, ``tokens:sum`` their number."""
 
-    outputs: list[LossFnOutput]
+    outputs: Sequence[ReverseKLItemOutput]
     metrics: dict[str, float] = field(default_factory=dict)
     type: Literal["mint_forward_backward_reverse_kl"] = "mint_forward_backward_reverse_kl"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, outputs: Sequence[LossFnOutput], metrics: dict[str, float] = ...) -> None: ...
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "outputs", [ReverseKLItemOutput(output) for output in self.outputs])
 
     @property
     def loss(self) -> float:

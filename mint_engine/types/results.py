@@ -14,7 +14,29 @@ from mint_engine.types.tensor_data import TensorData
 
 LossFnOutput: TypeAlias = dict[str, TensorData]
 StopReason: TypeAlias = Literal["length", "stop"]
-TopkLogprobs: TypeAlias = list[list[tuple[int, float]] | None]
+TopkLists: TypeAlias = list[list[tuple[int, float]] | None]
+
+NO_LOGPROB = -99999.0
+"""The log-probability of a cell of `TopkLogprobs` that holds nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopkLogprobs:
+    """The k most likely tokens of each position as matrices [positions, k]: int32 ids and float32 log-probabilities.
+    A cell that holds nothing has id 0 and log-probability -99999."""
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+
+    @classmethod
+    def of(cls, rows: TopkLists) -> TopkLogprobs:
+        k = max((len(row) for row in rows if row is not None), default=0)
+        ids = np.zeros((len(rows), k), np.int32)
+        logprobs = np.full((len(rows), k), NO_LOGPROB, np.float32)
+        for i, row in enumerate(rows):
+            if row:
+                ids[i, : len(row)], logprobs[i, : len(row)] = zip(*row, strict=True)
+        return cls(ids, logprobs)
 
 
 @dataclass(frozen=True)
@@ -82,7 +104,7 @@ class SampledSequence:
     stop_reason: StopReason
     tokens: list[int]
     logprobs: list[float] | None = None
-    topk_logprobs: TopkLogprobs | None = None
+    topk_logprobs: TopkLists | None = None
     sequence_id: str = ""
 
     @property
@@ -94,6 +116,10 @@ class SampledSequence:
     def logprobs_np(self) -> np.ndarray | None:
         """float32, shape (tokens,), or None."""
         return None if self.logprobs is None else np.asarray(self.logprobs, dtype=np.float32)
+
+    @property
+    def topk_logprobs_np(self) -> TopkLogprobs | None:
+        return None if self.topk_logprobs is None else TopkLogprobs.of(self.topk_logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +145,7 @@ class SampleResponse:
 
     sequences: list[SampledSequence]
     prompt_logprobs: list[float | None] | None = None
-    topk_prompt_logprobs: TopkLogprobs | None = None
+    topk_prompt_logprobs: TopkLists | None = None
     target_prompt_logprobs: TensorData | None = None
     prompt_alt_tokens: PromptAltTokens | None = None
     prompt_cache_hit_tokens: int = 0
@@ -130,6 +156,10 @@ class SampleResponse:
         if self.prompt_logprobs is None:
             return None
         return np.asarray([np.nan if p is None else p for p in self.prompt_logprobs], dtype=np.float32)
+
+    @property
+    def topk_prompt_logprobs_np(self) -> TopkLogprobs | None:
+        return None if self.topk_prompt_logprobs is None else TopkLogprobs.of(self.topk_prompt_logprobs)
 
 
 class ModelData(ResponseModel):

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mint_engine.types import PromptAltTokens, SampledSequence, SampleResponse, TopkLogprobs
+from mint_engine.types import PromptAltTokens, SampledSequence, SampleResponse, TopkLists, TopkLogprobs
+from mint_engine.types.results import NO_LOGPROB
 from mint_engine.wire import messages
 from mint_engine.wire.errors import WireError
 from mint_engine.wire.json_values import finite
@@ -16,7 +17,6 @@ from mint_engine.wire.tensors import DenseBudget, numbers, parse_tensor, raw, wr
 
 _INT32 = np.dtype("<i4")
 _FLOAT32 = np.dtype("<f4")
-_EMPTY = -99999.0  # the log-probability of a cell that holds nothing
 _STOP_REASONS = {messages.STOP: "stop", messages.LENGTH: "length"}
 
 
@@ -110,18 +110,14 @@ def _parse_prompt_logprobs(message: Any) -> list[float | None] | None:
     return [None if missing else value for value, missing in zip(values.tolist(), np.isnan(values), strict=True)]
 
 
-def _write_topk(message: Any, rows: TopkLogprobs) -> None:
-    k = max((len(row) for row in rows if row is not None), default=0)
-    ids = np.zeros((len(rows), k), dtype=_INT32)
-    logprobs = np.full((len(rows), k), _EMPTY, dtype=_FLOAT32)
-    for i, row in enumerate(rows):
-        if row:
-            ids[i, : len(row)], logprobs[i, : len(row)] = zip(*row, strict=True)
-    message.token_ids, message.logprobs = raw(ids), raw(logprobs)
-    message.k, message.length = k, len(rows)
+def _write_topk(message: Any, rows: TopkLists) -> None:
+    topk = TopkLogprobs.of(rows)
+    message.token_ids = raw(topk.token_ids.astype(_INT32, copy=False))
+    message.logprobs = raw(topk.logprobs.astype(_FLOAT32, copy=False))
+    message.length, message.k = topk.token_ids.shape
 
 
-def _parse_topk(message: Any, name: str) -> TopkLogprobs | None:
+def _parse_topk(message: Any, name: str) -> TopkLists | None:
     if not message.HasField(name):
         return None
     topk = getattr(message, name)
@@ -132,7 +128,7 @@ def _parse_topk(message: Any, name: str) -> TopkLogprobs | None:
         return [None] * topk.length
     shape = topk.length, topk.k
     rows = zip(ids.reshape(shape).tolist(), logprobs.reshape(shape).tolist(), strict=True)
-    return [[cell for cell in zip(*row, strict=True) if cell[1] > _EMPTY] or None for row in rows]
+    return [[cell for cell in zip(*row, strict=True) if cell[1] > NO_LOGPROB] or None for row in rows]
 
 
 def _sequence_to_json(sequence: SampledSequence) -> dict[str, Any]:
@@ -146,7 +142,7 @@ def _sequence_to_json(sequence: SampledSequence) -> dict[str, Any]:
     return record
 
 
-def _topk_to_json(rows: TopkLogprobs | None) -> list[Any] | None:
+def _topk_to_json(rows: TopkLists | None) -> list[Any] | None:
     if rows is None:
         return None
     return [None if row is None else [[int(t), p] for t, p in row if np.isfinite(p)] for row in rows]

@@ -10,6 +10,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import date
 from typing import Any
 
 import httpx
@@ -42,6 +43,9 @@ class FakeServer(httpx.AsyncBaseTransport):
         self.finished: list[tuple[str, str]] = []
         self.unloaded: list[str] = []
         self.cancelled: list[str] = []
+        self.traces: list[dict[str, Any]] = []  # what asking for a timeline answers, one after the other
+        self.jwt: Any = None
+        self.bill: dict[str, Any] = {"data": []}
         self.fault: Fault | None = None
         self.after: Fault | None = None
         self._promises: dict[str, tuple[str, Future[Any]]] = {}
@@ -277,6 +281,18 @@ class FakeServer(httpx.AsyncBaseTransport):
             case ["sessions", session_id, "finish"]:
                 self.finished.append((session_id, sent["reason"]["type"]))
                 return _json(store.finish_session(session_id, sent["reason"]["type"], sent.get("detail")))
+            case ["sessions", session_id, "trace_export"]:
+                store.get_session(session_id)
+                return httpx.Response(200, json=self.traces.pop(0))
+            case ["auth", "token"]:
+                return httpx.Response(200, json={"jwt": self.jwt})
+            case ["audit"]:
+                day = date.fromisoformat(asked["day"]) if "day" in asked else None
+                return _json(store.audit_log(asked["event_type"], day))
+            case ["billing", "usage", "events"]:
+                return httpx.Response(200, json=self.bill)
+            case ["billing", "usage", "checkpoints", "current"]:
+                return _json(store.storage_usage(asked.get("project_id")))
             case ["samplers", sampler_id]:
                 return _json(self.engine.get_sampler(sampler_id))
         found = CHECKPOINT.fullmatch(path)

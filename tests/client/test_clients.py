@@ -97,10 +97,26 @@ def test_defaults_are_those_of_the_documentation(service, engine):
     }
 
 
-def test_options_of_the_http_client_are_accepted_and_unknown_ones_are_not(reached):
-    mint.ServiceClient(engine=reached, timeout=3, max_retries=2, default_headers={}, api_key="sk-x")
+def test_options_of_the_http_client_are_accepted_and_unknown_ones_are_not(reached, monkeypatch):
+    monkeypatch.setattr("mint_engine.engine.get_engine", lambda dtype, device: reached)
+    mint.ServiceClient(timeout=mint.Timeout(3, connect=None), max_retries=2, default_headers={}, api_key="sk-x")
+    mint.ServiceClient(timeout=None)
     with pytest.raises(TypeError, match="tiemout"):
-        mint.ServiceClient(engine=reached, tiemout=3)
+        mint.ServiceClient(tiemout=3)
+    for wrong in ({"timeout": 0}, {"max_retries": -1}, {"default_query": {"a": 1}}, {"http_client": object()}):
+        with pytest.raises(mint.UserError, match=next(iter(wrong))):  # also where no request is made
+            mint.ServiceClient(**wrong)
+
+
+@pytest.mark.parametrize(
+    "beside", [{"base_url": "http://x"}, {"api_key": "sk-x"}, {"dtype": "float32"}, {"device": "cpu"}, {"timeout": 3}]
+)
+def test_nothing_said_beside_an_engine_is_ignored(reached, beside):
+    with pytest.raises(mint.UserError, match="expected None beside engine"):
+        mint.ServiceClient(engine=reached, **beside)
+    if beside.keys() <= {"base_url", "api_key"}:
+        with pytest.raises(mint.UserError, match="expected None beside engine"):
+            mint.RestClient(engine=reached, **beside)
 
 
 def test_the_session_is_stored_with_what_is_said_about_it(engine, reached):
@@ -158,6 +174,11 @@ def test_a_client_from_a_state_takes_the_arguments_of_both_sdks(service, engine,
     assert last(engine) == {
         "path": "tinker://r/weights/a", "optimizer": with_optimizer, "base_model": None, "user_metadata": {"k": "v"},
     }  # fmt: skip
+    assert create("tinker://r/weights/a", {"k": "v"}, "token").model_id
+    assert create("tinker://r/weights/a", None, "token").model_id
+    for wrong in (({"k": "v"}, {"k": "v"}), (None, "a", "b")):
+        with pytest.raises(ValueError, match=r"base_model|user_metadata"):
+            create("tinker://r/weights/a", *wrong)
     client = create("mint://r/weights/a", "tiny", {"k": "v"}, weights_access_token="t")  # 0.38
     assert (last(engine)["base_model"], last(engine)["user_metadata"]) == ("tiny", {"k": "v"})
     assert client.get_info().model_name == "tiny"
@@ -460,7 +481,8 @@ def test_the_reverse_kl_divergence_is_asked_for_in_both_forms(trainer, engine):
     assert trainer.forward_backward_reverse_kl([datum], "tinker://r/sampler_weights/a", 1.5).loss == 0.5
     assert last(engine) == {"data": [datum], "reference": "tinker://r/sampler_weights/a", "temperature": 1.5}
     output = mint.mint.forward_backward_reverse_kl(trainer, reference_model_path="tinker://r/weights/a", data=[datum])
-    assert output.outputs[0]["loss"].tolist() == [0.5]
+    assert output.outputs[0]["loss"].tolist() == output.outputs[0].loss.tolist() == [0.5]
+    assert isinstance(output, mint.mint.ForwardBackwardReverseKLResponse)
     with pytest.raises(ValueError, match="data: expected a list of ReverseKLDatum"):
         trainer.forward_backward_reverse_kl([DATUM], "a").result()
 
@@ -478,14 +500,14 @@ def test_mint_has_what_scripts_import():
 def test_scripts_may_catch_the_sdk_s_errors():
     sdk = """TinkerError APIError APIStatusError APITimeoutError APIConnectionError APIResponseValidationError
         RequestFailedError BadRequestError AuthenticationError PermissionDeniedError NotFoundError ConflictError
-        UnprocessableEntityError RateLimitError InternalServerError"""
+        UnprocessableEntityError RateLimitError InternalServerError BillingError SidecarError SidecarDiedError"""
     assert all(issubclass(getattr(mint, name), mint.TinkerError) for name in sdk.split())
 
 
 @pytest.mark.parametrize("client", [mint.ServiceClient, mint.TrainingClient, mint.SamplingClient, mint.RestClient])
 def test_every_call_that_may_wait_has_an_async_twin(client):
     local = {"close", "get_tokenizer", "get_telemetry", "create_rest_client", "result", "zero_grad"}
-    local |= {"get_sampler_handle", "from_sampler_handle", "stream"}
+    local |= {"get_sampler_handle", "from_sampler_handle", "stream", "get_console_url", "create_custom_loss"}
     methods = {name for name, member in inspect.getmembers(client, inspect.isfunction) if not name.startswith("_")}
     twins = {name for name in methods if name.endswith("_async")}
     missing = {name for name in methods - twins if f"{name}_async" not in twins} - local

@@ -234,6 +234,7 @@ def test_a_failed_call_raises_what_it_raises_in_process(trainer, engine, monkeyp
     [
         (400, {"detail": "rank: 300"}, mint.UserError, "^rank: 300$"),
         (401, {"detail": "the key is wrong"}, mint.AuthenticationError, "^the key is wrong$"),
+        (402, {"detail": "first the bill"}, mint.BillingError, "^first the bill$"),
         (403, {"detail": "not from there"}, mint.PermissionDeniedError, "^not from there$"),
         (404, {"detail": "no model"}, mint.NotFoundError, "^no model$"),
         (

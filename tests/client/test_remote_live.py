@@ -11,13 +11,16 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from chaos_proxy import chaos_proxy
 from helpers import make_data
 from other_process import sampled
+from remote_helpers import eventually
 from server_fixture import LiveServer, live_server
 from tiny_models import build_tiny
 from tiny_tokenizer import VOCAB, save_byte_tokenizer
@@ -122,6 +125,35 @@ def test_every_call_answers_what_it_answers_in_process(server: LiveServer, model
         gc.collect()
     for local, remote in zip(*answers, strict=True):
         assert local == remote
+
+
+def test_an_account_is_what_the_server_has_of_it(
+    server: LiveServer, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mint_engine.server.ledger.DELAY_S", 0.01)
+    _, key = server.engine.store.keys.create("laptop")
+    server.state.auth.forget()
+    service = mint.ServiceClient(base_url=server.url, api_key=key, project_id="p")
+    trainer = service.create_lora_training_client(str(model), rank=4)
+    trainer.save_state("a").result()
+    admin, rest = mint.AdminClient(base_url=server.url, api_key=key), service.create_rest_client()
+    eventually(lambda: bool(admin.get_audit_log().entries))
+    (entry,) = admin.get_audit_log(day=datetime.now(UTC).date()).entries
+    assert (entry.event, entry.model_id, entry.event_details["status"]) == (
+        "checkpoint_saved",
+        trainer.model_id,
+        "done",
+    )
+    (item,) = admin.get_current_checkpoint_storage_usage().data
+    assert (item.project_id, item.checkpoint_count, item.user_name) == ("p", 1, "laptop")
+    assert item.size_bytes == rest.list_user_checkpoints().checkpoints[0].size_bytes
+    assert admin.get_billing_usage("2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z").data == []
+    me = rest.whoami().result()
+    assert (me.user_urn, me.email) == (item.org_user_urn, "laptop")
+    trace = httpx.get(rest.export_session_trace(service.session_id).result(), trust_env=False).json()
+    assert "SaveWeights" in {event["name"] for event in trace["traceEvents"]}
+    record = httpx.get(trainer.get_console_url(), headers={"X-API-Key": key}, trust_env=False).json()
+    assert record["training_run_id"] == trainer.model_id
 
 
 @pytest.mark.parametrize(

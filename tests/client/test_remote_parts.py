@@ -9,6 +9,7 @@ import zipfile
 
 import httpx
 import pytest
+from fake_server import FakeServer
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import save_byte_tokenizer
@@ -16,7 +17,7 @@ from tiny_tokenizer import save_byte_tokenizer
 import mint
 from mint import types
 from mint_engine.client.connection import open_engine
-from mint_engine.client.remote import address_of, close_connections, connect, normalize_url, tokenizers
+from mint_engine.client.remote import RemoteEngine, address_of, close_connections, connect, normalize_url, tokenizers
 from mint_engine.client.remote.chunks import cut, datum_bytes, join, sum_of_weights
 from mint_engine.client.remote.limits import Limits
 from mint_engine.client.remote.transport import _advised_delay, _Waiting
@@ -60,7 +61,7 @@ def test_the_options_of_the_sdks_are_honoured_or_refused():
         "https://host", options={"timeout": httpx.Timeout(7), "max_retries": 3, "default_headers": {"a": "1", "b": "1"},
         "default_headers_overrides": {"b": "2"}, "default_query": {"q": "x"}},
     )  # fmt: skip
-    assert (address.timeout, address.max_retries, address.query) == (7.0, 3, (("q", "x"),))
+    assert (address.timeout, address.max_retries, address.query) == ((7.0,) * 4, 3, (("q", "x"),))
     assert dict(address.headers) == {"a": "1", "b": "2"}
     for options in (
         {"http_client": httpx.Client}, {"timeout": 0}, {"timeout": "long"}, {"max_retries": -1}, {"max_retries": 1.5},
@@ -70,6 +71,31 @@ def test_the_options_of_the_sdks_are_honoured_or_refused():
             address_of("https://host", options=options)
     with pytest.raises(mint.UserError, match="api_key: expected printable ASCII"):
         address_of("https://host", "kéy")
+
+
+@pytest.mark.parametrize(
+    ("timeout", "expected"),
+    [
+        (3, (3, 3, 3, 3)),
+        (30, (5, 30, 30, 30)),  # to connect takes no longer because an answer may
+        (None, (None, None, None, None)),
+        (mint.Timeout(9, connect=None, write=1.5), (None, 9, 1.5, 9)),
+    ],
+)
+def test_a_timeout_holds_for_every_request_in_all_its_parts(engine, timeout, expected):
+    server = FakeServer(engine)
+    remote = RemoteEngine(address_of("http://server", options={"timeout": timeout}), wire=server)
+    try:
+        remote.capabilities()
+        service = mint.ServiceClient(engine=remote)
+        service.create_sampling_client(base_model="tiny")  # which may take long: so much more than the user said
+    finally:
+        remote.close()
+    sent = {request.url.path.rpartition("/")[2]: request.extensions["timeout"] for request in server.seen}
+    parts = ("connect", "read", "write", "pool")
+    assert tuple(sent["get_server_capabilities"][part] for part in parts) == expected
+    read = None if timeout is None else 300
+    assert sent["create_sampling_session"] == sent["get_server_capabilities"] | {"read": read}
 
 
 def test_connections_are_shared_by_equal_addresses_and_a_server_chooses_its_own_dtype(monkeypatch):

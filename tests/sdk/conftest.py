@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +50,28 @@ def reports(
         return made[name]
 
     return report
+
+
+@pytest.fixture(scope="session")
+def surfaces() -> Callable[[str], str]:
+    """`surfaces(name)`: what `drivers/names.py` says of that environment's package."""
+
+    def of(name: str) -> str:
+        package = "mint" if name.startswith("mindlab") else "tinker"
+        command = [
+            str(environments.environment(name).python),
+            "-W",
+            "ignore",
+            str(serving.DRIVERS / "names.py"),
+            package,
+        ]
+        done = subprocess.run(
+            command, env=serving.sdk_environment(), capture_output=True, text=True, timeout=120, check=False
+        )
+        assert serving.ended_well(done, finished=done.stdout.endswith("}\n")), done.stderr[-4000:]
+        return done.stdout
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from environments import ROOT
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow
+SURFACES = sorted((Path(__file__).parents[1] / "client" / "surfaces").glob("*.json"))
 each_sdk = pytest.mark.parametrize("sdk", SDKS)
 
 
@@ -63,6 +64,14 @@ def test_downloaded_adapters_are_those_in_process(reports, in_process, sdk):
 @pytest.mark.parametrize("sdk", COMMAND_LINES)
 def test_every_command_about_runs_and_checkpoints(command_lines, sdk):
     assert len(command_lines(sdk)) == 9
+
+
+@pytest.mark.parametrize("recorded", SURFACES, ids=lambda path: path.stem)
+def test_what_our_own_client_is_held_to_is_what_the_sdk_has(surfaces, recorded):
+    """If this fails, look at the difference; if it is as it should be, copy the new file over the old one."""
+    new: Path = ROOT / recorded.name
+    new.write_text(surfaces(recorded.stem))
+    assert recorded.read_text() == new.read_text(), f"cp {new} {recorded}"
 
 
 def test_the_compatibility_page_says_what_was_run(reports, command_lines):

@@ -28,6 +28,7 @@ _CLASSES: dict[str, type[MintError]] = {
 
 _BY_STATUS: dict[int, type[MintError]] = {
     HTTPStatus.UNAUTHORIZED: errors.AuthenticationError,
+    HTTPStatus.PAYMENT_REQUIRED: errors.BillingError,
     HTTPStatus.FORBIDDEN: errors.PermissionDeniedError,
     HTTPStatus.NOT_FOUND: errors.NotFoundError,
 }

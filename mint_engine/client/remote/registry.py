@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any, Protocol, TypeVar
-from urllib.parse import quote
+from typing import Any
 
 import httpx
-from pydantic import BaseModel
 
+from mint_engine.client.remote.account import Account
+from mint_engine.client.remote.asking import Submit, route_of
 from mint_engine.client.remote.failures import LostPromiseError, unreadable
 from mint_engine.client.remote.promises import Promise, lost, retrieve
 from mint_engine.client.remote.transport import Transport, answer_as, json_object
@@ -37,20 +37,11 @@ from mint_engine.types import (
 )
 from mint_engine.types.records import strip_scheme
 
-T = TypeVar("T")
-M = TypeVar("M", bound=BaseModel)
-
 _PAGE = 1000
 _LINK_MINUTES = 15  # of a link that does not say how long it lives
 
 
-class Submit(Protocol):
-    """Runs a coroutine on the loop, from any thread."""
-
-    def __call__(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]: ...
-
-
-class RemoteRegistry:
+class RemoteRegistry(Account):
     """Args: `finish` ends a session of this connection; `next_model` counts a session's models."""
 
     def __init__(
@@ -60,7 +51,8 @@ class RemoteRegistry:
         finish: Callable[[str, FinishReason, str | None], Awaitable[None]],
         next_model: Callable[[str], int],
     ) -> None:
-        self._transport, self._submit, self._finish, self._next_model = transport, submit, finish, next_model
+        super().__init__(transport, submit)
+        self._finish, self._next_model = finish, next_model
 
     def capabilities(self) -> Future[GetServerCapabilitiesResponse]:
         return self._get(GetServerCapabilitiesResponse, "get_server_capabilities")
@@ -79,7 +71,7 @@ class RemoteRegistry:
     def get_run_of(self, path: str, access_scope: AccessScope) -> Future[TrainingRun]:
         async def run() -> TrainingRun:
             found = await self._find(path)
-            route = _route("training_runs", found.training_run_id)
+            route = route_of("training_runs", found.training_run_id)
             return answer_as(
                 TrainingRun, await self._transport.send("GET", route, params={"access_scope": access_scope})
             )
@@ -111,7 +103,7 @@ class RemoteRegistry:
     def assign_project(self, session_id: str, project_id: str) -> Future[None]:
         async def run() -> None:
             await self._transport.post(
-                _route("sessions", session_id, "project"), {"project_id": project_id}, method="PUT"
+                route_of("sessions", session_id, "project"), {"project_id": project_id}, method="PUT"
             )
 
         return self._submit(run)
@@ -208,12 +200,6 @@ class RemoteRegistry:
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
-    def _get(self, model: type[M], *parts: str, **params: Any) -> Future[M]:
-        async def run() -> M:
-            return answer_as(model, await self._transport.send("GET", _route(*parts), params=params))
-
-        return self._submit(run)
-
     def _change(self, method: str, path: str, what: str) -> Future[None]:
         async def run() -> None:
             await self._transport.send(method, f"{await self._checkpoint(path)}{what}")
@@ -222,7 +208,7 @@ class RemoteRegistry:
 
     async def _checkpoint(self, path: str, prefer: str | None = None) -> str:
         found = await self._find(path, prefer)
-        return _route("training_runs", found.training_run_id, "checkpoints", *found.checkpoint_id.split("/"))
+        return route_of("training_runs", found.training_run_id, "checkpoints", *found.checkpoint_id.split("/"))
 
     async def _find(self, path: str, prefer: str | None = None) -> ParsedCheckpointTinkerPath:
         """A checkpoint's full name; the short forms `<run>/<name>` and `<name>` are looked up among one's own."""
@@ -239,7 +225,7 @@ class RemoteRegistry:
         return ParsedCheckpointTinkerPath.from_tinker_path(matches[0].tinker_path)
 
     async def _all_checkpoints(self, run_id: str) -> AsyncIterator[Checkpoint]:
-        route = _route("training_runs", run_id, "checkpoints") if run_id else "checkpoints"
+        route = route_of("training_runs", run_id, "checkpoints") if run_id else "checkpoints"
         offset = 0
         while True:
             params: dict[str, Any] = {} if run_id else {"limit": _PAGE, "offset": offset}
@@ -249,13 +235,6 @@ class RemoteRegistry:
             offset += _PAGE
             if run_id or len(page.checkpoints) < _PAGE:
                 return
-
-
-def _route(*parts: str) -> str:
-    for part in parts:
-        if not isinstance(part, str) or part in ("", ".", ".."):
-            raise UserError(f"expected an id, got {part!r}")
-    return "/".join(quote(part, safe=":") for part in parts)
 
 
 def _expiry(answer: httpx.Response) -> datetime:

@@ -74,7 +74,9 @@ class Sampling(RemoteCore):
             "session_id": session_id, "sampling_session_seq_id": self._next(self._samplers, session_id),
             "model_path": model_path, "base_model": base_model, "type": "create_sampling_session",
         }  # fmt: skip
-        response = await self._transport.post("create_sampling_session", given(body), timeout=SLOW_SECONDS)
+        usual = self.address.timeouts.read
+        patient = None if usual is None else max(usual, SLOW_SECONDS)
+        response = await self._transport.post("create_sampling_session", given(body), timeout=patient)
         return str(json_object(response)["sampling_session_id"])
 
     async def _fetch_sampler(self, sampler_id: str) -> GetSamplerResponse:

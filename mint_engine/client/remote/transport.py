@@ -31,7 +31,6 @@ M = TypeVar("M", bound=BaseModel)
 
 log = logging.getLogger("mint_engine.client")
 
-CONNECT_SECONDS = 5.0
 FIRST_DELAY, LAST_DELAY = 0.25, 10.0
 LONGEST_ADVISED = 60.0  # of a Retry-After
 REMIND_SECONDS = 60.0
@@ -86,7 +85,7 @@ class Transport:
             f"{address.url}/api/v1/",
             {**headers, **dict(address.headers)},
             dict(address.query),
-            httpx.Timeout(address.timeout, connect=min(CONNECT_SECONDS, address.timeout)),
+            address.timeouts,
             proxies=not address.is_loopback,  # a proxy cannot reach this machine's own servers
             wire=wire,
         )
@@ -129,7 +128,7 @@ class Transport:
             content=content,
             params={k: v for k, v in (params or {}).items() if v is not None},
             headers={"X-Idempotency-Key": uuid.uuid4().hex, **(headers or {})},
-            timeout=httpx.USE_CLIENT_DEFAULT if timeout is None else httpx.Timeout(timeout, connect=CONNECT_SECONDS),
+            timeout=httpx.USE_CLIENT_DEFAULT if timeout is None else self._slow(timeout),
         )
         allowed = self.address.max_retries if retries is None else retries
         most = math.inf if allowed is None else allowed
@@ -159,6 +158,11 @@ class Transport:
                 raise self._given_up(request, problem, waiting) from problem
             self._remind(request, problem, waiting)
             await asyncio.sleep(delay)
+
+    def _slow(self, seconds: float) -> httpx.Timeout:
+        """The address's timeouts, but for the wait for an answer."""
+        usual = self.address.timeouts
+        return httpx.Timeout((usual.connect, seconds, usual.write, usual.pool))
 
     def hurry(self, seconds: float) -> None:
         """From now on give up after so many seconds."""
