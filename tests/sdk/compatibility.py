@@ -22,6 +22,9 @@ one `mint-engine serve`. A test fails if this page differs from what it finds.
 
 **yes**: called, with the result checked. **-**: this SDK has no such method. A number refers to the notes below its
 table. Methods with an `_async` twin stand for both.
+
+`import mint` of this project, which runs the engine in your own process or asks a server, has the names of these SDKs,
+too: every name, method and argument, or a reason in `tests/client/test_surface.py`, which fails otherwise.
 """
 
 
