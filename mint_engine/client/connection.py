@@ -49,7 +49,7 @@ def engine_of(engine: ClientEngine | None, **options: Any) -> ClientEngine:
     if engine is None:
         return open_engine(**options)
     if given := sorted(name for name, value in options.items() if value is not None):
-        raise UserError(f"{', '.join(given)}: expected None beside engine, which has its own, got something")
+        raise UserError(f"engine: expected an engine, or what one is made of, got both: engine and {', '.join(given)}")
     return engine
 
 

@@ -167,3 +167,30 @@ def test_what_is_not_here_can_be_named_and_not_made(name):
     assert not isinstance(types.EncodedTextChunk(tokens=[1]), getattr(types, name))
     with pytest.raises(mint.UserError, match=f"{name}: .*not (supported|here)"):
         getattr(types, name)(b"data", type="any")
+
+
+def test_mint_has_what_scripts_import():
+    assert importlib.import_module("mint.types").AdamParams is mint.AdamParams is types.AdamParams
+    assert all(hasattr(mint, name) for name in mint.__all__)
+    assert all(hasattr(types, name) for name in types.__all__)
+    assert isinstance(mint.__version__, str)
+
+
+def test_scripts_may_catch_the_sdk_s_errors():
+    sdk = """TinkerError APIError APIStatusError APITimeoutError APIConnectionError APIResponseValidationError
+        RequestFailedError BadRequestError AuthenticationError PermissionDeniedError NotFoundError ConflictError
+        UnprocessableEntityError RateLimitError InternalServerError BillingError SidecarError SidecarDiedError"""
+    assert all(issubclass(getattr(mint, name), mint.TinkerError) for name in sdk.split())
+
+
+@pytest.mark.parametrize("client", [mint.ServiceClient, mint.TrainingClient, mint.SamplingClient, mint.RestClient])
+def test_every_call_that_may_wait_has_an_async_twin(client):
+    local = {"close", "get_tokenizer", "get_telemetry", "create_rest_client", "result", "zero_grad"}
+    local |= {"get_sampler_handle", "from_sampler_handle", "stream", "get_console_url", "create_custom_loss"}
+    methods = {name for name, member in inspect.getmembers(client, inspect.isfunction) if not name.startswith("_")}
+    twins = {name for name in methods if name.endswith("_async")}
+    missing = {name for name in methods - twins if f"{name}_async" not in twins} - local
+    assert missing == set()
+    for name in twins & {f"{name}_async" for name in methods}:
+        original, twin = getattr(client, name.removesuffix("_async")), getattr(client, name)
+        assert list(inspect.signature(original).parameters) == list(inspect.signature(twin).parameters)
