@@ -30,13 +30,17 @@ class Call:
 
 
 class Work:
-    """A call while its passes run: what they found, on the host. An ``error`` is the end of it."""
+    """A call while its passes run: what they found, on the host. An ``error`` is the end of it.
+
+    The whole answer is made before the passes and filled by them. Where memory for it is missing nothing has been
+    added to anybody's gradients yet, so that the call can be done again.
+    """
 
     def __init__(self, call: Call) -> None:
         self.call = call
         self.error: NonFiniteError | None = None
-        self._logprobs: list[np.ndarray] = []  # of each datum so far, fp32 [N, at least K]
-        self._loss, self._weight = 0.0, 0.0
+        self._logprobs = [np.empty(d.targets.shape, np.float32) for d in call.data]  # the answer's own memory
+        self._answer = _unfilled(call, self._logprobs)
 
     def wanted(self, data: Sequence[CheckedDatum]) -> Tensor:
         """Which rows of the datums, bool [M], have a gradient that is not known to be zero beforehand."""
@@ -57,39 +61,44 @@ class Work:
         values, gradient = values.masked_fill(padded, 0.0), gradient.masked_fill(padded, 0.0)
         return gradient if self.record(logprobs, values, data, first) else torch.zeros_like(gradient)
 
-    def record(self, logprobs: Tensor, values: Tensor, data: Sequence[CheckedDatum], first: int) -> bool:
-        """Take the log-probabilities and the loss [M, K], on the CPU, of the datums from ``first`` on.
+    def record(
+        self, logprobs: Tensor, values: Tensor, data: Sequence[CheckedDatum], first: int, at: np.ndarray | None = None
+    ) -> bool:
+        """Take the log-probabilities and the loss, on the CPU, of the datums from ``first`` on.
 
-        A loss that is not finite sets ``error``; then the answer is False.
+        [M, at least K] both; with ``at`` (int64, ascending) they are of those of the M rows, the log-probabilities of
+        the others NaN. A loss that is not finite sets ``error``; then the answer is False.
         """
-        loss, ends = self.call.loss, np.cumsum([d.tokens.size for d in data])
-        broken = (~torch.isfinite(values)).any(1).nonzero()
-        if broken.numel():
-            row = int(broken[0])
-            datum = int(np.searchsorted(ends, row, side="right"))
-            position = row - int(ends[datum]) + data[datum].tokens.size
-            self.error = NonFiniteError(
-                f"loss: {loss.name} is {float(values[row].sum())} (datum {first + datum}, position {position}); the "
-                "call was refused and the adapter is as it was"
-            )
+        ends = np.cumsum([d.tokens.size for d in data])
+        total = float(values.sum(dtype=torch.float64))
+        if not math.isfinite(total):
+            self.error = self._not_finite(values, ends, first, at)
             return False
-        self._loss += float(values.double().sum())
-        if "weights" in data[0].inputs:
-            self._weight += sum(float(d.inputs["weights"].sum(dtype=np.float64)) for d in data)
-        self._logprobs += np.split(logprobs.numpy(), ends[:-1])
+        self._answer.metrics["loss:sum"] += total
+        found = logprobs.numpy()
+        for own, end in zip(self._logprobs[first : first + len(data)], ends.tolist(), strict=True):
+            start = end - len(own)
+            if at is None:
+                own[:] = found[start:end, : own.shape[1]]
+            else:
+                some = slice(*np.searchsorted(at, (start, end)))
+                own.fill(np.nan)
+                own[at[some] - start] = found[some, : own.shape[1]]
         return True
 
-    def output(self) -> ForwardBackwardOutput:
-        """The call's result, unless there is an ``error``."""
-        data, loss = self.call.data, self.call.loss
-        per_datum = zip(self._logprobs, data, strict=True)
-        logprobs = [lp[:, : d.targets.shape[1]].reshape(d.shape) for lp, d in per_datum]
-        return ForwardBackwardOutput(
-            loss_fn_output_type=loss.name,
-            loss_fn_outputs=[{"logprobs": TensorData.from_numpy(lp)} for lp in logprobs],
-            metrics={"loss:sum": self._loss, "tokens:sum": float(sum(d.tokens.size for d in data))},
-            weight_sum=self._weight if loss.name == "cross_entropy" else None,
+    def _not_finite(self, values: Tensor, ends: np.ndarray, first: int, at: np.ndarray | None) -> NonFiniteError:
+        broken = int((~torch.isfinite(values)).any(1).nonzero()[0])
+        row = broken if at is None else int(at[broken])
+        datum = int(np.searchsorted(ends, row, side="right"))
+        position = row - (int(ends[datum - 1]) if datum else 0)
+        return NonFiniteError(
+            f"loss: {self.call.loss.name} is {float(values[broken].sum())} (datum {first + datum}, position "
+            f"{position}); the call was refused and the adapter is as it was"
         )
+
+    def output(self) -> ForwardBackwardOutput:
+        """The call's result, unless there is an ``error``: once all its datums are recorded."""
+        return self._answer
 
 
 class Collecting(Work):
@@ -101,7 +110,6 @@ class Collecting(Work):
         # A call that fails half-way leaves no trace: its gradients collect in a buffer of its own, or in the state's if
         # that holds none yet and so can be emptied again.
         self.scratch: Tensor | None = None
-        self._output: ForwardBackwardOutput | None = None
         if call.state is not None:
             grads = call.state.grads
             if call.state.has_grads:
@@ -116,29 +124,36 @@ class Collecting(Work):
         assert scratch is not None
         return state.factors if scratch is state.grads else self.call.adapter.views(scratch)
 
-    def prepare(self) -> None:
-        """Make the result, before any call of the passes counts: what fails here can be done again."""
-        if self.error is None:
-            self._output = self.output()
-
     def finish(self) -> ForwardBackwardOutput | Exception:
         """The call's result, or why it was refused. Only now its gradients count."""
         if self.error is not None:
             self.withdraw()
             return self.error
-        assert self._output is not None
         try:
             if self.call.state is not None and self.scratch is not None:
                 add_gradients(self.call.state, self.scratch)
         except Exception as error:  # the others' gradients count already: it is this call's alone
             self.withdraw()
             return error
-        return self._output
+        return self.output()
 
     def withdraw(self) -> None:
         """The call came to nothing: leave its state as it was."""
         if self.call.state is not None and self.scratch is self.call.state.grads:
             self.call.state.zero_grads()
+
+
+def _unfilled(call: Call, logprobs: Sequence[np.ndarray]) -> ForwardBackwardOutput:
+    """The call's result, but for its loss and what is in ``logprobs``, [N, K] of each datum."""
+    data, loss = call.data, call.loss
+    weights = sum(float(d.inputs["weights"].sum(dtype=np.float64)) for d in data if "weights" in d.inputs)
+    outputs = [TensorData.wrap(lp.reshape(d.shape)) for lp, d in zip(logprobs, data, strict=True)]
+    return ForwardBackwardOutput(
+        loss_fn_output_type=loss.name,
+        loss_fn_outputs=[{"logprobs": output} for output in outputs],
+        metrics={"loss:sum": 0.0, "tokens:sum": float(sum(d.tokens.size for d in data))},
+        weight_sum=weights if loss.name == "cross_entropy" else None,
+    )
 
 
 def refused_gradients() -> NonFiniteError:

@@ -92,8 +92,6 @@ def begin_together(
             # One that was refused in an earlier pass is over.
             live = (datum for datum in datums[chosen.start : chosen.stop] if datum[0].error is None)
             _one_pass(decoder, _spans(live), masked_logprobs)
-        for work in works:
-            work.prepare()
     except BaseException:
         for work in works:
             work.withdraw()

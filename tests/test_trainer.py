@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 
 from mint_engine import trainer
 from mint_engine.adapters import Adapter, TrainState
-from mint_engine.calls import Call, Work
+from mint_engine.calls import Call
 from mint_engine.errors import NonFiniteError
+from mint_engine.gpu.run import Programs
 from mint_engine.models.decoder import Decoder
 from mint_engine.types import Datum, ForwardBackwardOutput, LoraConfig, ModelInput
 
@@ -136,28 +138,40 @@ def test_a_loss_that_is_not_finite_is_refused_and_leaves_no_trace(tiny_tied: Pat
     assert torch.equal(adapter.params, params)
 
 
-def test_a_call_that_fails_at_its_end_leaves_no_trace(tiny_tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_a_call_whose_answer_cannot_be_made_leaves_no_trace(
+    tiny_tied: Path, monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: bool
+) -> None:
     """Memory for the results is not there: nobody's gradients count yet, so the calls can be run again."""
     decoder, adapter = setup(tiny_tied)
+    if as_on_a_gpu:
+        monkeypatch.setattr(decoder, "programs", Programs(decoder))
     other = trained_adapter(decoder, LoraConfig(rank=4, seed=9))
     states = [TrainState(adapter), TrainState(other)]
     parts = checked(make_data("cross_entropy", (4, 5), 199), "cross_entropy", decoder)
     calls = [Call(adapter, states[0], *parts), Call(other, states[1], *parts)]
-    made, real = [], Work.output
+    made: list[ForwardBackwardOutput] = []
 
-    def second_fails(self: Work) -> ForwardBackwardOutput:
-        made.append(self)
-        if len(made) == 2:
+    def second_fails(**fields: Any) -> ForwardBackwardOutput:
+        if len(made) == 1:
             raise MemoryError
-        return real(self)
+        made.append(ForwardBackwardOutput(**fields))
+        return made[0]
 
-    monkeypatch.setattr(Work, "output", second_fails)
-    with pytest.raises(MemoryError):
-        trainer.run_together(decoder, calls)
-    assert len(made) == 2
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr("mint_engine.calls.ForwardBackwardOutput", second_fails)
+        with pytest.raises(MemoryError):
+            trainer.run_together(decoder, calls)
+    assert len(made) == 1
     for state in states:
         assert not state.has_grads
         assert not state.grads.any()
+    alone = TrainState(adapter)
+    with torch.no_grad():
+        trainer.run_together(decoder, calls)
+        trainer.run_together(decoder, [Call(adapter, alone, *parts)])
+    assert states[0].has_grads
+    assert relative(states[0].grads, alone.grads) < 1e-5
 
 
 def test_weights_beyond_what_a_step_may_reach_are_not_loaded(tiny_tied: Path) -> None:

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -194,18 +193,15 @@ def _add(works: Sequence[Work], sums: Sequence[Tensor]) -> Tensor:
 
 
 def _collect(done: Results) -> None:
-    """Give every call its rows of a pass that is over, in memory of their own: a caller may keep them for ever."""
-    logprobs, values, start = done.logprobs.clone(), done.values, 0
+    """Give every call its rows of a pass that is over."""
+    start = 0
     for part, seat in zip(done.parts, done.shape.seats, strict=True):
-        if done.shape.masked:
-            rows = slice(start, start + part.tokens)
-            found, losses = logprobs[rows], values[rows]
-            start += seat.rows
-        else:
-            at = torch.from_numpy(part.scored)
-            of = start + (at if seat.scored == seat.rows else torch.arange(len(at)))
-            found = torch.full((part.tokens, done.shape.width), np.nan).index_copy_(0, at, logprobs[of])
-            losses = torch.zeros(part.tokens, done.shape.width).index_copy_(0, at, values[of])
-            start += seat.scored
+        at = None if done.shape.masked else part.scored
+        size, count = (seat.rows, part.tokens) if at is None else (seat.scored, len(part.scored))
+        found, losses = done.logprobs[start : start + size], done.values[start : start + size]
+        start += size
+        if at is not None and seat.scored == seat.rows:  # they are among the others
+            rows = torch.from_numpy(at)
+            found, losses = found[rows], losses[rows]
         if part.work.error is None:
-            part.work.record(found, losses, part.data, part.first)
+            part.work.record(found[:count], losses[:count], part.data, part.first, at)
