@@ -93,7 +93,7 @@ class Executor:
         with self._wake:
             self._steppers.append(stepper)
 
-    def enqueue(self, lane: Lane, operation: Operation, brief: bool) -> Future:
+    def enqueue(self, lane: Lane, operation: Operation, brief: bool, caller: str) -> Future:
         future: Future = Future()
         if (error := self.inherited()) is not None:
             future.set_exception(error)
@@ -103,7 +103,7 @@ class Executor:
             if self._closed:
                 future.set_exception(EngineClosedError("the engine is closed"))
                 return future
-            lane.waiting.append(Queued(operation, future, brief))
+            lane.waiting.append(caller, Queued(operation, future, brief))
             self._queued += 1
             self._answered.discard(lane)
             if not lane.busy and lane.may_start:
@@ -185,7 +185,7 @@ class Executor:
 
     def _brief_one_waits(self) -> bool:
         """Whether an operation can be queued behind what is in flight whoever else waits."""
-        return bool(self._at_work) and any(lane.waiting[0].brief for lane in self._ready)
+        return bool(self._at_work) and any(lane.waiting.first().brief for lane in self._ready)
 
     def _company_comes(self) -> bool:
         """Whether the next joint operation waits for clients that are at work, and could share their next one."""
@@ -286,7 +286,7 @@ class Executor:
     def _take(self, lane: Lane) -> Queued:
         with self._wake:
             self._queued -= 1
-            return lane.waiting.popleft()
+            return lane.waiting.pop()
 
     def _start_together(self, lane: Lane, queued: Queued, first: Joint) -> None:
         """Run an operation and those it chooses of the others that are next in their lanes."""
@@ -347,12 +347,12 @@ class Executor:
     def _run_brief_ones(self) -> None:
         """Do what is brief at the heads of all lanes."""
         with self._wake:
-            lanes = [other for other in self._ready.in_turn() if other.waiting[0].brief]
+            lanes = [other for other in self._ready.in_turn() if other.waiting.first().brief]
             for other in lanes:
                 self._ready.discard(other.owner, other)
         for other in lanes:
             for _ in range(BRIEF_ONES):
-                if other.may_start and other.waiting[0].brief:
+                if other.may_start and other.waiting.first().brief:
                     self._run_brief(other)
             self._finish(other)
 
@@ -366,7 +366,7 @@ class Executor:
 
     def _take_joint(self, lane: Lane) -> Queued:
         """The operation that was chosen, after the brief ones in front of it."""
-        while lane.waiting[0].brief:
+        while lane.waiting.first().brief:
             self._run_brief(lane)
         return self._take(lane)
 

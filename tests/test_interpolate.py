@@ -315,3 +315,26 @@ def test_sums_are_computed_one_at_a_time_and_saves_go_on(
     finally:
         held.set()
     assert len({future.result().path for future in sums}) == len(sums)
+
+
+def test_owners_take_turns_with_their_sums(engine: Engine, tiny_tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for many keeps another waiting for one of them, besides the one that is being computed."""
+    paths, order, begun, held = {}, list[str](), threading.Event(), threading.Event()
+    for owner in ("alice", "bob"):
+        model = new_model(engine, engine.create_session(owner=owner), tiny_tied)
+        paths[owner] = engine.save_weights_for_sampler(model, "v").result().path or ""
+
+    def noted(sources: list[Source], coefficients: list[float]) -> object:
+        begun.set()
+        assert held.wait(30)
+        order.append(next(owner for owner, path in paths.items() if path == sources[0].path))
+        return combine(sources, coefficients)
+
+    monkeypatch.setattr(interpolate, "combine", noted)
+    sums = [engine.interpolate_checkpoints("alice", [paths["alice"]], [1.0])]
+    assert begun.wait(30)
+    sums += [engine.interpolate_checkpoints(who, [paths[who]], [1.0]) for who in ["alice"] * 3 + ["bob"] * 2]
+    held.set()
+    for future in sums:
+        assert future.result(30).path
+    assert order == ["alice", "alice", "bob", "alice", "bob", "alice"]

@@ -28,7 +28,8 @@ DEFAULT_SUM = "interpolated"
 
 
 class Checkpoints(EngineCore):
-    _sums_lane: Lane  # one sum after the other: each takes memory, and one of the few threads that all saves share
+    # One sum after the other, owners in turn: each takes memory, and one of the few threads that all saves share.
+    _sums_lane: Lane
 
     def save_weights(
         self, model_id: str, name: str, *, ttl_seconds: int | None = None, overwrite: bool = False,
@@ -106,7 +107,7 @@ class Checkpoints(EngineCore):
         """sum of coefficient * adapter, as a sampler checkpoint in a new run of ``owner``; see ``interpolate.py``.
 
         The sources are on one base model and adapt the same modules; the result has the largest of their ranks. One sum
-        at a time is computed. ``reader``: whose checkpoints may be read, if it is not ``owner``.
+        at a time is computed, and owners take turns. ``reader``: whose checkpoints may be read, if it is not ``owner``.
 
         Fails with UserError if the sources have more than `interpolate.MAX_RANKS` ranks together, a checkpoint that is
         named twice counted once, or if the sum would take more than an eighth of the machine's memory.
@@ -140,7 +141,7 @@ class Checkpoints(EngineCore):
         def run() -> Steps[InterpolateCheckpointsResponse]:
             return (yield build)
 
-        return self._submit("interpolate_checkpoints", self._sums_lane, run)
+        return self._submit("interpolate_checkpoints", self._sums_lane, run, caller=owner)
 
     def copy_checkpoint(
         self, source: str, *, owner: str | None = None, session_id: str | None = None, seq: int | None = None,

@@ -69,10 +69,11 @@ class EngineCore:
         return self._residents.samplers
 
     def _submit(
-        self, kind: str, lane: Lane, operation: Callable[[], Any], tokens: Callable[[Any], int] = lambda _: 0
-    ) -> Future:
+        self, kind: str, lane: Lane, operation: Callable[[], Any], tokens: Callable[[Any], int] = lambda _: 0,
+        caller: str = "",
+    ) -> Future:  # fmt: skip
         """Queue an operation and count it under ``kind``. ``tokens(result)``: how many it went through."""
-        return lane.submit(self._recorder.timed(kind, operation, tokens))
+        return lane.submit(self._recorder.timed(kind, operation, tokens), caller=caller)
 
     def _trim(self) -> None:
         """Let go of the memory for activations where nobody trains any more. On the device thread, which uses it."""
