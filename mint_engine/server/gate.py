@@ -3,7 +3,8 @@
 `Gate` is ASGI middleware: `app.add_middleware(Gate)`. It answers nothing itself. It raises the HTTPException of a
 refusal where the application reads the body (FastAPI and Starlette pass that on to the exception handlers), so that a
 refusal looks like every other error. Bytes are counted as they arrive; `Content-Length` is believed only when it is
-too large.
+too large. Of a training request that is too large the end is looked at, if it is near: there stands its number, which
+the model's next requests wait for.
 """
 
 from __future__ import annotations
@@ -24,6 +25,18 @@ _POLLS = ("/retrieve_future", "/retrieve_futures")
 # FastAPI parses these bodies on the event loop, where they would hold up everybody: some 100 ms at this size.
 _TEXTS, _TEXT_BYTES = ("/completions",), 8 << 20
 _BODILESS = ("GET", "HEAD", "OPTIONS")
+_NUMBERED = ("/forward", "/forward_backward")
+SKIMMED = 16 << 20
+"""Bytes beyond the limit that may come before the end of such a body: tinker 0.22 makes them no larger by itself."""
+_END = 1 << 10
+
+
+class TooLargeError(HTTPException):
+    """``end``: the last bytes of the body, if it was followed so far."""
+
+    def __init__(self, limit: int, got: Any, end: bytes = b"") -> None:
+        super().__init__(413, f"request body: expected at most {limit} bytes, got {got}", {"Connection": "close"})
+        self.end = end
 
 
 class Gate:
@@ -113,19 +126,33 @@ class _Visit:
             if self._scope["path"].endswith(_TEXTS):
                 limit = min(limit or _TEXT_BYTES, _TEXT_BYTES)
             if count == 0 and limit is not None and announced.isdecimal() and int(announced) > limit:
-                raise _too_large(limit, int(announced))
+                most = limit + SKIMMED
+                end = await self._skim(receive, most) if int(announced) <= most else b""
+                raise TooLargeError(limit, int(announced), end)
             message = await receive()
             if message["type"] == "http.request":
                 size = len(message.get("body", b""))
                 count += size
                 done = not message.get("more_body", False)
                 if limit is not None and count > limit:
-                    raise _too_large(limit, "more")
+                    raise TooLargeError(limit, "more", await self._skim(receive, SKIMMED, message))
                 self.hold(size)
             return message
 
         return counted
 
-
-def _too_large(limit: int, got: Any) -> HTTPException:
-    return HTTPException(413, f"request body: expected at most {limit} bytes, got {got}", {"Connection": "close"})
+    async def _skim(self, receive: Receive, most: int, message: Message | None = None) -> bytes:
+        """The end of the body, if it comes within ``most`` bytes and is of use. ``message``: what came last."""
+        if not self._scope["path"].endswith(_NUMBERED):
+            return b""
+        end, count = b"", 0
+        while count <= most:
+            message = message or await receive()
+            if message["type"] != "http.request":
+                return b""
+            body = message.get("body", b"")
+            end, count = (end + body)[-_END:], count + len(body)
+            if not message.get("more_body", False):
+                return end
+            message = None
+        return b""

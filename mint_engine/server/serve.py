@@ -108,12 +108,11 @@ def check_address(settings: Settings, keys: bool) -> None:
 
 
 def warn_of_small_bodies(settings: Settings) -> None:
-    """Which number a request had that is too large to be read, nobody knows: those behind it wait for it."""
+    """tinker 0.22 is told what a request may be, and does not listen."""
     if settings.max_request_bytes < SMALL_BODY:
         log.warning(
-            "max_request_bytes: expected at least %d, got %d: tinker 0.22 sends larger requests, and after one that is "
-            "refused its model's next calls wait for gap_timeout_s (%g s)",
-            SMALL_BODY, settings.max_request_bytes, settings.gap_timeout_s,
+            "max_request_bytes: expected at least %d, got %d: tinker 0.22 sends larger requests, which are refused",
+            SMALL_BODY, settings.max_request_bytes,
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from mint_engine.wire.forward_backward import (
     address,
     encode_forward_backward,
     forward_backward_from_json,
+    last_members,
     parse_forward_backward,
 )
 from mint_engine.wire.outputs import (
@@ -43,6 +44,7 @@ __all__ = [
     "forward_backward_from_json",
     "forward_backward_output_to_json",
     "has_one_layout",
+    "last_members",
     "parse_forward_backward",
     "parse_forward_backward_output",
     "parse_json",

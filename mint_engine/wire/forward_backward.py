@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,6 +127,20 @@ def address(request: bytes | Mapping[str, Any]) -> tuple[str, int | None] | None
         return name_from_json(message.model_id, "model_id"), seq_id_from_json(message.seq_id or None)
     except UserError:
         return None
+
+
+_SCALAR = rb'(?:"(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*|true|false|null)'
+_LAST_MEMBERS = re.compile(rb'[{,]((?:\s*"\w+"\s*:\s*%b\s*,)*\s*"\w+"\s*:\s*%b\s*\})\s*\Z' % (_SCALAR, _SCALAR))
+
+
+def last_members(end: bytes) -> Mapping[str, Any]:
+    """The last members of a JSON object of which only the ``end`` is there: those behind all arrays and objects."""
+    found = _LAST_MEMBERS.search(end)
+    try:
+        members: Mapping[str, Any] = json.loads(b"{" + found[1]) if found else {}
+    except ValueError:
+        return {}
+    return members
 
 
 def _check_loss(loss_fn: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 
@@ -354,6 +355,42 @@ def test_oversized_bodies_are_413_and_garbage_is_4xx(engine: StubEngine) -> None
         for content, kind in ((b"{", "application/json"), (b"\xff" * 99, wire.PROTOBUF), (b"a=1", "text/plain")):
             answer = api.http.post("forward_backward", content=content, headers={"Content-Type": kind})
             assert 400 <= answer.status_code < 500
+
+
+@pytest.mark.parametrize(("path", "limit"), [("forward_backward", 2_000), ("forward", 2_000), ("forward", 150_000)])
+@pytest.mark.parametrize("announced", [True, False], ids=["announced", "in parts"])
+def test_a_training_request_that_is_too_large_uses_up_its_number(
+    engine: StubEngine, path: str, limit: int, announced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tinker 0.22 sends it, with its number at the end: what comes behind it neither waits nor fails."""
+    monkeypatch.setattr("mint_engine.server.gate.SKIMMED", max(100_000, 202_000 - limit))
+    limits = {"max_request_bytes": limit, "gap_timeout_s": 0.3, "long_poll_s": 0.5}
+    with live_server(engine, models=[BASE], **limits) as live, Api(live.url) as api:
+        model, headers = api.model(BASE), {"Content-Type": "application/json"}
+        key = "forward_input" if path == "forward" else "forward_backward_input"
+        body = json.dumps(batch_json(model, 1, key, note="x" * 200_000)).encode()
+        parts = (body[at : at + 7_000] for at in range(0, len(body), 7_000))
+        assert api.http.post(path, content=body if announced else parts, headers=headers).status_code == 413
+        assert api.result("optim_step", model_id=model, seq_id=2)["metrics"]
+
+
+def test_a_request_that_is_far_too_large_or_somebody_else_s_uses_up_no_number(
+    engine: StubEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mint_engine.server.gate.SKIMMED", 10_000)
+    (_, mine), (_, theirs) = (engine.store.keys.create(name) for name in ("me", "they"))
+    with (
+        live_server(engine, models=[BASE], max_request_bytes=2_000, gap_timeout_s=0.2, long_poll_s=0.5) as live,
+        Api(live.url, mine) as me,
+        Api(live.url, theirs) as they,
+    ):
+        model, headers = me.model(BASE), {"Content-Type": "application/json"}
+        near, far = (json.dumps(batch_json(model, 1, note="x" * size)).encode() for size in (5_000, 1_000_000))
+        assert they.http.post("forward_backward", content=near, headers=headers).status_code == 404
+        assert me.http.post("forward_backward", content=far, headers=headers).status_code == 413
+        parts = (far[at : at + 7_000] for at in range(0, len(far), 7_000))
+        assert me.http.post("forward_backward", content=parts, headers=headers).status_code == 413
+        assert "seq_id 1" in me.result("optim_step", model_id=model, seq_id=2)["error"]
 
 
 def test_telemetry_is_accepted_and_dropped(api: Api) -> None:

@@ -23,6 +23,20 @@ MODELS = sorted(
     (m for m in vars(requests).values() if isinstance(m, type) and issubclass(m, BaseModel)), key=lambda m: m.__name__
 )
 
+# What stands behind the last list or object of a body whose beginning is not there.
+ENDS = [
+    ('5]}, "model_id": "a:train:0", "seq_id": 7}', {"model_id": "a:train:0", "seq_id": 7}),
+    ('5]},"seq_id":7,"model_id":"a"}\n', {"model_id": "a", "seq_id": 7}),
+    ('x", "model_id": "a", "seq_id": null, "type": "t"}', {"model_id": "a", "seq_id": None, "type": "t"}),
+    ('\\"model_id\\":\\"b\\",", "seq_id": 7}', {"seq_id": 7}),
+    ('{"model_id":"\\u0061","seq_id":7}', {"model_id": "a", "seq_id": 7}),
+    ('"model_id": "a", "seq_id": 7}}', {}),
+    ('"model_id": "a", "seq_id": 7', {}),
+    ('"model_id": "a", "seq_id": [7]}', {}),
+    ('{"seq_id": 1.2.3}', {}),
+    ("", {}),
+]
+
 # As tinker 0.38.0, and 0.22.0 with mindlab-toolkit 0.2.0, posted them to a recording server.
 RECORDED = [
     ("ClientConfigRequest", '{"sdk_version":"0.38.0"}'),
@@ -276,3 +290,13 @@ def test_the_models_serve_as_fastapi_bodies():
         answer = client.post("/SetTtlRequest", json={"ttl_seconds": "soon"})
     assert answer.status_code == 422
     assert wire.explain(answer.json()["detail"]).startswith("ttl_seconds: input should be a valid integer")
+
+
+@pytest.mark.parametrize(("end", "members"), ENDS)
+def test_the_last_members_are_found_without_the_beginning(end: str, members: dict[str, Any]) -> None:
+    assert wire.last_members(end.encode()) == members
+
+
+@given(end=st.binary(max_size=1024) | st.text('{},:" \\\n1ae', max_size=1024).map(str.encode))
+def test_any_end_of_a_body_is_taken(end: bytes) -> None:
+    assert isinstance(wire.last_members(end), dict)

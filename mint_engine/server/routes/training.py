@@ -16,6 +16,7 @@ from mint_engine.server import answers, operations
 from mint_engine.server.caller import Caller, get_caller
 from mint_engine.server.document import PROMISED
 from mint_engine.server.failures import TryAgainLaterError
+from mint_engine.server.gate import TooLargeError
 from mint_engine.server.reading import body_of, read, read_body, read_object, work
 from mint_engine.server.refusals import Refusals
 from mint_engine.server.served_models import is_hub_name
@@ -126,7 +127,7 @@ async def unload_model(request: Request, caller: CallerOf, state: State) -> Resp
 @router.post("/forward", openapi_extra=body_of(bodies.ForwardBody), responses=PROMISED)
 async def forward(request: Request, caller: CallerOf, state: State) -> Response:
     """Losses and log-probabilities (tinker 0.22; later SDKs send `forward_only` to forward_backward)."""
-    obj, size = await read_object(request, caller, state)
+    obj, size = await _read_training(request, caller, state)
     return await _train(caller, state, obj, size, lambda: wire.forward_backward_from_json(obj, forward_only=True))
 
 
@@ -136,8 +137,17 @@ async def forward_backward(request: Request, caller: CallerOf, state: State) -> 
     if wire.PROTOBUF in request.headers.get("content-type", ""):
         body = await read_body(request, caller, state)
         return await _train(caller, state, body, len(body), lambda: wire.parse_forward_backward(body))
-    obj, size = await read_object(request, caller, state)
+    obj, size = await _read_training(request, caller, state)
     return await _train(caller, state, obj, size, lambda: wire.forward_backward_from_json(obj))
+
+
+async def _read_training(request: Request, caller: Caller, state: ServerState) -> tuple[dict[str, Any], int]:
+    """`read_object`. Where the body is too large its number is used up all the same, if it stands at the end."""
+    try:
+        return await read_object(request, caller, state)
+    except TooLargeError as error:
+        async with Refusals(caller, state, wire.last_members(error.end)):
+            raise
 
 
 async def _train(
