@@ -181,28 +181,21 @@ void attention_backward(const T* d_out, int64_t d_out_stride, const T* q, int64_
     shared.v_stride = v_stride, shared.out_stride = out_stride;
     shared.dq_stride = dq_stride, shared.dk_stride = dk_stride, shared.dv_stride = dv_stride;
     const size_t bytes = shared.place(nullptr, plan.longest());
-    bool failed = false;  // nothing may throw out of a parallel region
+    Attempts attempts;
     // No num_threads: a smaller team would end libgomp's other threads, and their scratch with them.
 #pragma omp parallel if (n_tasks > 1)
     {
         const typename S::Tiles registers;
         AttentionBackward<S, T> mine = shared;
-        char* base = nullptr;  // only threads that get a task take scratch
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < n_tasks; ++i) {
-            if (base == nullptr) {
-                base = static_cast<char*>(try_scratch(Slot::kTile, bytes));
-                if (base == nullptr) {
-#pragma omp atomic write
-                    failed = true;
-                    continue;
-                }
-                mine.place(base, plan.longest());
-            }
-            mine.run(plan.tasks()[i]);
+            attempts.run([&] {
+                mine.place(static_cast<char*>(scratch(Slot::kTile, bytes)), plan.longest());
+                mine.run(plan.tasks()[i]);
+            });
         }
     }
-    if (failed) out_of_memory();
+    attempts.finish();
 }
 
 }  // namespace mint

@@ -74,6 +74,7 @@ struct StepAdapters {
 // What the threads of a step share: the next piece of a product or of the attention is claimed.
 struct StepTeam {
     Meeting meeting;
+    Attempts attempts;
     std::atomic<int64_t> claimed{0};
     PagedTasks tasks;  // rows that attend together
 };
@@ -160,24 +161,26 @@ struct DecodeStep {
     // S of every row whose adapter trains the group: into x's tail.
     void shrink(const StepLinear<T>& w, int64_t group, int64_t m, int64_t k, T* in, int64_t stride) {
         if (factor(group, m, 0).cols == 0) return;
-        const WeightRows<T> a{w.a, w.a_stride, nullptr};
-        const int64_t threads = omp_get_num_threads();
-        for (int64_t turn = omp_get_thread_num();; turn += threads) {
-            const Factor f = factor(group, m, turn);
-            if (f.cols == 0) break;
-            const RowGroup<T> all{0, f.rows, nullptr, 0, 0};
-            const X left(a, in + f.first * stride, stride, k, &all, 1, 1);
-            Prefetch next;
-            next.reads = factor(group, m, turn + threads).lines(w, k, X::prefetch_calls(a, f.rows, k));
-            left.multiply(a, f.row, f.cols, left.sums(), &next);
-            const auto scale = S::set1(f.scale);
-            for (int64_t i = 0; i < f.rows; ++i) {
-                T* row = in + (f.first + i) * stride + k + f.column;
-                for_vectors<S>(f.cols, [&](int64_t v, int lanes) __attribute__((always_inline)) {
-                    S::store_n(row + v, S::mul(scale, S::load_n(left.sums() + i * C + v, lanes)), lanes);
-                });
+        team->attempts.run([&] {
+            const WeightRows<T> a{w.a, w.a_stride, nullptr};
+            const int64_t threads = omp_get_num_threads();
+            for (int64_t turn = omp_get_thread_num();; turn += threads) {
+                const Factor f = factor(group, m, turn);
+                if (f.cols == 0) break;
+                const RowGroup<T> all{0, f.rows, nullptr, 0, 0};
+                const X left(a, in + f.first * stride, stride, k, &all, 1, 1);
+                Prefetch next;
+                next.reads = factor(group, m, turn + threads).lines(w, k, X::prefetch_calls(a, f.rows, k));
+                left.multiply(a, f.row, f.cols, left.sums(), &next);
+                const auto scale = S::set1(f.scale);
+                for (int64_t i = 0; i < f.rows; ++i) {
+                    T* row = in + (f.first + i) * stride + k + f.column;
+                    for_vectors<S>(f.cols, [&](int64_t v, int lanes) __attribute__((always_inline)) {
+                        S::store_n(row + v, S::mul(scale, S::load_n(left.sums() + i * C + v, lanes)), lanes);
+                    });
+                }
             }
-        }
+        });
         team->meeting.wait();
     }
 
@@ -209,42 +212,44 @@ struct DecodeStep {
     void product(const StepLinear<T>& w, int64_t index, int64_t group, int64_t m, T* in, int64_t stride, int64_t count,
                  int64_t n, int64_t k, bool pairs, Prefetch after, Target target, Out out) {
         shrink(w, group, m, k, in, stride);
-        auto* groups =
-            static_cast<RowGroup<T>*>(scratch(Slot::kGroups, size_t(2 * adapters.count + 1) * sizeof(RowGroup<T>)));
-        const int64_t n_groups = groups_of(w, index, group, m, count, groups);
-        const int64_t panels = ceil_div(n, C), threads = omp_get_num_threads();
-        WeightRows<T> one = weight_rows(w, k), two = weight_rows(w, k, n);
-        one.modules = two.modules = m == 3 ? Modules{3, n_q * d, qk_width} : m == 2 ? Modules{2, n} : Modules();
-        // B is fetched with W: as one row where it follows W in memory and W's rows are what is read. (Its words:
-        // RowGroup::fetch.)
-        const int64_t tail = m * adapters.reach(group), calls = calls_of(w, count, k);
-        const bool follows = w.scales == nullptr && w.b == static_cast<const T*>(w.w) + k && w.b_stride == w.stride;
-        const auto fetch = [&](const WeightRows<T>& from, int64_t j, int64_t cols) {
-            const bool together = follows && from.words == nullptr;
-            Prefetch ahead = from.ahead(j, cols, k + (together ? tail : 0), calls);
-            if (tail > 0 && !together && adapters.words == nullptr)
-                ahead.also = Lines(w.b + j * w.b_stride, cols, w.b_stride * int64_t(sizeof(T)),
-                                   tail * int64_t(sizeof(T)), calls);
-            return ahead;
-        };
-        if (omp_get_thread_num() < panels && count > 0) {
-            const X left(one, in, stride, k, groups, n_groups, 2);
-            float *c = left.sums(), *c2 = left.sums(1);
-            for (int64_t p = omp_get_thread_num(), following; p < panels; p = following) {
-                following = threads + team->claimed++;  // the first of each thread is its own
-                const int64_t j = p * C, cols = min64(C, n - j), j1 = following * C;
-                Prefetch ahead = j1 < n ? fetch(one, j1, min64(C, n - j1)) : after;
-                if (count > 1) target.fetch(j, count, cols);
-                if (pairs) {
-                    Prefetch second = fetch(two, n + j, cols);
-                    left.multiply(one, j, cols, c, &second);
-                    left.multiply(two, n + j, cols, c2, &ahead);
-                } else {
-                    left.multiply(one, j, cols, c, &ahead);
+        team->attempts.run([&] {
+            auto* groups =
+                static_cast<RowGroup<T>*>(scratch(Slot::kGroups, size_t(2 * adapters.count + 1) * sizeof(RowGroup<T>)));
+            const int64_t n_groups = groups_of(w, index, group, m, count, groups);
+            const int64_t panels = ceil_div(n, C), threads = omp_get_num_threads();
+            WeightRows<T> one = weight_rows(w, k), two = weight_rows(w, k, n);
+            one.modules = two.modules = m == 3 ? Modules{3, n_q * d, qk_width} : m == 2 ? Modules{2, n} : Modules();
+            // B is fetched with W: as one row where it follows W in memory and W's rows are what is read. (Its words:
+            // RowGroup::fetch.)
+            const int64_t tail = m * adapters.reach(group), calls = calls_of(w, count, k);
+            const bool follows = w.scales == nullptr && w.b == static_cast<const T*>(w.w) + k && w.b_stride == w.stride;
+            const auto fetch = [&](const WeightRows<T>& from, int64_t j, int64_t cols) {
+                const bool together = follows && from.words == nullptr;
+                Prefetch ahead = from.ahead(j, cols, k + (together ? tail : 0), calls);
+                if (tail > 0 && !together && adapters.words == nullptr)
+                    ahead.also = Lines(w.b + j * w.b_stride, cols, w.b_stride * int64_t(sizeof(T)),
+                                       tail * int64_t(sizeof(T)), calls);
+                return ahead;
+            };
+            if (omp_get_thread_num() < panels && count > 0) {
+                const X left(one, in, stride, k, groups, n_groups, 2);
+                float *c = left.sums(), *c2 = left.sums(1);
+                for (int64_t p = omp_get_thread_num(), following; p < panels; p = following) {
+                    following = threads + team->claimed++;  // the first of each thread is its own
+                    const int64_t j = p * C, cols = min64(C, n - j), j1 = following * C;
+                    Prefetch ahead = j1 < n ? fetch(one, j1, min64(C, n - j1)) : after;
+                    if (count > 1) target.fetch(j, count, cols);
+                    if (pairs) {
+                        Prefetch second = fetch(two, n + j, cols);
+                        left.multiply(one, j, cols, c, &second);
+                        left.multiply(two, n + j, cols, c2, &ahead);
+                    } else {
+                        left.multiply(one, j, cols, c, &ahead);
+                    }
+                    out(j, cols, c, c2);
                 }
-                out(j, cols, c, c2);
             }
-        }
+        });
         meet();
     }
 
@@ -299,7 +304,7 @@ struct DecodeStep {
             std::memcpy(v_cells + cells[i] * kv_width, qkv + qk_width, size_t(kv_width) * sizeof(T));
         }
         team->meeting.wait();
-        paged_attention_share(attention, team->tasks, team->claimed, heads, heads_stride);
+        paged_attention_share(attention, team->tasks, team->claimed, team->attempts, heads, heads_stride);
         meet();
         product(l.o, 4 * index + 1, 2, 1, heads, heads_stride, rows, hidden, q_width, false,
                 begin_of(l.gate_up, 4, 2, ffn, hidden, calls_of(l.o, rows, q_width)), to(x, hidden),
@@ -410,6 +415,7 @@ void decode_step(const int64_t* tokens, const T* embedding, int64_t embedding_st
         mine.adapters.segments = head_segments;
         mine.head(*reinterpret_cast<const StepHead<T>*>(head), wanted, n_wanted, logits, vocab);
     }
+    team.attempts.finish();
 }
 
 }  // namespace mint

@@ -257,10 +257,12 @@ void few_rows(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_
     k -= border;
     const RowGroup<T> all{0, rows, w + k, w_stride, border};
     const WeightRows<T> weight{w, w_stride, nullptr, words.data, 0, word_depth<S, T>(k)};
+    Attempts attempts;
 #pragma omp parallel if (panels > 1 && n * k > kSerialWork * 2)
     {
         const Range mine = my_rows(panels);
-        if (mine.begin < mine.end) {
+        attempts.run([&] {
+            if (mine.begin == mine.end) return;
             const typename S::Tiles registers;
             const X left(weight, x, x_stride, k, &all, 1, 1);
             for (int64_t p = mine.begin; p < mine.end; ++p) {
@@ -271,8 +273,9 @@ void few_rows(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_
                 left.multiply(weight, j, min64(X::C, n - j), left.sums(), &next);
                 for (int64_t i = 0; i < rows; ++i) out(i, j, min64(X::C, n - j), left.sums() + i * X::C);
             }
-        }
+        });
     }
+    attempts.finish();
 }
 
 }  // namespace mint

@@ -127,12 +127,13 @@ void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const RightOperand<S,
     const bool one_block = k <= block;  // then the sums of kRows rows at a time are all that is kept
     const size_t kept = size_t(one_block ? Q::kRows : tile.rows) * size_t(tile.cols) * 4;
     std::atomic<int64_t> claimed{0};
+    Attempts attempts;
 #pragma omp parallel if (tiles > 1 && m * n * k > kSerialWork * 16)
     {
         Rows left{};
         RightPanels<S, T> right(nullptr);
         int64_t packed_row = -1, packed_col = -1;  // of one block: which tile's rows and panels this thread has
-        for_claimed(tiles, claimed, [&](int64_t t, int64_t following) {
+        for_claimed(tiles, claimed, attempts, [&](int64_t t, int64_t following) {
             const int64_t i0 = t / col_tiles * tile.rows, j0 = t % col_tiles * tile.cols;
             const int64_t rows = min64(tile.rows, m - i0), cols = min64(tile.cols, n - j0);
             auto* pb = panel_scratch<S, T>(Slot::kPanelsB, tile.cols * tile.depth);
@@ -165,6 +166,7 @@ void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const RightOperand<S,
             }
         });
     }
+    attempts.finish();
 }
 
 // c[cols][ldc] = the transpose of t[rows][ldt]; both have room for whole vectors.
@@ -193,15 +195,16 @@ void gemm_turned(const T* a, int64_t a_row, const T* b, int64_t b_col, int64_t m
     const int64_t depth = Q::depth(k), padded = ceil_div(m, Q::kCols) * Q::kCols, tiles = ceil_div(n, kTileRows);
     auto* pa = panel_scratch<S, T>(Slot::kShared, padded * depth);
     std::atomic<int64_t> claimed{0};
+    Attempts attempts;
 #pragma omp parallel if (tiles > 1 && m * n * k > kSerialWork * 16)
     {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < m; i += Q::kCols)
             pack_panel<S, T>(a + i * a_row, a_row, 1, min64(Q::kCols, m - i), k, pa + i * depth);
         const typename S::Tiles registers;
-        float* sums = static_cast<float*>(scratch(Slot::kTile, size_t(2 * Q::kRows * padded) * 4));
-        float* turned = sums + Q::kRows * padded;
-        for_claimed(tiles, claimed, [&](int64_t t, int64_t following) {
+        for_claimed(tiles, claimed, attempts, [&](int64_t t, int64_t following) {
+            float* sums = static_cast<float*>(scratch(Slot::kTile, size_t(2 * Q::kRows * padded) * 4));
+            float* turned = sums + Q::kRows * padded;
             const int64_t j0 = t * kTileRows, rows = min64(kTileRows, n - j0), j1 = following * kTileRows;
             Prefetch next;
             if (j1 < n)
@@ -217,6 +220,7 @@ void gemm_turned(const T* a, int64_t a_row, const T* b, int64_t b_col, int64_t m
             }
         });
     }
+    attempts.finish();
 }
 
 // C = A * B: A is [m, k] with element (i, kk) at a[i * a_row + kk * a_k], B is [k, n] with element (kk, j) at

@@ -29,10 +29,11 @@ void gemm_long(const T* a, int64_t a_row, const T* b, int64_t b_k, int64_t m, in
     const int64_t part = ceil_div(ceil_div(m, Q::kRows), parts) * Q::kRows, tasks = kPieces * groups * parts;
     float* sums = static_cast<float*>(scratch(Slot::kShared, size_t(kPieces * m * ld) * 4));
     std::atomic<int64_t> claimed{0};
+    Attempts attempts;
 #pragma omp parallel if (m * n * k > kSerialWork * 16)
     {
-        auto* pb = panel_scratch<S, T>(Slot::kPanelsB, wide * kDepth);
-        for_claimed(tasks, claimed, [&](int64_t t, int64_t) {
+        for_claimed(tasks, claimed, attempts, [&](int64_t t, int64_t) {
+            auto* pb = panel_scratch<S, T>(Slot::kPanelsB, wide * kDepth);
             const int64_t j0 = t % groups * wide, cols = min64(wide, n - j0), p = t / groups % kPieces;
             const int64_t i0 = t / groups / kPieces * part, end = min64(i0 + part, m), last = min64((p + 1) * piece, k);
             float* c = sums + p * m * ld + j0;
@@ -63,6 +64,7 @@ void gemm_long(const T* a, int64_t a_row, const T* b, int64_t b_k, int64_t m, in
             out(i, 0, n, row);
         }
     }
+    attempts.finish();
 }
 
 }  // namespace mint

@@ -62,13 +62,14 @@ void gemm_tiles(const T* a, int64_t a_row, int64_t a_k, const RightOperand<S, T>
     const bool one_block = k <= block;
     const int64_t kept = one_block ? kR * kC : cut.rows * cut.cols;  // sums: blocks of kR x kC, one after the other
     std::atomic<int64_t> claimed{0};
+    Attempts attempts;
 #pragma omp parallel if (tiles > 1 && m * n * k > kSerialWork * 16)
     {
         const typename S::Tiles registers;
         Rows left{};
         RightPanels<S, T> right(nullptr);
         int64_t packed_row = -1, packed_col = -1;  // of one block: which tile's rows and panels this thread has
-        for_claimed(tiles, claimed, [&](int64_t t, int64_t following) {
+        for_claimed(tiles, claimed, attempts, [&](int64_t t, int64_t following) {
             const int64_t i0 = t / col_tiles * cut.rows, j0 = t % col_tiles * cut.cols;
             const int64_t rows = min64(cut.rows, m - i0), cols = min64(cut.cols, n - j0);
             auto* pb = panel_scratch<S, T>(Slot::kPanelsB, cut.cols * cut.depth);
@@ -104,6 +105,7 @@ void gemm_tiles(const T* a, int64_t a_row, int64_t a_k, const RightOperand<S, T>
             }
         });
     }
+    attempts.finish();
 }
 
 }  // namespace mint

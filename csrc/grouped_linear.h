@@ -13,8 +13,10 @@ namespace mint {
 
 template <class Do>
 void for_products(int64_t count, int64_t work, Do run) {
+    Attempts attempts;
 #pragma omp parallel for schedule(dynamic, 1) if (count > 1 && work > kSerialWork * 16)
-    for (int64_t i = 0; i < count; ++i) run(i);
+    for (int64_t i = 0; i < count; ++i) attempts.run([&] { run(i); });
+    attempts.finish();
 }
 
 // Elements that a gemm of m rows and n columns computes, with its padding.

@@ -82,6 +82,7 @@ class AdapterGradients {
         const int64_t pieces_a = ceil_div(g.k, kColsOfTask);
         using P = typename Q::P;
         P* packed = all ? panel_scratch<S, T>(Slot::kShared, packed_at(jobs, jobs.count, 0)) : nullptr;
+        Attempts attempts;
 #pragma omp parallel if (work > kSerialWork * 4)
         {
             const typename S::Tiles registers;
@@ -101,17 +102,21 @@ class AdapterGradients {
 #pragma omp for schedule(dynamic, 1)
                     for (int64_t t = 0; t < jobs.count * per_job; ++t) {
                         const int64_t i = t / per_job, piece = t % per_job;
-                        if (piece < row_tasks) {
-                            narrow(jobs, i, m0 + piece * kRowsOfTask, packed);
-                        } else {
-                            tall(jobs, i, piece - row_tasks, m0);
-                        }
+                        attempts.run([&] {
+                            if (piece < row_tasks) {
+                                narrow(jobs, i, m0 + piece * kRowsOfTask, packed);
+                            } else {
+                                tall(jobs, i, piece - row_tasks, m0);
+                            }
+                        });
                     }
                 }
 #pragma omp for schedule(dynamic, 1)
-                for (int64_t t = 0; t < jobs.count * pieces_a; ++t) wide(jobs, t / pieces_a, t % pieces_a, m0);
+                for (int64_t t = 0; t < jobs.count * pieces_a; ++t)
+                    attempts.run([&] { wide(jobs, t / pieces_a, t % pieces_a, m0); });
             }
         }
+        attempts.finish();
     }
 
     // dS of the rows from m0 on.

@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "scratch.h"
 #include "table.h"
 
 namespace py = pybind11;
@@ -114,6 +115,9 @@ PYBIND11_MODULE(_native, m) {
     m.def(
         "dismiss_team", [] { return omp_pause_resource(omp_pause_soft, omp_get_initial_device()) == 0; },
         "End the idle threads of the calling thread's OpenMP team; False inside a parallel region.");
+    m.def("fail_scratch", &mint::fail_scratch,
+          "For tests: after `good` more requests for scratch memory the next `bad` ones raise MemoryError.",
+          py::arg("good"), py::arg("bad"));
 #define MINT_DEF(op) mint::def(m, #op, &mint::Table::op##_f32, &mint::Table::op##_bf16);
     MINT_OPS(MINT_DEF)
 #undef MINT_DEF

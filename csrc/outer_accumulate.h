@@ -71,14 +71,18 @@ void outer_tall(const T* a, int64_t a_stride, const T* b, int64_t b_stride, floa
     for (int64_t m0 = 0; m0 < m; m0 += kTallTokens) {
         const int64_t tokens = min64(kTallTokens, m - m0);
         const Rows left = left_rows<S, T>(b + m0 * b_stride, 1, b_stride, q, tokens, Slot::kShared);
+        Attempts attempts;
 #pragma omp parallel if (tiles > 1 && tokens * p * q > kSerialWork * 16)
         {
             const typename S::Tiles registers;
             const Range mine = my_rows(tiles);
             const int64_t begin = mine.begin * kCols, end = min64(mine.end * kCols, p);
-            add_tall<S, T>(left, q, a + m0 * a_stride + begin, a_stride, end - begin, tokens, out + begin * out_stride,
-                           out_stride, alpha);
+            attempts.run([&] {
+                add_tall<S, T>(left, q, a + m0 * a_stride + begin, a_stride, end - begin, tokens,
+                               out + begin * out_stride, out_stride, alpha);
+            });
         }
+        attempts.finish();
     }
 }
 

@@ -301,13 +301,14 @@ void paged_attention_first(const PagedAttention<S, T>& attention, PagedTasks tas
 }
 
 // A thread's share of all rows, in these tasks; the caller holds the tile registers. `claimed` starts at 0 and is the
-// team's; out is complete when all have come back.
+// team's, as `attempts` is; out is complete when all have come back.
 template <class S, class T>
-void paged_attention_share(PagedAttention<S, T> mine, PagedTasks tasks, std::atomic<int64_t>& claimed, T* out,
-                           int64_t out_stride) {
-    mine.place(static_cast<char*>(scratch(Slot::kTile, mine.place(nullptr))));
+void paged_attention_share(PagedAttention<S, T> mine, PagedTasks tasks, std::atomic<int64_t>& claimed,
+                           Attempts& attempts, T* out, int64_t out_stride) {
     const int64_t heads = tasks.heads, pieces = mine.n_kv / heads;
-    for_claimed(tasks.count * pieces, claimed, [&](int64_t t, int64_t next) {
+    const size_t bytes = mine.place(nullptr);
+    for_claimed(tasks.count * pieces, claimed, attempts, [&](int64_t t, int64_t next) {
+        mine.place(static_cast<char*>(scratch(Slot::kTile, bytes)));
         const int64_t begin = tasks.begins[t / pieces], end = tasks.begins[t / pieces + 1], head = t % pieces * heads;
         for (int64_t h = head + 1; h < head + heads; ++h) mine.run(begin, end, h - 1, out, out_stride, begin, h);
         mine.run(begin, end, head + heads - 1, out, out_stride, tasks.begins[min64(next / pieces, tasks.count)],
@@ -334,11 +335,13 @@ void paged_attention(const T* q, int64_t q_stride, const T* k_pool, int64_t k_bl
     int64_t tokens = 0;
     for (int64_t m = 0; m < rows; ++m) tokens += lengths[m];
     std::atomic<int64_t> claimed{0};
+    Attempts attempts;
 #pragma omp parallel if (rows * n_kv > 1 && tokens * n_q * d > kSerialWork)
     {
         const typename S::Tiles registers;
-        paged_attention_share(shared, tasks, claimed, out, out_stride);
+        paged_attention_share(shared, tasks, claimed, attempts, out, out_stride);
     }
+    attempts.finish();
 }
 
 }  // namespace mint

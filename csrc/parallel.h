@@ -4,8 +4,10 @@
 
 #include <atomic>
 #include <cstdint>
+#include <new>
 #include <thread>
 
+#include "scratch.h"
 #include "simd/bf16.h"
 
 namespace mint {
@@ -27,12 +29,38 @@ MINT_INLINE Range my_rows(int64_t n) {
     return {n * t / count, n * (t + 1) / count};
 }
 
+// Where a team may run out of memory: an exception that left a parallel region would end the process. All that takes
+// scratch there is done in run(), with no barrier in it, since each thread of the team has to reach every barrier. Once
+// one has run out, run() does nothing more, and finish(), behind the region, throws: what the region wrote is no
+// result.
+class Attempts {
+  public:
+    template <class Body>
+    __attribute__((always_inline)) void run(Body body) noexcept {
+        if (failed_.load(std::memory_order_relaxed)) return;
+        try {
+            body();
+        } catch (const std::bad_alloc&) {
+            failed_.store(true, std::memory_order_relaxed);
+        }
+    }
+
+    __attribute__((always_inline)) void finish() const {
+        if (failed_.load(std::memory_order_relaxed)) out_of_memory();
+    }
+
+  private:
+    std::atomic<bool> failed_{false};
+};
+
 // Calls body(t, next) for every t < n that this thread gets, one at a time as threads come free; next (n or more: none)
 // is the one it will get if all are equally fast, so that it can fetch what that will read. It is not claimed: the
-// others may be faster. `claimed` starts at 0 and is the team's.
+// others may be faster. `claimed` starts at 0 and is the team's, as `attempts` is, in which it is done.
 template <class Body>
-MINT_INLINE void for_claimed(int64_t n, std::atomic<int64_t>& claimed, Body body) {
-    for (int64_t t; (t = claimed++) < n;) body(t, t + omp_get_num_threads());
+MINT_INLINE void for_claimed(int64_t n, std::atomic<int64_t>& claimed, Attempts& attempts, Body body) {
+    attempts.run([&] {
+        for (int64_t t; (t = claimed++) < n;) body(t, t + omp_get_num_threads());
+    });
 }
 
 // Where a team meets many times in a millisecond. OpenMP's barrier spins for longer than a time slice: on a machine

@@ -171,24 +171,19 @@ void for_sampled_rows(int64_t rows, int64_t vocab, Run run) {
     using R = RowSampler<S, T>;
     R shared{vocab, ceil_div(vocab, R::kBlock), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     const size_t bytes = shared.place(nullptr);
-    bool failed = false;
+    Attempts attempts;
 #pragma omp parallel if (rows > 1 && rows * vocab > kSerialWork)
     {
         R mine = shared;
-        char* base = nullptr;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t r = 0; r < rows; ++r) {
-            if (base == nullptr) base = static_cast<char*>(try_scratch(Slot::kTile, bytes));
-            if (base == nullptr) {
-#pragma omp atomic write
-                failed = true;
-                continue;
-            }
-            mine.place(base);
-            run(mine, r);
+            attempts.run([&] {
+                mine.place(static_cast<char*>(scratch(Slot::kTile, bytes)));
+                run(mine, r);
+            });
         }
     }
-    if (failed) out_of_memory();
+    attempts.finish();
 }
 
 // tokens[r] drawn from logits[r, :vocab], and its tempered log-probability (temperature 0: the likeliest, at 1). NaN

@@ -1,5 +1,6 @@
 #include "scratch.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <new>
 
@@ -11,9 +12,25 @@ struct Buffer {
     size_t size = 0;
     ~Buffer() { std::free(data); }
 };
+
+std::atomic<int64_t> calls_before_failure{0}, failures_left{0};
+
+bool fails() {
+    if (failures_left.load(std::memory_order_relaxed) <= 0) return false;
+    return calls_before_failure-- <= 0 && failures_left-- > 0;
+}
 }  // namespace
 
-void* try_scratch(Slot slot, size_t bytes) noexcept {
+void fail_scratch(int64_t good, int64_t bad) {
+    failures_left = 0;
+    calls_before_failure = good;
+    failures_left = bad;
+}
+
+void out_of_memory() { throw std::bad_alloc(); }
+
+void* scratch(Slot slot, size_t bytes) {
+    if (fails()) out_of_memory();
     thread_local Buffer buffers[int(Slot::kCount)];
     Buffer& b = buffers[int(slot)];
     if (b.size < bytes) {
@@ -21,18 +38,10 @@ void* try_scratch(Slot slot, size_t bytes) noexcept {
         b.size = 0;
         const size_t rounded = (bytes + 4095) / 4096 * 4096;
         b.data = std::aligned_alloc(64, rounded);
-        if (b.data == nullptr) return nullptr;
+        if (b.data == nullptr) out_of_memory();
         b.size = rounded;
     }
     return b.data;
-}
-
-void out_of_memory() { throw std::bad_alloc(); }
-
-void* scratch(Slot slot, size_t bytes) {
-    void* p = try_scratch(slot, bytes);
-    if (p == nullptr) out_of_memory();
-    return p;
 }
 
 }  // namespace mint

@@ -33,6 +33,7 @@ void write_and_shrink(int64_t rows, int64_t width, const T* x, int64_t x_stride,
         widest = max64(widest, columns(job(i).rank));
     }
     auto* panels = panel_scratch<S, T>(Slot::kShared, max64(all * depth, 1));
+    Attempts attempts;
 #pragma omp parallel if (rows > 1 && rows * width > kSerialWork)
     {
 #pragma omp for schedule(static)
@@ -43,38 +44,41 @@ void write_and_shrink(int64_t rows, int64_t width, const T* x, int64_t x_stride,
             pack_panels<S, T>(j.a, j.a_stride, 1, j.rank, width, to);
         }
         const Range mine = my_rows(rows);
-        float* c = static_cast<float*>(scratch(Slot::kTile, size_t(kTile * widest) * 4));
-        const typename S::Tiles registers;
-        Prefetch none;
-        int64_t m = mine.begin;
-        const auto* packed = panels;
-        for (int64_t i = 0; i < count; ++i) {
-            const ShrinkJob<T> j = job(i);
-            const int64_t start = max64(j.start, mine.begin), stop = min64(j.stop, mine.end), ld = columns(j.rank);
-            if (start < stop) {
-                if (m < start) write(Range{m, start});
-                const auto factor = S::set1(j.scale);
-                for (m = start; m < stop; m += kTile) {
-                    const int64_t n = min64(kTile, stop - m);
-                    write(Range{m, m + n});
-                    const Rows left = left_rows<S, T>(x + m * x_stride, x_stride, 1, n, width, Slot::kPanelsA);
-                    for (int64_t r = 0; r < n; r += Q::kRows)
-                        multiply_rows<S, T>(left.at(r), min64(Q::kRows, n - r), packed, j.rank, depth, c + r * ld, ld,
-                                            false, &none);
-                    for (int64_t r = 0; r < n; ++r) {
-                        T* out = s + (m + r) * s_stride;
-                        const float* sum = c + r * ld;
-                        for_vectors<S>(j.rank, [&](int64_t v, int lanes) __attribute__((always_inline)) {
-                            S::store_n(out + v, S::mul(S::load_n(sum + v, lanes), factor), lanes);
-                        });
+        attempts.run([&] {
+            float* c = static_cast<float*>(scratch(Slot::kTile, size_t(kTile * widest) * 4));
+            const typename S::Tiles registers;
+            Prefetch none;
+            int64_t m = mine.begin;
+            const auto* packed = panels;
+            for (int64_t i = 0; i < count; ++i) {
+                const ShrinkJob<T> j = job(i);
+                const int64_t start = max64(j.start, mine.begin), stop = min64(j.stop, mine.end), ld = columns(j.rank);
+                if (start < stop) {
+                    if (m < start) write(Range{m, start});
+                    const auto factor = S::set1(j.scale);
+                    for (m = start; m < stop; m += kTile) {
+                        const int64_t n = min64(kTile, stop - m);
+                        write(Range{m, m + n});
+                        const Rows left = left_rows<S, T>(x + m * x_stride, x_stride, 1, n, width, Slot::kPanelsA);
+                        for (int64_t r = 0; r < n; r += Q::kRows)
+                            multiply_rows<S, T>(left.at(r), min64(Q::kRows, n - r), packed, j.rank, depth, c + r * ld,
+                                                ld, false, &none);
+                        for (int64_t r = 0; r < n; ++r) {
+                            T* out = s + (m + r) * s_stride;
+                            const float* sum = c + r * ld;
+                            for_vectors<S>(j.rank, [&](int64_t v, int lanes) __attribute__((always_inline)) {
+                                S::store_n(out + v, S::mul(S::load_n(sum + v, lanes), factor), lanes);
+                            });
+                        }
                     }
+                    m = stop;
                 }
-                m = stop;
+                packed += ld * depth;
             }
-            packed += ld * depth;
-        }
-        if (m < mine.end) write(Range{m, mine.end});
+            if (m < mine.end) write(Range{m, mine.end});
+        });
     }
+    attempts.finish();
 }
 
 template <class S, class T>

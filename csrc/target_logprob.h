@@ -43,8 +43,9 @@ void for_logit_tiles(const T* x, int64_t x_stride, const T* weight, int64_t w_st
         left = left_rows<S, T>(x, x_stride, 1, rows, width, Slot::kShared);
     }
     std::atomic<int64_t> claimed{0};
+    Attempts attempts;
 #pragma omp parallel if (blocks > 1)
-    for_claimed(blocks, claimed, [&](int64_t b, int64_t following) {
+    for_claimed(blocks, claimed, attempts, [&](int64_t b, int64_t following) {
         const int64_t v0 = b * block, cols = min64(block, vocab - v0), v1 = following * block;
         float* c = static_cast<float*>(scratch(Slot::kTile, size_t(kTileRows * (block + Q::kRows)) * 4));
         auto* pb = panel_scratch<S, T>(Slot::kPanelsB, turned ? 16 : block * depth);
@@ -80,6 +81,7 @@ void for_logit_tiles(const T* x, int64_t x_stride, const T* weight, int64_t w_st
             tile(b, m0, n, v0, cols, c, block);
         }
     });
+    attempts.finish();
 }
 
 // *columns = those of a block for rows of `width` elements.
@@ -292,28 +294,33 @@ void target_dlogits_kept(const int64_t* at, T* values, int64_t stride, const flo
     const LogitGradients<S, T> to{
         targets, k, dlogprob, values, stride, xb, border, reinterpret_cast<const Share*>(shares), count};
     const int64_t blocks = ceil_div(vocab, block), ld = ceil_div(block, S::W) * S::W;
+    Attempts attempts;
 #pragma omp parallel for schedule(static) if (blocks > 1)
     for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t v0 = b * block, cols = min64(block, vocab - v0);
-        float* c = static_cast<float*>(scratch(Slot::kTile, size_t(kTileRows * ld) * 4));
-        for (int64_t m0 = 0; m0 < rows; m0 += kTileRows) {
-            const int64_t n = min64(kTileRows, rows - m0);
-            for (int64_t i = 0; i < n; ++i) {
-                const int64_t m = m0 + i;
-                const T* row = values + at[m] * stride + v0;
-                float* out = c + i * ld;
-                const float top = tops[at[m] * blocks + b], sum = to.sum(m);
-                // A block of -inf alone was kept as zeros, and lse may be -inf too.
-                const auto scale = S::set1(-sum * (top == -INFINITY ? 0.0f : std::exp(top - lse[m])));
-                for_vectors<S>(cols, [&](int64_t v, int lanes) __attribute__((always_inline)) {
-                    S::store(out + v, S::mul(scale, S::load_n(row + v, lanes)));
-                });
-                for (int64_t j = m * k; j < (m + 1) * k; ++j)
-                    if (targets[j] >= v0 && targets[j] < v0 + cols) out[targets[j] - v0] = -sum * std::exp(logprob[j]);
+        attempts.run([&] {
+            const int64_t v0 = b * block, cols = min64(block, vocab - v0);
+            float* c = static_cast<float*>(scratch(Slot::kTile, size_t(kTileRows * ld) * 4));
+            for (int64_t m0 = 0; m0 < rows; m0 += kTileRows) {
+                const int64_t n = min64(kTileRows, rows - m0);
+                for (int64_t i = 0; i < n; ++i) {
+                    const int64_t m = m0 + i;
+                    const T* row = values + at[m] * stride + v0;
+                    float* out = c + i * ld;
+                    const float top = tops[at[m] * blocks + b], sum = to.sum(m);
+                    // A block of -inf alone was kept as zeros, and lse may be -inf too.
+                    const auto scale = S::set1(-sum * (top == -INFINITY ? 0.0f : std::exp(top - lse[m])));
+                    for_vectors<S>(cols, [&](int64_t v, int lanes) __attribute__((always_inline)) {
+                        S::store(out + v, S::mul(scale, S::load_n(row + v, lanes)));
+                    });
+                    for (int64_t j = m * k; j < (m + 1) * k; ++j)
+                        if (targets[j] >= v0 && targets[j] < v0 + cols)
+                            out[targets[j] - v0] = -sum * std::exp(logprob[j]);
+                }
+                to.finish(m0, n, v0, cols, c, ld);
             }
-            to.finish(m0, n, v0, cols, c, ld);
-        }
+        });
     }
+    attempts.finish();
 }
 
 }  // namespace mint

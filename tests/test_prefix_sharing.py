@@ -12,6 +12,7 @@ from sampling_helpers import alone, assert_same, drain, make_sampler, request, s
 
 from mint_engine.adapters import Adapter
 from mint_engine.errors import NonFiniteError
+from mint_engine.kernels import op
 from mint_engine.kv_cache import BLOCK_TOKENS
 from mint_engine.models.decoder import Decoder
 from mint_engine.prompt_scores import PromptQuery
@@ -153,6 +154,32 @@ def test_a_pass_that_fails_leaves_nothing_to_be_found(tiny_tied: Path, monkeypat
     got = drain(sampler, [sampler.submit(request(PREFIX))])[0]
     assert got.prompt_cache_hit_tokens == 0
     assert_same(got, expected)
+
+
+def test_memory_that_ends_in_the_middle_fails_its_requests_and_no_later_one(tiny_tied: Path) -> None:
+    """In a kernel, in a prompt's pass or a decode step: what is left in the cache is found by nobody."""
+    decoder = load_decoder(tiny_tied, torch.bfloat16)
+    adapter, sampler = trained_adapter(decoder, LoraConfig(rank=4, seed=4), scale=0.1), make_sampler(decoder)
+    calls = [(PREFIX, adapter), (PREFIX, None), (PROMPTS[3], adapter)]
+    expected = [alone(decoder, request(p, a, max_tokens=6)) for p, a in calls]
+    at = failed = 0
+    while True:
+        op.native.fail_scratch(at, 1)
+        futures = [sampler.submit(request(p, a, max_tokens=6)) for p, a in calls]
+        while not all(future.done() for future in futures):
+            step(sampler)
+        op.native.fail_scratch(0, 0)
+        errors = [future.exception() for future in futures]
+        assert {type(error) for error in errors} <= {type(None), MemoryError}
+        for future, right in zip(futures, expected, strict=True):
+            if future.exception() is None:
+                assert_same(future.result(), right)
+        if not any(errors):
+            break
+        failed += 1
+        at += 1 + at // 2
+    assert failed > 12
+    assert sampler.cache.blocks_available == sampler.cache.num_blocks
 
 
 def test_a_model_that_breaks_does_not_leave_its_numbers_behind(tiny_tied: Path) -> None:

@@ -18,6 +18,7 @@ from mint_engine.adapters import Adapter, TrainState
 from mint_engine.calls import Call
 from mint_engine.errors import NonFiniteError
 from mint_engine.gpu.run import Programs
+from mint_engine.kernels import op
 from mint_engine.models.decoder import Decoder
 from mint_engine.types import Datum, ForwardBackwardOutput, LoraConfig, ModelInput
 
@@ -172,6 +173,38 @@ def test_a_call_whose_answer_cannot_be_made_leaves_no_trace(
         trainer.run_together(decoder, [Call(adapter, alone, *parts)])
     assert states[0].has_grads
     assert relative(states[0].grads, alone.grads) < 1e-5
+
+
+def test_memory_that_ends_in_the_middle_leaves_no_trace(tiny_tied: Path) -> None:
+    """In a kernel, in any layer of any pass: nobody's gradients count, and what comes next is as right as before."""
+    decoder = load_decoder(tiny_tied, torch.bfloat16)
+    adapters = [trained_adapter(decoder, LoraConfig(rank=rank, seed=rank)) for rank in (4, 6)]
+    parts = checked(make_data("cross_entropy", (30, 25), 199), "cross_entropy", decoder)
+
+    def train(states: list[TrainState]) -> None:
+        calls = [Call(adapter, state, *parts) for adapter, state in zip(adapters, states, strict=True)]
+        with torch.no_grad():
+            trainer.run_together(decoder, calls, max_tokens=80)
+
+    expected, states = ([TrainState(adapter) for adapter in adapters] for _ in range(2))
+    train(expected)
+    at = failed = 0
+    while True:
+        op.native.fail_scratch(at, 1)
+        try:
+            train(states)
+        except MemoryError:
+            failed += 1
+        else:
+            break
+        finally:
+            op.native.fail_scratch(0, 0)
+        assert not any(state.has_grads or bool(state.grads.any()) for state in states)
+        at += 1 + at // 2
+    assert failed > 12
+    for state, right in zip(states, expected, strict=True):
+        assert state.has_grads
+        assert torch.equal(state.grads, right.grads)
 
 
 def test_weights_beyond_what_a_step_may_reach_are_not_loaded(tiny_tied: Path) -> None:
