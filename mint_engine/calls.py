@@ -39,7 +39,8 @@ class Work:
     def __init__(self, call: Call) -> None:
         self.call = call
         self.error: NonFiniteError | None = None
-        self._logprobs = [np.empty(d.targets.shape, np.float32) for d in call.data]  # the answer's own memory
+        # The answer's own memory.
+        self._logprobs: list[np.ndarray] = [np.empty(d.targets.shape, np.float32) for d in call.data]
         self._answer = _unfilled(call, self._logprobs)
 
     def wanted(self, data: Sequence[CheckedDatum]) -> Tensor:
@@ -81,9 +82,9 @@ class Work:
             if at is None:
                 own[:] = found[start:end, : own.shape[1]]
             else:
-                some = slice(*np.searchsorted(at, (start, end)))
+                low, high = np.searchsorted(at, (start, end)).tolist()
                 own.fill(np.nan)
-                own[at[some] - start] = found[some, : own.shape[1]]
+                own[at[low:high] - start] = found[low:high, : own.shape[1]]
         return True
 
     def _not_finite(self, values: Tensor, ends: np.ndarray, first: int, at: np.ndarray | None) -> NonFiniteError:
