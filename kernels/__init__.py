@@ -40,6 +40,7 @@ from mint_engine.kernels.lora_gradients import lora_gradients
 from mint_engine.kernels.op import faces, force_face, isa
 from mint_engine.kernels.outer_accumulate import outer_accumulate
 from mint_engine.kernels.paged_attention import paged_attention
+from mint_engine.kernels.pages import Arena
 from mint_engine.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward, qk_norm_rope_cached
 from mint_engine.kernels.rms_norm import rms_norm, rms_norm_backward
 from mint_engine.kernels.sample_head import sample_head
@@ -56,6 +57,7 @@ from mint_engine.kernels.target_logprob import (
 )
 
 __all__ = [
+    "Arena",
     "BorderShare",
     "Kept",
     "Labels",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mint_engine.borders import BorderedWeight, Segment
-from mint_engine.kernels import Words, decode_words
+from mint_engine.kernels import Arena, Words, decode_words
 
 KEPT_BYTES = 256 << 20  # beyond, adapters that are not in the step are forgotten
 
@@ -52,12 +52,12 @@ class BorderWords:
         return np.stack(found)
 
     def _made(self, s: Segment) -> _Copy:
-        words = []
+        words, arena = [], Arena()
         for w in self._weights:
             start, width = w.k + w.m * s.offset, w.m * s.adapter.rank
             trained = w.words is not None and w.group.name in s.adapter.factors
             parts = len(w.words.parts) if w.words is not None else 1
-            words.append(decode_words(w.buf[: w.n, start : start + width], parts) if trained else None)
+            words.append(decode_words(w.buf[: w.n, start : start + width], parts, arena) if trained else None)
         addresses = [
             (0, 0) if found is None else (found.parts[0].data_ptr(), found.parts[-1].data_ptr()) for found in words
         ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mint_engine.adapters import Adapter, LinearGroup
-from mint_engine.kernels import Places, Words, write_places_
+from mint_engine.kernels import Arena, Places, Words, write_places_
 
 Shape: TypeAlias = tuple[int, tuple[str, ...]]  # of an adapter: its rank, and the groups it trains
 
@@ -25,27 +25,30 @@ LEAST_TOGETHER = 256  # ranks that may always sit there together: one adapter ma
 
 
 class BorderedWeight:
-    """``buf [N + m*R, K + m*R]`` = ``[[W, B], [A, 0]]`` for a group of m stacked modules and R ranks of room."""
+    """``buf [N + m*R, K + m*R]`` = ``[[W, B], [A, 0]]`` for a group of m stacked modules and R ranks of room.
 
-    def __init__(self, group: LinearGroup, dtype: torch.dtype, ranks: int, device: torch.device) -> None:
+    ``arena``: of the model's weights.
+    """
+
+    def __init__(self, group: LinearGroup, dtype: torch.dtype, ranks: int, arena: Arena) -> None:
         self.group = group
         self.n, self.k, self.m = group.out_features, group.in_features, len(group.modules)
         self.bias: Tensor | None = None
         self.int8: tuple[Tensor, Tensor] | None = None  # W as decode steps read it: values [N, K] and scales [N]
         self.words: Words | None = None  # or so: see `kernels.decode_words`
-        self.buf = torch.zeros(self.n + self.m * ranks, self.k + self.m * ranks, dtype=dtype, device=device)
+        self.buf = arena.zeros(self.n + self.m * ranks, self.k + self.m * ranks, dtype=dtype)
 
     @property
     def weight(self) -> Tensor:
         """The frozen W, [N, K]."""
         return self.buf[: self.n, : self.k]
 
-    def set_rows(self, start: int, rows: Tensor, int8: bool = False) -> None:
-        """Set rows ``start, ...`` of W. ``int8``: to int8 values times a scale for each row, kept beside W."""
+    def set_rows(self, start: int, rows: Tensor, int8_arena: Arena | None = None) -> None:
+        """Set rows ``start, ...`` of W. ``int8_arena``: to int8 values times a scale for each row, kept there."""
         stop = start + len(rows)
-        if int8:
+        if int8_arena is not None:
             if self.int8 is None:
-                values = torch.zeros(self.n, self.k, dtype=torch.int8, device=self.buf.device)
+                values = int8_arena.zeros(self.n, self.k, dtype=torch.int8)
                 self.int8 = values, torch.zeros(self.n, dtype=torch.float32, device=self.buf.device)
             scales = rows.float().abs().amax(1).clamp(min=1e-30) / 127
             values = (rows.float() / scales[:, None]).round()
@@ -57,10 +60,10 @@ class BorderedWeight:
         """What the buffer takes with room for ``ranks`` ranks."""
         return (self.n + self.m * ranks) * (self.k + self.m * ranks) * self.buf.itemsize
 
-    def widen(self, ranks: int) -> None:
+    def widen(self, ranks: int, arena: Arena) -> None:
         """Make room for ``ranks`` ranks. What sat in the border is forgotten."""
         old = self.weight
-        self.buf = old.new_zeros(self.n + self.m * ranks, self.k + self.m * ranks)
+        self.buf = arena.zeros(self.n + self.m * ranks, self.k + self.m * ranks, dtype=old.dtype)
         self.weight.copy_(old)
 
     def forward_weight(self, ranks: int) -> Tensor:
@@ -203,8 +206,9 @@ class Borders:
                 known.clear()
             # Should memory end half-way, nobody sits anywhere, and nothing made for the old buffers is used again.
             self.capacity, self._seated = 0, {}
+            arena = Arena(self.weights[0].buf.device)
             for w in self.weights:
-                w.widen(room)
+                w.widen(room, arena)
             self.capacity = room
         offsets, end = {}, 0
         for uid, adapter in adapters.items():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mint_engine.adapters import Adapter, LinearGroup
 from mint_engine.borders import LEAST_TOGETHER, BorderedWeight, Borders
+from mint_engine.kernels import Arena
 from mint_engine.types import LoraConfig
 
 GROUPS = (
@@ -22,7 +23,8 @@ CONFIGS = [
 
 
 def borders() -> Borders:
-    weights = [BorderedWeight(group, torch.bfloat16, 8, torch.device("cpu")) for group in GROUPS]
+    arena = Arena()
+    weights = [BorderedWeight(group, torch.bfloat16, 8, arena) for group in GROUPS]
     for i, w in enumerate(weights):
         w.set_rows(0, torch.randn(w.n, w.k, generator=torch.Generator().manual_seed(i)))
     return Borders(weights, 8)
@@ -56,7 +58,7 @@ def test_memory_that_ends_while_borders_grow_costs_nobody_a_seat(monkeypatch: py
     ours.seat([(first, 0, 1)])
     before = ours.capacity
 
-    def no_memory(ranks: int) -> None:
+    def no_memory(*_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(ours.weights[1], "widen", no_memory)
@@ -76,7 +78,7 @@ def test_ranks_together_are_what_memory_allows() -> None:
     assert ours.ranks_within(0) == LEAST_TOGETHER
     before = sum(w.buf.nbytes for w in ours.weights) - sum(w.bytes_of(8) - w.bytes_of(0) for w in ours.weights)
     for w in ours.weights:
-        w.widen(1024)
+        w.widen(1024, Arena())
     taken = sum(w.buf.nbytes for w in ours.weights) - before
     assert ours.ranks_within(taken) == 1024
     assert ours.ranks_within(taken - 1) == 512

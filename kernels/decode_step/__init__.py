@@ -25,6 +25,7 @@ from torch import Tensor
 from mint_engine.kernels import args
 from mint_engine.kernels.decode_step.words import Words
 from mint_engine.kernels.op import Op
+from mint_engine.kernels.pages import Arena
 
 __all__ = ["StepAdapters", "StepModel", "Words", "decode_step", "decode_step_supported", "decode_words"]
 
@@ -164,8 +165,9 @@ def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def decode_words(weight: Tensor, parts: int = 1) -> Words | None:
+def decode_words(weight: Tensor, parts: int = 1, arena: Arena | None = None) -> Words | None:
     """The words of ``weight [n, k]`` as a decode step would read them here, in parts of n / parts rows; as large as it.
+    ``arena``: where they go, with those of other weights.
 
     Nothing is transposed then at every step, and memory is read in the order in which it lies. (Layers of prompts and
     of training passes, ``decoder_layer``, read them in their forwards.) None where there are no
@@ -176,7 +178,7 @@ def decode_words(weight: Tensor, parts: int = 1) -> Words | None:
         raise ValueError(f"parts: expected a divisor of {n} rows, got {parts} (decode_words)")
     if weight.dtype is not torch.bfloat16 or k % 2 or not decode_step_supported(weight):
         return None
-    words: Words | None = _op.cpu.words(weight, parts)
+    words: Words | None = _op.cpu.words(weight, parts, arena or Arena())
     return words
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from mint_engine.kernels.decode_step.words import Words
 from mint_engine.kernels.op import NATIVE_DTYPES, native
 from mint_engine.kernels.op import native_reason as supports  # noqa: F401
+from mint_engine.kernels.pages import Arena
 
 if TYPE_CHECKING:
     from mint_engine.kernels.decode_step import StepAdapters, StepModel
@@ -53,14 +54,14 @@ def words_of(adapters: StepAdapters) -> int:
     return 0 if adapters.words is None else int(adapters.words.ctypes.data)
 
 
-def words(weight: Tensor, parts: int) -> Words | None:
+def words(weight: Tensor, parts: int, arena: Arena) -> Words | None:
     (n, k), code, found = weight.shape, NATIVE_DTYPES[weight.dtype], torch.zeros(2, dtype=torch.int64)
     native.word_panels(code, k, found.data_ptr())
     columns, depth = found.tolist()
     if not columns:
         return None
     rows = n // parts
-    all_parts = torch.empty(parts, -(-rows // columns) * columns * depth, dtype=torch.int32)
+    all_parts = arena.zeros(parts, -(-rows // columns) * columns * depth, dtype=torch.int32)
     for i, out in enumerate(all_parts):
         part = weight[i * rows : (i + 1) * rows]
         native.weight_words(code, part.data_ptr(), part.stride(0), rows, k, out.data_ptr())

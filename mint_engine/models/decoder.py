@@ -54,12 +54,14 @@ class Decoder:
             on_tensor(name)
             return tensor
 
+        arena, int8_arena = kernels.Arena(self.device), kernels.Arena(self.device) if int8 else None
+
         def bordered(group: LinearGroup, bias: bool = False) -> BorderedWeight:
-            weight = BorderedWeight(group, dtype, DEFAULT_RANKS, self.device)
+            weight = BorderedWeight(group, dtype, DEFAULT_RANKS, arena)
             row = 0
             for module, n in group.modules:
                 name = module if not (module == "lm_head" and config.tie_word_embeddings) else "model.embed_tokens"
-                weight.set_rows(row, read(f"{name}.weight"), int8)
+                weight.set_rows(row, read(f"{name}.weight"), int8_arena)
                 row += n
             if bias:
                 weight.bias = torch.cat([read(f"{module}.bias") for module, _ in group.modules])
@@ -295,10 +297,12 @@ class Decoder:
         if self._step_model is None or self._step_model[0] != self.borders.capacity:
             c = self.config
             if self.keeps_words and self._step_model is None:
+                arena = kernels.Arena()
                 for w in self.borders.weights:
                     if w.int8 is None:
                         # A step multiplies gate and up side by side.
-                        w.words = kernels.decode_words(w.weight, 2 if w.group.name.endswith(".gate_up") else 1)
+                        parts = 2 if w.group.name.endswith(".gate_up") else 1
+                        w.words = kernels.decode_words(w.weight, parts, arena)
                 self.border_words = None if self.head.words is None else BorderWords(self.borders.weights)
             model = kernels.StepModel(
                 self.layers, self.norm, self.head, self.embedding, c.num_heads, c.num_kv_heads, c.rms_norm_eps
