@@ -244,8 +244,10 @@ struct RightOperand {
         RightPanels<S, T> panels(to);
         panels.whole = whole(k0, step);
         if constexpr (Q::kPairs) {
-            panels.kept_depth = Q::depth(words.k);
-            panels.kept = words.data + j * panels.kept_depth + k0 / Q::kStep * Q::kCols;
+            if (panels.whole > 0) {
+                panels.kept_depth = Q::depth(words.k);
+                panels.kept = words.data + j * panels.kept_depth + k0 / Q::kStep * Q::kCols;
+            }
         }
         const int64_t from = panels.whole * Q::kStep;
         if (panels.whole == 0 || from < step)

@@ -58,7 +58,7 @@ class Engine(Models, Training, Checkpoints, Parking):
             0 for none. What is sampled does not change.
         weights: how base models' weights are kept for decode steps on a CPU. "once": as they are. "twice": in bfloat16
             a model gets a second copy, in the order in which a step reads it, when it is first sampled: the same bits,
-            faster (docs/sampling.md). "int8": linear weights are rounded to int8 with a scale for each output channel; steps read these,
+            faster. "int8": linear weights are rounded to int8 with a scale for each output channel; steps read these,
             half the bytes, everything else computes with the same values in ``dtype``, and both copies are kept. For
             sampling: it is another, slightly worse base model. Default: "twice" if the copy takes at most an eighth of
             the machine's memory, or of its container's limit, else "once".
