@@ -22,6 +22,8 @@ _ALIGNMENT = 64
 class Arena:
     """Hands out tensors that lie one after the other. A mapping is given back when the last tensor in it is gone.
 
+    The first byte that is written of a page makes 2 MB resident: for a few small tensors it is a waste.
+
     ``device``: where it is no CPU, or the system has no such pages, tensors are torch's own.
     """
 

@@ -16,6 +16,7 @@ from mint_engine.borders import BorderedWeight, Segment
 from mint_engine.kernels import Arena, Words, decode_words
 
 KEPT_BYTES = 256 << 20  # beyond, adapters that are not in the step are forgotten
+LARGE_BYTES = 8 << 20  # of an adapter from which on it gets large pages of its own
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class BorderWords:
         return np.stack(found)
 
     def _made(self, s: Segment) -> _Copy:
-        words, arena = [], Arena()
+        most = sum(w.n * w.m * s.adapter.rank * w.buf.itemsize for w in self._weights)
+        words, arena = [], Arena() if most >= LARGE_BYTES else None
         for w in self._weights:
             start, width = w.k + w.m * s.offset, w.m * s.adapter.rank
             trained = w.words is not None and w.group.name in s.adapter.factors

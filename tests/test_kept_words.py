@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from check_isas import WITH_WORDS
 from engine_helpers import new_model, train
+from helpers import load_decoder, trained_adapter
 
 from mint_engine import kernels
 from mint_engine.engine import Engine
-from mint_engine.types import ModelInput, SamplingParams
+from mint_engine.types import LoraConfig, ModelInput, SamplingParams
 
 PROMPT = ModelInput.from_ints([5, 9, 2, 44, 7, 3])
 PARAMS = SamplingParams(max_tokens=24, temperature=1.0, seed=3, stop=[])
@@ -128,3 +130,16 @@ def test_adapters_of_the_past_are_forgotten_when_there_is_no_room(
         assert copies.nbytes == sum(w.nbytes for c in copies._copies.values() for w in c.words if w is not None) > 0
     finally:
         engine.close()
+
+
+@reads_words
+def test_small_adapters_take_no_large_pages(tiny_tied: Path) -> None:
+    decoder = load_decoder(tiny_tied, torch.bfloat16)
+    decoder.keeps_words = True
+    decoder.step_model()
+    assert decoder.border_words is not None
+    before = psutil.Process().memory_info().rss
+    for seed in range(24):
+        seating = decoder.borders.seat([(trained_adapter(decoder, LoraConfig(rank=4, seed=seed)), 0, 1)])
+        decoder.border_words.of(seating.segments)
+    assert psutil.Process().memory_info().rss - before < 16 << 20  # a page of 2 MB for each would be 48 MB

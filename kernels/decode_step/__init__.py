@@ -178,7 +178,7 @@ def decode_words(weight: Tensor, parts: int = 1, arena: Arena | None = None) -> 
         raise ValueError(f"parts: expected a divisor of {n} rows, got {parts} (decode_words)")
     if weight.dtype is not torch.bfloat16 or k % 2 or not decode_step_supported(weight):
         return None
-    words: Words | None = _op.cpu.words(weight, parts, arena or Arena())
+    words: Words | None = _op.cpu.words(weight, parts, arena)
     return words
 
 

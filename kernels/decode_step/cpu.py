@@ -54,14 +54,18 @@ def words_of(adapters: StepAdapters) -> int:
     return 0 if adapters.words is None else int(adapters.words.ctypes.data)
 
 
-def words(weight: Tensor, parts: int, arena: Arena) -> Words | None:
+def words(weight: Tensor, parts: int, arena: Arena | None) -> Words | None:
     (n, k), code, found = weight.shape, NATIVE_DTYPES[weight.dtype], torch.zeros(2, dtype=torch.int64)
     native.word_panels(code, k, found.data_ptr())
     columns, depth = found.tolist()
     if not columns:
         return None
     rows = n // parts
-    all_parts = arena.zeros(parts, -(-rows // columns) * columns * depth, dtype=torch.int32)
+    size = -(-rows // columns) * columns * depth
+    if arena is None:
+        all_parts = torch.empty(parts, size, dtype=torch.int32)
+    else:
+        all_parts = arena.zeros(parts, size, dtype=torch.int32)
     for i, out in enumerate(all_parts):
         part = weight[i * rows : (i + 1) * rows]
         native.weight_words(code, part.data_ptr(), part.stride(0), rows, k, out.data_ptr())
