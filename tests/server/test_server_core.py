@@ -363,7 +363,7 @@ def test_a_training_request_that_is_too_large_uses_up_its_number(
     engine: StubEngine, path: str, limit: int, announced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As tinker 0.22 sends it, with its number at the end: what comes behind it neither waits nor fails."""
-    monkeypatch.setattr("mint_engine.server.gate.SKIMMED", max(100_000, 202_000 - limit))
+    monkeypatch.setattr("mint_engine.server.gate.SKIMMED", max(100_000, 220_000 - limit))
     limits = {"max_request_bytes": limit, "gap_timeout_s": 0.3, "long_poll_s": 0.5}
     with live_server(engine, models=[BASE], **limits) as live, Api(live.url) as api:
         model, headers = api.model(BASE), {"Content-Type": "application/json"}
