@@ -9,10 +9,10 @@ import pytest
 import torch
 from helpers import load_decoder, trained_adapter
 from sampling_helpers import alone, assert_same, drain, make_sampler, request, step
+from scarce_memory import until_there_is_enough
 
 from mint_engine.adapters import Adapter
 from mint_engine.errors import NonFiniteError
-from mint_engine.kernels import op
 from mint_engine.kv_cache import BLOCK_TOKENS
 from mint_engine.models.decoder import Decoder
 from mint_engine.prompt_scores import PromptQuery
@@ -162,22 +162,19 @@ def test_memory_that_ends_in_the_middle_fails_its_requests_and_no_later_one(tiny
     adapter, sampler = trained_adapter(decoder, LoraConfig(rank=4, seed=4), scale=0.1), make_sampler(decoder)
     calls = [(PREFIX, adapter), (PREFIX, None), (PROMPTS[3], adapter)]
     expected = [alone(decoder, request(p, a, max_tokens=6)) for p, a in calls]
-    at = failed = 0
-    while True:
-        op.native.fail_scratch(at, 1)
+
+    def attempt() -> None:
         futures = [sampler.submit(request(p, a, max_tokens=6)) for p, a in calls]
         while not all(future.done() for future in futures):
             step(sampler)
-        op.native.fail_scratch(0, 0)
-        errors = [future.exception() for future in futures]
-        assert {type(error) for error in errors} <= {type(None), MemoryError}
+        errors = [error for future in futures if (error := future.exception()) is not None]
         for future, right in zip(futures, expected, strict=True):
             if future.exception() is None:
                 assert_same(future.result(), right)
-        if not any(errors):
-            break
-        failed += 1
-        at += 1 + at // 2
+        for error in errors:
+            raise error
+
+    failed = until_there_is_enough(attempt)[1]
     assert failed > 12
     assert sampler.cache.blocks_available == sampler.cache.num_blocks
 

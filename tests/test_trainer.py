@@ -12,13 +12,13 @@ import torch
 from helpers import checked, load_decoder, make_data, relative, trained_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scarce_memory import until_there_is_enough
 
 from mint_engine import trainer
 from mint_engine.adapters import Adapter, TrainState
 from mint_engine.calls import Call
 from mint_engine.errors import NonFiniteError
 from mint_engine.gpu.run import Programs
-from mint_engine.kernels import op
 from mint_engine.models.decoder import Decoder
 from mint_engine.types import Datum, ForwardBackwardOutput, LoraConfig, ModelInput
 
@@ -188,19 +188,15 @@ def test_memory_that_ends_in_the_middle_leaves_no_trace(tiny_tied: Path) -> None
 
     expected, states = ([TrainState(adapter) for adapter in adapters] for _ in range(2))
     train(expected)
-    at = failed = 0
-    while True:
-        op.native.fail_scratch(at, 1)
+
+    def attempt() -> None:
         try:
             train(states)
         except MemoryError:
-            failed += 1
-        else:
-            break
-        finally:
-            op.native.fail_scratch(0, 0)
-        assert not any(state.has_grads or bool(state.grads.any()) for state in states)
-        at += 1 + at // 2
+            assert not any(state.has_grads or bool(state.grads.any()) for state in states)
+            raise
+
+    failed = until_there_is_enough(attempt)[1]
     assert failed > 12
     for state, right in zip(states, expected, strict=True):
         assert state.has_grads

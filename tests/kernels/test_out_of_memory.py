@@ -8,6 +8,7 @@ import pytest
 import torch
 from check import normal
 from check_isas import ISAS, using
+from scarce_memory import until_there_is_enough
 from test_decode_step import EIGHTS, SCALE, batch, model, run
 from test_decode_steps import batch_with_room, draws_of
 from test_grouped_linear import ADAPTERS, K, buffer, shrink_table
@@ -22,7 +23,6 @@ from mint_engine.kernels import (
     decode_steps,
     grouped_linear,
     lora_gradients,
-    op,
     outer_accumulate,
     paged_attention,
     sample_rows,
@@ -113,21 +113,9 @@ CASES = [products, attentions, paged, steps, adapters, gradients, losses, draws]
 def test_memory_that_ends_anywhere_is_an_error_and_leaves_no_trace(
     case: Callable[[torch.dtype], list[Tensor]], isa: str, dtype: torch.dtype
 ) -> None:
-    """It ends at the first request for scratch, at the second, ...: more thinly where there are many."""
-    at, failed = 0, 0
     with using(isa, 3):
         right = case(dtype)
-        while True:
-            op.native.fail_scratch(at, 1 + at % 2)
-            try:
-                got = case(dtype)
-            except MemoryError:
-                failed += 1
-            else:
-                break
-            finally:
-                op.native.fail_scratch(0, 0)
-            at += 1 + at // 4
+        got, failed = until_there_is_enough(lambda: case(dtype), thinner=4)
     assert failed > 1
     for a, b in zip(got, right, strict=True):
         assert torch.equal(a, b)
