@@ -273,6 +273,18 @@ struct DecodeStep {
             });
     }
 
+    // Asks for row i of q, k and v, which the other threads have written, and for the cells it will write.
+    void fetch_row(int64_t i, const T* k_cells, const T* v_cells) const {
+        constexpr int64_t kSize = sizeof(T);
+        const int64_t kv_width = n_kv * d;
+        const auto* row = reinterpret_cast<const char*>(projected + i * qkv_width);
+        for (int64_t b = 0; b < qkv_width * kSize; b += 64) __builtin_prefetch(row + b, 0, 3);
+        for (const T* pool : {k_cells, v_cells}) {
+            const auto* cell = reinterpret_cast<const char*>(pool + cells[i] * kv_width);
+            for (int64_t b = 0; b < kv_width * kSize; b += 64) __builtin_prefetch(cell + b, 1, 3);
+        }
+    }
+
     // One layer, by the whole team. `first`: x is the stream. `following`: the layer after it, or null.
     void layer(const StepLayer<T>& l, int64_t index, bool first, const StepLayer<T>* following,
                PagedAttention<S, T> attention, T* k_cells, T* v_cells) {
@@ -293,13 +305,17 @@ struct DecodeStep {
                     store(l.qkv.bias, c, j, cols, projected, qkv_width, rows);
                 });
         attention.q = rotated, attention.k_pool = k_cells, attention.v_pool = v_cells;
-        paged_attention_first(attention, team->tasks);
+        auto first_cells = paged_attention_first(attention, team->tasks, max64(n, 1));
+        if (n == 0) first_cells.some();
+        if (n > 0) fetch_row(mine.begin, k_cells, v_cells);
         for (int64_t i = mine.begin; i < mine.end; ++i) {
+            if (i + 1 < mine.end) fetch_row(i + 1, k_cells, v_cells);
+            first_cells.some();
             const int64_t position = lengths[i] - 1;
             const T* qkv = projected + i * qkv_width;
             T* qk = rotated + i * qk_width;
-            qk_norm_rope<S, T>(qkv, qkv_width, cos + position * cos_stride, cos_stride, sin + position * sin_stride,
-                               sin_stride, n_q, n_kv, l.q_norm, l.k_norm, eps, qk, qk_width, 1, d);
+            rotate_rows<S>({0, 1}, qkv, qkv_width, cos + position * cos_stride, cos_stride, sin + position * sin_stride,
+                           sin_stride, n_q, n_kv, l.q_norm, l.k_norm, eps, qk, qk_width, d);
             std::memcpy(k_cells + cells[i] * kv_width, qk + q_width, size_t(kv_width) * sizeof(T));
             std::memcpy(v_cells + cells[i] * kv_width, qkv + qk_width, size_t(kv_width) * sizeof(T));
         }

@@ -129,6 +129,22 @@ def test_rows_with_a_common_beginning_have_the_bits_they_have_alone(dtype: torch
         assert torch.equal(batch[row], alone), m
 
 
+@pytest.mark.parametrize(("n_kv", "d"), [(3, 32), (8, 256), (2, 34)])
+def test_rows_of_several_prompts_have_the_bits_they_have_alone(face: str, dtype: torch.dtype, n_kv: int, d: int) -> None:
+    """C++ takes all kv heads of a cell with one claim, or as many as fit (8 of 256 do not); samples end at odd places."""
+    prompts, samples = 9, 3
+    lengths = torch.arange(prompts * samples, dtype=torch.int32) * 5 % 13 + 96
+    k_pool, v_pool, table, _, _ = cache(lengths.tolist(), 16, n_kv * d, dtype)
+    for m in range(len(lengths)):
+        table[m, :6] = table[m - m % samples, :6]
+    q = normal(len(lengths), 2 * n_kv * d, seed=4, dtype=dtype)
+    batch = paged_attention(q, k_pool, v_pool, table, lengths, 2 * n_kv, n_kv, 0.1, face=face)
+    for m in range(0, len(lengths), 4):
+        row = slice(m, m + 1)
+        alone = paged_attention(q[row], k_pool, v_pool, table[row], lengths[row], 2 * n_kv, n_kv, 0.1, face=face)
+        assert torch.equal(batch[row], alone), m
+
+
 @pytest.mark.parametrize(("n", "n_q", "n_kv", "d"), [(90, 6, 2, 32), (300, 9, 3, 64), (97, 4, 1, 34), (193, 2, 2, 128)])
 def test_decoding_token_by_token_is_the_packed_forward(
     face: str, dtype: torch.dtype, n: int, n_q: int, n_kv: int, d: int
