@@ -130,8 +130,10 @@ def test_rows_with_a_common_beginning_have_the_bits_they_have_alone(dtype: torch
 
 
 @pytest.mark.parametrize(("n_kv", "d"), [(3, 32), (8, 256), (2, 34)])
-def test_rows_of_several_prompts_have_the_bits_they_have_alone(face: str, dtype: torch.dtype, n_kv: int, d: int) -> None:
-    """C++ takes all kv heads of a cell with one claim, or as many as fit (8 of 256 do not); samples end at odd places."""
+def test_samples_of_several_prompts_have_the_bits_they_have_alone(
+    face: str, dtype: torch.dtype, n_kv: int, d: int
+) -> None:
+    """C++ takes all kv heads of a cell with one claim, or as many as fit (8 of 256 do not)."""
     prompts, samples = 9, 3
     lengths = torch.arange(prompts * samples, dtype=torch.int32) * 5 % 13 + 96
     k_pool, v_pool, table, _, _ = cache(lengths.tolist(), 16, n_kv * d, dtype)
