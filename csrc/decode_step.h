@@ -306,8 +306,11 @@ struct DecodeStep {
                 });
         attention.q = rotated, attention.k_pool = k_cells, attention.v_pool = v_cells;
         auto first_cells = paged_attention_first(attention, team->tasks, max64(n, 1));
-        if (n == 0) first_cells.some();
-        if (n > 0) fetch_row(mine.begin, k_cells, v_cells);
+        if (n > 0) {
+            fetch_row(mine.begin, k_cells, v_cells);
+        } else {
+            first_cells.some();
+        }
         for (int64_t i = mine.begin; i < mine.end; ++i) {
             if (i + 1 < mine.end) fetch_row(i + 1, k_cells, v_cells);
             first_cells.some();
