@@ -119,11 +119,12 @@ def test_bombs_of_the_default_limit_take_turns(tmp_path: Path) -> None:
             headers = {"Content-Type": kind, "Content-Encoding": "zstd"}
             return server.checked(api.http.post("forward_backward", content=body, headers=headers)).status_code
 
+        # Bombs of numbers: 3.0 to 3.6 GiB by turns, 4.3 if all six are parsed at once.
         for bomb, kind, most in (
-            (zeros(size), wire.PROTOBUF, 2 << 30), (spaces, JSON, 2 << 30), (numbers, JSON, 5 << 30)
+            (zeros(size), wire.PROTOBUF, 2 << 30), (spaces, JSON, 2 << 30), (numbers, JSON, 4 << 30)
         ):  # fmt: skip
             with server.growing_at_most(most), ThreadPoolExecutor(16) as threads:
-                sent = [threads.submit(send, (bomb, kind)) for _ in range(16 if most < 4 << 30 else 6)]
+                sent = [threads.submit(send, (bomb, kind)) for _ in range(6 if bomb is numbers else 16)]
                 begun = time.monotonic()
                 server.check_serving()
                 assert time.monotonic() - begun < 30
