@@ -119,7 +119,7 @@ def test_bombs_of_the_default_limit_take_turns(tmp_path: Path) -> None:
             headers = {"Content-Type": kind, "Content-Encoding": "zstd"}
             return server.checked(api.http.post("forward_backward", content=body, headers=headers)).status_code
 
-        # Bombs of numbers: 3.0 to 3.6 GiB by turns, 4.3 if all six are parsed at once.
+        # Bombs of numbers take 3.0 GiB and somewhat more by turns, 4.3 if all six are parsed at once.
         for bomb, kind, most in (
             (zeros(size), wire.PROTOBUF, 2 << 30), (spaces, JSON, 2 << 30), (numbers, JSON, 4 << 30)
         ):  # fmt: skip
