@@ -18,12 +18,18 @@ namespace mint {
 
 constexpr int64_t kFewRows = 64;  // beyond, gemm's tiles are better
 
-template <class S, class T, bool Tiles = Panel<S, T>::kTiles>
-class FewRows;  // of tiles: few_rows_tiles.h
+enum class Operands { kPanels, kTiles, kSplitTiles };
+template <class S, class T>
+constexpr Operands kOperands = Panel<S, T>::kSplit   ? Operands::kSplitTiles
+                               : Panel<S, T>::kTiles ? Operands::kTiles
+                                                     : Operands::kPanels;
+
+template <class S, class T, Operands = kOperands<S, T>>
+class FewRows;  // of tiles: few_rows_tiles.h, few_rows_split.h
 
 // One thread's rows of x [rows, k], each with its tail behind it, and its scratch: until the next one is made.
 template <class S, class T>
-class FewRows<S, T, false> {
+class FewRows<S, T, Operands::kPanels> {
     using Q = Panel<S, T>;
     using P = typename Q::P;
     using Straight = FewRowsStraight<S, T>;
@@ -243,6 +249,7 @@ class FewRows<S, T, false> {
 
 }  // namespace mint
 
+#include "few_rows_split.h"
 #include "few_rows_tiles.h"
 
 namespace mint {

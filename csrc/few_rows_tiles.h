@@ -8,7 +8,7 @@
 namespace mint {
 
 template <class S, class T>
-class FewRows<S, T, true> {
+class FewRows<S, T, Operands::kTiles> {
     using Q = Panel<S, T>;
     static constexpr int64_t kK = 32;      // k of a step, 16 pairs
     static constexpr int64_t kStaged = 8;  // steps that are copied at a time where the weight cannot be used in place

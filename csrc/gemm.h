@@ -1,8 +1,9 @@
 // Matrix products with fp32 accumulation: a register tile over packed panels (panels.h), and one blocked driver.
 //
 // A result element is always the same sum in the same order (k in chunks of kDepth, each summed in registers from 0,
-// which also keeps rounding errors from growing with k; in tiles 32 of k after the other, simd/amx.h): it does not
-// depend on the tiling, the number of threads, or the other rows and columns of the product.
+// which also keeps rounding errors from growing with k; in tiles 32 of k after the other, simd/amx.h, of fp32 192,
+// split_panels.h): it does not depend on the tiling, the number of threads, or the other rows and columns of the
+// product.
 #pragma once
 #include "gemm_tiles.h"
 
@@ -84,16 +85,16 @@ MINT_INLINE void tile_of(int64_t m, int64_t nv, Rows a, const typename Panel<S, 
 }
 
 // c[rows][ldc] (+)= rows * panels of `depth` elements for at most kRows rows; columns come out padded to whole vectors,
-// in tiles the rows too, to 16.
-template <class S, class T>
+// in tiles the rows too, to 16. WeightLeft: see gemm.
+template <class S, class T, bool WeightLeft = false>
 void multiply_rows(Rows a, int64_t rows, const RightPanels<S, T>& b, int64_t cols, int64_t depth, float* c, int64_t ldc,
                    bool accumulate, Prefetch* next) {
     using Q = Panel<S, T>;
     constexpr int kCols = Q::kCols;
     if constexpr (Q::kTiles) {
         for (int64_t j = 0; j < cols; j += kCols)
-            S::multiply_tiles(rows, cols - j, a, tile_panel(b, j, depth), c + j, ldc, depth / Q::kUnit, accumulate,
-                              [=]() __attribute__((always_inline)) { next->some(); });
+            multiply_panel<S, T, WeightLeft>(rows, cols - j, a, b, j, depth, c + j, ldc, accumulate,
+                                             [=]() __attribute__((always_inline)) { next->some(); });
     } else {
         for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
             const int64_t step = min64(kDepth, depth - k0);
@@ -111,7 +112,8 @@ void multiply_rows(Rows a, int64_t rows, const RightPanels<S, T>& b, int64_t col
 template <class S, class T>
 int64_t prefetch_calls(int64_t rows, int64_t cols, int64_t depth) {
     using Q = Panel<S, T>;
-    return ceil_div(rows, Q::kRows) * ceil_div(cols, Q::kCols) * ceil_div(depth, Q::kTiles ? Q::kUnit : kDepth);
+    return ceil_div(rows, Q::kRows) * ceil_div(cols, Q::kCols) * ceil_div(depth, Q::kTiles ? Q::kUnit : kDepth) *
+           Q::kCalls;
 }
 
 // The product of gemm, straight: panels of B, rows of A.
@@ -144,7 +146,7 @@ void gemm_straight(const T* a, int64_t a_row, int64_t a_k, const RightOperand<S,
                 const bool last = k0 + step == k;
                 if (!one_block || packed_row != i0)
                     left = left_rows<S, T>(a + i0 * a_row + k0 * a_k, a_row, a_k, rows, step, Slot::kPanelsA);
-                if (!one_block || packed_col != j0) right = b.block(j0, cols, k0, step, pb);
+                if (!one_block || packed_col != j0) right = b.block(j0, cols, k0, step, pb, true);
                 packed_row = i0, packed_col = j0;
                 // Fetching ahead pays where there are few rows to hide behind; large fp32 panels would only push each
                 // other out of L2.
@@ -186,8 +188,9 @@ bool better_turned(int64_t m, int64_t n, int64_t k) {
 }
 
 // The product of gemm for a weight used transposed (a_k and b_k 1), turned: panels of A, packed once for all threads,
-// and B as rows where they lie. In tiles the sums are the same, bit for bit, and nothing of B is packed.
-template <class S, class T, class Out>
+// and B as rows where they lie, or copied in parts. In tiles the sums are the same, bit for bit, and no panel of B is
+// packed.
+template <class S, class T, bool WeightLeft, class Out>
 void gemm_turned(const T* a, int64_t a_row, const T* b, int64_t b_col, int64_t m, int64_t n, int64_t k, Out out,
                  Target target) {
     using Q = Panel<S, T>;
@@ -210,11 +213,11 @@ void gemm_turned(const T* a, int64_t a_row, const T* b, int64_t b_col, int64_t m
             if (j1 < n)
                 next.reads = panels_ahead(b + j1 * b_col, b_col, 1, min64(kTileRows, n - j1), k,
                                           prefetch_calls<S, T>(rows, m, depth));
-            const Rows left = left_rows<S, T>(b + j0 * b_col, b_col, 1, rows, k, Slot::kPanelsA);
+            const Rows left = left_rows<S, T>(b + j0 * b_col, b_col, 1, rows, k, Slot::kPanelsA, !WeightLeft);
             for (int64_t j = 0; j < rows; j += Q::kRows) {
                 const int64_t count = min64(Q::kRows, rows - j);
                 next.writes = target.lines(0, j0 + j, m, count, prefetch_calls<S, T>(count, m, depth));
-                multiply_rows<S, T>(left.at(j), count, pa, m, depth, sums, padded, false, &next);
+                multiply_rows<S, T, !WeightLeft>(left.at(j), count, pa, m, depth, sums, padded, false, &next);
                 turn<S>(sums, padded, count, m, turned, Q::kRows);
                 for (int64_t i = 0; i < m; ++i) out(i, j0 + j, count, turned + i * Q::kRows);
             }
@@ -226,15 +229,17 @@ void gemm_turned(const T* a, int64_t a_row, const T* b, int64_t b_col, int64_t m
 // C = A * B: A is [m, k] with element (i, kk) at a[i * a_row + kk * a_k], B is [k, n] with element (kk, j) at
 // b[j * b_col + kk * b_k]. Each finished piece of a row goes to out(i, j, count, values), values padded to a vector;
 // target, if known, is where that writes: tiles fetch it before. words: what is kept of B, whose b_k is 1 then.
-template <class S, class T, class Out>
+// WeightLeft: A is the weight of the two, not B; fp32 in parts of bf16 is summed in an order of theirs
+// (split_panels.h).
+template <class S, class T, bool WeightLeft = false, class Out>
 void gemm(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
           int64_t k, Out out, Target target = {}, KeptWords words = {}) {
     if (m == 0 || n == 0) return;
     const RightOperand<S, T> right{b, b_col, b_k, k, words};
     if constexpr (Panel<S, T>::kTiles) {
         if (words.data == nullptr && a_k == 1 && b_k == 1 && better_turned<S, T>(m, n, k))
-            return gemm_turned<S, T>(a, a_row, b, b_col, m, n, k, out, target);
-        gemm_tiles<S, T>(a, a_row, a_k, right, m, n, out, target);
+            return gemm_turned<S, T, WeightLeft>(a, a_row, b, b_col, m, n, k, out, target);
+        gemm_tiles<S, T, WeightLeft>(a, a_row, a_k, right, m, n, out, target);
     } else {
         gemm_straight<S, T>(a, a_row, a_k, right, m, n, out, target);
     }

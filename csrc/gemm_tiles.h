@@ -10,6 +10,7 @@
 namespace mint {
 
 constexpr int64_t kTileSteps = 20;  // of 32 k in a block: 40 of L1's 48 KB for 32 rows
+constexpr int64_t kSplitBlock = 6;  // the same of operands in three parts, a multiple of kSplitChunk
 
 // How a product is cut: tiles of `rows` x `cols`, each with its own panels, and `depth` elements of k at a time.
 struct Tiling {
@@ -36,28 +37,38 @@ template <class Q>
 Tiling tile_cut(int64_t m, int64_t n, int64_t k) {
     constexpr int64_t kWide = 12;
     const int64_t steps = max64(Q::depth(k) / Q::kUnit, 1), blocks = ceil_div(steps, kTileSteps);
-    const int64_t depth = ceil_div(steps, blocks) * Q::kUnit;
+    const int64_t depth = (Q::kSplit ? min64(steps, kSplitBlock) : ceil_div(steps, blocks)) * Q::kUnit;
     const int64_t row_bytes = 4 * depth + (blocks > 1 ? kWide * Q::kCols * 4 : 0);
     return tiles_of<Q>(m, n, depth, (int64_t(900) << 10) / row_bytes, kWide);
 }
 
-// A panel as multiply_tiles takes it.
-template <class S, class T>
-MINT_INLINE typename S::Columns tile_panel(const RightPanels<S, T>& b, int64_t j, int64_t depth) {
-    constexpr int64_t kCols = Panel<S, T>::kCols, kUnit = Panel<S, T>::kUnit;
-    if (b.whole == 0) return {b.at(j, 0, depth), kCols};
-    return {b.at(j, 0, depth), kCols, b.whole / kUnit, b.at(j, b.whole, depth)};
+// c[rows][ldc] = (accumulate ? c : 0) + rows of a * the panel of b that begins with column j, up to kRows and kCols of
+// them, `depth` elements; columns and rows come out padded to 16. each() is called
+// Panel::kCalls times a unit.
+template <class S, class T, bool WeightLeft, class Each>
+MINT_INLINE void multiply_panel(int64_t rows, int64_t cols, const Rows& a, const RightPanels<S, T>& b, int64_t j,
+                                int64_t depth, float* c, int64_t ldc, bool accumulate, Each each) {
+    using Q = Panel<S, T>;
+    const int64_t steps = depth / Q::kUnit;
+    if constexpr (Q::kSplit) {
+        S::template multiply_split<WeightLeft, kSplitChunk>(rows, cols, a, b.at(j, 0, depth), c, ldc, steps,
+                                                            WeightLeft ? a.exact : b.exact, accumulate, each);
+    } else {
+        typename S::Columns panel{b.at(j, 0, depth), Q::kCols};
+        if (b.whole != 0) panel.steps = b.whole / Q::kUnit, panel.more = b.at(j, b.whole, depth);
+        S::multiply_tiles(rows, cols, a, panel, c, ldc, steps, accumulate, each);
+    }
 }
 
-// The product of gemm (gemm.h).
-template <class S, class T, class Out>
-void gemm_tiles(const T* a, int64_t a_row, int64_t a_k, const RightOperand<S, T>& b, int64_t m, int64_t n, Out out,
-                Target target) {
+// The product of gemm (gemm.h); left(i, rows, k0, step): those rows of A, from i on, and of them elements
+// [k0, k0 + step) of k. WeightLeft: see gemm.
+template <class S, class T, bool WeightLeft, class Left, class Out>
+void multiply_in_tiles(Left left_of, const RightOperand<S, T>& b, int64_t m, int64_t n, Out out, Target target) {
     using Q = Panel<S, T>;
     constexpr int64_t kR = Q::kRows, kC = Q::kCols;
     const int64_t k = b.k;
     const Tiling cut = tile_cut<Q>(m, n, k);
-    const int64_t block = cut.depth * Q::kStep, col_tiles = ceil_div(n, cut.cols);
+    const int64_t block = Q::k_of(cut.depth), col_tiles = ceil_div(n, cut.cols);
     const int64_t tiles = ceil_div(m, cut.rows) * col_tiles;
     const bool one_block = k <= block;
     const int64_t kept = one_block ? kR * kC : cut.rows * cut.cols;  // sums: blocks of kR x kC, one after the other
@@ -78,11 +89,10 @@ void gemm_tiles(const T* a, int64_t a_row, int64_t a_k, const RightOperand<S, T>
             for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += block) {
                 const int64_t step = min64(block, k - k0), depth = Q::depth(step);
                 const bool last = k0 + step == k;
-                if (!one_block || packed_row != i0)
-                    left = left_rows<S, T>(a + i0 * a_row + k0 * a_k, a_row, a_k, rows, step, Slot::kPanelsA);
-                if (!one_block || packed_col != j0) right = b.block(j0, cols, k0, step, pb);
+                if (!one_block || packed_row != i0) left = left_of(i0, rows, k0, step);
+                if (!one_block || packed_col != j0) right = b.block(j0, cols, k0, step, pb, !WeightLeft);
                 packed_row = i0, packed_col = j0;
-                const int64_t calls = ceil_div(rows, kR) * ceil_div(cols, kC) * (depth / Q::kUnit);
+                const int64_t calls = ceil_div(rows, kR) * ceil_div(cols, kC) * (depth / Q::kUnit) * Q::kCalls;
                 Prefetch next;
                 if (!last || following < tiles) {
                     const int64_t j1 = last ? following % col_tiles * cut.cols : j0, k1 = last ? 0 : k0 + step;
@@ -94,9 +104,9 @@ void gemm_tiles(const T* a, int64_t a_row, int64_t a_k, const RightOperand<S, T>
                     const int64_t count = min64(kR, rows - i);
                     for (int64_t j = 0; j < cols; j += kC) {
                         const int64_t wide = min64(kC, cols - j);
-                        if (last) next.writes = target.lines(i0 + i, j0 + j, count, wide, depth / Q::kUnit);
-                        S::multiply_tiles(count, wide, some, tile_panel(right, j, depth), c, kC, depth / Q::kUnit,
-                                          k0 > 0, [&]() __attribute__((always_inline)) { next.some(); });
+                        if (last) next.writes = target.lines(i0 + i, j0 + j, count, wide, depth / Q::kUnit * Q::kCalls);
+                        multiply_panel<S, T, WeightLeft>(count, wide, some, right, j, depth, c, kC, k0 > 0,
+                                                         [&]() __attribute__((always_inline)) { next.some(); });
                         if (last)
                             for (int64_t r = 0; r < count; ++r) out(i0 + i + r, j0 + j, wide, c + r * kC);
                         if (!one_block) c += kR * kC;
@@ -106,6 +116,39 @@ void gemm_tiles(const T* a, int64_t a_row, int64_t a_k, const RightOperand<S, T>
         });
     }
     attempts.finish();
+}
+
+// The same, of A as gemm has it.
+template <class S, class T, bool WeightLeft, class Out>
+void gemm_tiles(const T* a, int64_t a_row, int64_t a_k, const RightOperand<S, T>& b, int64_t m, int64_t n, Out out,
+                Target target) {
+    using Q = Panel<S, T>;
+    if constexpr (Q::kSplit) {
+        // Rows are split once, for all tiles of columns, some MB of them at a time.
+        const int64_t depth = Q::depth(b.k), stride = depth * 4, fit = (int64_t(8) << 20) / max64(stride, 1);
+        const int64_t most = max64(fit / Q::kRows, 10) * Q::kRows;
+        for (int64_t m0 = 0; m0 < m; m0 += most) {
+            const int64_t rows = min64(most, m - m0), blocks = ceil_div(rows, Q::kRows);
+            auto* parts = panel_scratch<S, T>(Slot::kShared, blocks * Q::kRows * depth);
+#pragma omp parallel for schedule(static) if (rows * b.k > kSerialWork)
+            for (int64_t i = 0; i < blocks; ++i)
+                split_rows<S>(a + (m0 + i * Q::kRows) * a_row, a_row, a_k, min64(Q::kRows, rows - i * Q::kRows), b.k,
+                              parts + i * Q::kRows * depth, false, [] {});
+            const auto left = [=](int64_t i, int64_t, int64_t k0, int64_t) {
+                return Rows{reinterpret_cast<const char*>(parts + i * depth + k0 / kSplitK * kSplitWords), stride,
+                            false};
+            };
+            multiply_in_tiles<S, T, WeightLeft>(
+                left, b, rows, n,
+                [=](int64_t i, int64_t j, int64_t count, const float* c) { out(m0 + i, j, count, c); },
+                target.from(m0));
+        }
+    } else {
+        const auto left = [=](int64_t i, int64_t rows, int64_t k0, int64_t step) {
+            return left_rows<S, T>(a + i * a_row + k0 * a_k, a_row, a_k, rows, step, Slot::kPanelsA);
+        };
+        multiply_in_tiles<S, T, WeightLeft>(left, b, m, n, out, target);
+    }
 }
 
 }  // namespace mint

@@ -32,15 +32,15 @@ template <class S, class T>
 void small_product(const T* x, int64_t x_stride, const T* weight, int64_t w_out, int64_t w_in, T* out,
                    int64_t out_stride, int64_t rows, int64_t n, int64_t depth, float scale, bool add) {
     if (padded<S, T>(n, rows) < padded<S, T>(rows, n)) {
-        gemm<S, T>(weight, w_out, w_in, x, x_stride, 1, n, rows, depth,
-                   [=](int64_t j, int64_t i, int64_t many, const float* c) {
-                       for (int64_t v = 0; v < many; ++v) {
-                           T* element = out + (i + v) * out_stride + j;
-                           float value = c[v] * scale;
-                           if (add) value += to_float(*element);
-                           put(element, value);
-                       }
-                   });
+        gemm<S, T, true>(weight, w_out, w_in, x, x_stride, 1, n, rows, depth,
+                         [=](int64_t j, int64_t i, int64_t many, const float* c) {
+                             for (int64_t v = 0; v < many; ++v) {
+                                 T* element = out + (i + v) * out_stride + j;
+                                 float value = c[v] * scale;
+                                 if (add) value += to_float(*element);
+                                 put(element, value);
+                             }
+                         });
         return;
     }
     gemm<S, T>(x, x_stride, 1, weight, w_out, w_in, rows, n, depth,

@@ -12,21 +12,26 @@ namespace mint {
 template <class S, class T>
 void pack_beside(const T* src, int64_t stride_k, int64_t n, int64_t k, typename Panel<S, T>::P* dst) {
     using Q = Panel<S, T>;
-    constexpr int C = Q::kCols;
-    constexpr int64_t kAhead = 8, kLine = 64 / int64_t(sizeof(T));
-    const int64_t depth = Q::depth(k), whole = k / Q::kStep, wide = n / C * C;
-    for (int64_t kk = 0; kk < whole; ++kk) {
-        const T* p = src + kk * Q::kStep * stride_k;
-        for (int64_t s = 0; s < Q::kStep; ++s)
-            for (int64_t j = 0; j < wide; j += kLine) __builtin_prefetch(p + j + (kAhead + s) * stride_k);
+    if constexpr (Q::kSplit) {
+        pack_panels<S, T>(src, 1, stride_k, n, k, dst);
+    } else {
+        constexpr int C = Q::kCols;
+        constexpr int64_t kAhead = 8, kLine = 64 / int64_t(sizeof(T));
+        const int64_t depth = Q::depth(k), whole = k / Q::kStep, wide = n / C * C;
+        for (int64_t kk = 0; kk < whole; ++kk) {
+            const T* p = src + kk * Q::kStep * stride_k;
+            for (int64_t s = 0; s < Q::kStep; ++s)
+                for (int64_t j = 0; j < wide; j += kLine) __builtin_prefetch(p + j + (kAhead + s) * stride_k);
+            for (int64_t j = 0; j < wide; j += C)
+                for (int64_t v = 0; v < C; v += S::W)
+                    pack_across<S, T>(p + j + v, stride_k, dst + j * depth + kk * C + v);
+        }
         for (int64_t j = 0; j < wide; j += C)
-            for (int64_t v = 0; v < C; v += S::W) pack_across<S, T>(p + j + v, stride_k, dst + j * depth + kk * C + v);
+            for (int64_t kk = whole; kk < depth; ++kk)
+                for (int64_t v = 0; v < C; ++v)
+                    dst[j * depth + kk * C + v] = padded_element<S, T>(src + j + v, stride_k, kk, k);
+        if (wide < n) pack_panels<S, T>(src + wide, 1, stride_k, n - wide, k, dst + wide * depth);
     }
-    for (int64_t j = 0; j < wide; j += C)
-        for (int64_t kk = whole; kk < depth; ++kk)
-            for (int64_t v = 0; v < C; ++v)
-                dst[j * depth + kk * C + v] = padded_element<S, T>(src + j + v, stride_k, kk, k);
-    if (wide < n) pack_panels<S, T>(src + wide, 1, stride_k, n - wide, k, dst + wide * depth);
 }
 
 // out[i, j] += alpha * sum of a[m, i] * b[m, j] over `tokens` m, for i < p and j < q, where p is wide and q a rank:

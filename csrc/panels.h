@@ -5,12 +5,14 @@
 // beyond the edge. The left operand is read row by row, from where it is if its k is contiguous (a row of bf16 is a row
 // of pairs), else from a copy. Tiles (S::kTiles) come in whole ones: copies are padded with zeros to kUnit elements of
 // k, and of rows that stay in place the last elements and the last rows are copied. There is room for kRows rows, but
-// those beyond the last are undefined: so are their sums, which nobody reads.
+// those beyond the last are undefined: so are their sums, which nobody reads. What tiles multiply of fp32 has an order
+// of its own: split_panels.h.
 #pragma once
 #include <type_traits>
 
 #include "prefetch.h"
 #include "scratch.h"
+#include "split_panels.h"
 
 namespace mint {
 
@@ -20,15 +22,19 @@ constexpr int64_t kDepth =
 template <class S, class T>
 struct Panel {
     static constexpr bool kPairs = S::kBf16Dot && std::is_same_v<T, bf16>;
-    static constexpr bool kInPlace = kPairs || std::is_same_v<T, float>;  // elements can be read from T as it is
-    static constexpr bool kTiles = kPairs && S::kTiles;
+    static constexpr bool kTiles = S::kTiles && (kPairs || std::is_same_v<T, float>);
+    static constexpr bool kSplit = kTiles && !kPairs;                                  // fp32 in three parts of bf16
+    static constexpr bool kInPlace = kPairs || (std::is_same_v<T, float> && !kSplit);  // read from T as it is
     static constexpr bool kWidensWords = S::kWidensWords && std::is_same_v<T, bf16>;
-    using P = std::conditional_t<kPairs, uint32_t, float>;
-    static constexpr int kStep = kPairs ? 2 : 1;               // k per element
-    static constexpr int kUnit = kTiles ? 16 : 1;              // depths are multiples of it
-    static constexpr int kRows = kTiles ? 32 : S::kMr;         // rows multiplied at a time
-    static constexpr int kCols = kTiles ? 32 : S::kNv * S::W;  // columns of a panel
-    static int64_t depth(int64_t k) { return ceil_div(k, kStep * kUnit) * kUnit; }
+    using P = std::conditional_t<kPairs || kSplit, uint32_t, float>;
+    static constexpr int kStep = kPairs ? 2 : 1;                 // k per element; not of kSplit
+    static constexpr int kUnit = kSplit ? 48 : kTiles ? 16 : 1;  // depths are multiples of it
+    static constexpr int kUnitK = kTiles ? 32 : kStep;           // k of a unit
+    static constexpr int kCalls = kSplit ? 2 : 1;                // of multiply_panel's each(), for a unit
+    static constexpr int kRows = kTiles ? 32 : S::kMr;           // rows multiplied at a time
+    static constexpr int kCols = kTiles ? 32 : S::kNv * S::W;    // columns of a panel
+    static int64_t depth(int64_t k) { return ceil_div(k, kUnitK) * kUnit; }
+    static int64_t k_of(int64_t depth) { return depth / kUnit * kUnitK; }
 };
 
 // Rows of the left operand: element kk of row r at data + r * stride + 4 * kk, in bytes. `half`: the last element of a
@@ -40,11 +46,12 @@ struct Rows {
     const char* tail = nullptr;  // if not null, where the last kUnit elements are, rows of 64 bytes
     const char* edge = nullptr;  // if not null, where the rows from edge_from on are, padded
     int64_t edge_from = 0, edge_stride = 0;
+    int64_t exact = 0;  // of a weight's rows in three parts: how many units, from the first on, have only high ones
 
     // Rows i and on, i a multiple of kRows.
     Rows at(int64_t i) const {
         if (edge != nullptr && i >= edge_from) return {edge + (i - edge_from) * edge_stride, edge_stride, false};
-        return {data + i * stride, stride, half, tail == nullptr ? nullptr : tail + i * 64};
+        return {data + i * stride, stride, half, tail == nullptr ? nullptr : tail + i * 64, nullptr, 0, 0, exact};
     }
 };
 
@@ -82,9 +89,10 @@ MINT_INLINE void pack_across(const T* p, int64_t stride_k, typename Panel<S, T>:
     }
 }
 
-// One panel of a right operand whose element (kk, j) is src[j * stride_c + kk * stride_k], n columns of it real.
+// pack_panel (below) of elements that are not split.
 template <class S, class T>
-void pack_panel(const T* src, int64_t stride_c, int64_t stride_k, int64_t n, int64_t k, typename Panel<S, T>::P* dst) {
+void pack_whole_panel(const T* src, int64_t stride_c, int64_t stride_k, int64_t n, int64_t k,
+                      typename Panel<S, T>::P* dst) {
     using Q = Panel<S, T>;
     constexpr int C = Q::kCols, kAhead = 16;
     const int64_t depth = Q::depth(k), whole = k / Q::kStep;  // whole: elements without a k edge
@@ -137,12 +145,32 @@ void pack_panel(const T* src, int64_t stride_c, int64_t stride_k, int64_t n, int
     }
 }
 
-// All panels of a right operand of n columns, one after the other, each depth(k) * kCols elements.
+// One panel of a right operand whose element (kk, j) is src[j * stride_c + kk * stride_k], n columns of it real. Of the
+// first `exact` units of fp32 in parts only the high ones are written (split_panels.h).
 template <class S, class T>
-void pack_panels(const T* src, int64_t stride_c, int64_t stride_k, int64_t n, int64_t k, typename Panel<S, T>::P* dst) {
+void pack_panel(const T* src, int64_t stride_c, int64_t stride_k, int64_t n, int64_t k, typename Panel<S, T>::P* dst,
+                int64_t exact = 0) {
+    if constexpr (Panel<S, T>::kSplit) {
+        split_panel<S>(src, stride_c, stride_k, n, k, dst, exact);
+    } else {
+        (void)exact;
+        pack_whole_panel<S, T>(src, stride_c, stride_k, n, k, dst);
+    }
+}
+
+// All panels of a right operand of n columns, one after the other, each depth(k) * kCols elements. With `skip`: returns
+// how many units of all of them are bf16, from the first on, of which only the high parts were written.
+template <class S, class T>
+int64_t pack_panels(const T* src, int64_t stride_c, int64_t stride_k, int64_t n, int64_t k,
+                    typename Panel<S, T>::P* dst, bool skip = false) {
     using Q = Panel<S, T>;
+    int64_t exact = 0;
+    if constexpr (Q::kSplit) {
+        if (skip) exact = exact_units<S>(src, stride_c, stride_k, n, k);
+    }
     for (int64_t j = 0; j < n; j += Q::kCols, dst += Q::depth(k) * Q::kCols)
-        pack_panel<S, T>(src + j * stride_c, stride_c, stride_k, min64(Q::kCols, n - j), k, dst);
+        pack_panel<S, T>(src + j * stride_c, stride_c, stride_k, min64(Q::kCols, n - j), k, dst, exact);
+    return exact;
 }
 
 // Of n rows of k elements that stay in place: copies of the last elements where they do not fill a unit, and of the
@@ -173,9 +201,9 @@ Rows tile_rows(const T* src, int64_t stride_r, int64_t n, int64_t k, Slot slot) 
     return rows;
 }
 
-// n rows of a left operand whose element (r, kk) is src[r * stride_r + kk * stride_k], where they are or in `slot`.
+// left_rows (below) of elements that are not split.
 template <class S, class T>
-Rows left_rows(const T* src, int64_t stride_r, int64_t stride_k, int64_t n, int64_t k, Slot slot) {
+Rows whole_rows(const T* src, int64_t stride_r, int64_t stride_k, int64_t n, int64_t k, Slot slot) {
     using Q = Panel<S, T>;
     constexpr int W = S::W;
     if (Q::kInPlace && stride_k == 1) {
@@ -205,6 +233,23 @@ Rows left_rows(const T* src, int64_t stride_r, int64_t stride_k, int64_t n, int6
     return {reinterpret_cast<const char*>(dst), depth * 4, false};
 }
 
+// n rows of a left operand whose element (r, kk) is src[r * stride_r + kk * stride_k], where they are or in `slot`;
+// `skip`: see pack_panels.
+template <class S, class T>
+Rows left_rows(const T* src, int64_t stride_r, int64_t stride_k, int64_t n, int64_t k, Slot slot, bool skip = false) {
+    using Q = Panel<S, T>;
+    if constexpr (Q::kSplit) {
+        const int64_t depth = Q::depth(k);
+        auto* to = panel_scratch<S, T>(slot, ceil_div(n, Q::kRows) * Q::kRows * depth);
+        Rows rows{reinterpret_cast<const char*>(to), depth * 4, false};
+        rows.exact = split_rows<S>(src, stride_r, stride_k, n, k, to, skip, [] {});
+        return rows;
+    } else {
+        (void)skip;
+        return whole_rows<S, T>(src, stride_r, stride_k, n, k, slot);
+    }
+}
+
 // The words that are kept of a right operand's first k (few_rows_words.h): its panels, where elements are pairs.
 struct KeptWords {
     const uint32_t* data = nullptr;  // null: none
@@ -221,6 +266,7 @@ struct RightPanels {
     const P* packed = nullptr;
     const P* kept = nullptr;
     int64_t kept_depth = 0, whole = 0;
+    int64_t exact = 0;  // of a weight in three parts: how many units of each panel have only high ones
 
     RightPanels(const P* packed) : packed(packed) {}
 
@@ -240,7 +286,9 @@ struct RightOperand {
     KeptWords words;
 
     // `cols` columns from j on, and of them elements [k0, k0 + step) of k: what is not kept is packed into `to`.
-    RightPanels<S, T> block(int64_t j, int64_t cols, int64_t k0, int64_t step, typename Q::P* to) const {
+    // is_weight: which operand it is (Rows::exact).
+    RightPanels<S, T> block(int64_t j, int64_t cols, int64_t k0, int64_t step, typename Q::P* to,
+                            bool is_weight) const {
         RightPanels<S, T> panels(to);
         panels.whole = whole(k0, step);
         if constexpr (Q::kPairs) {
@@ -251,7 +299,8 @@ struct RightOperand {
         }
         const int64_t from = panels.whole * Q::kStep;
         if (panels.whole == 0 || from < step)
-            pack_panels<S, T>(data + j * stride_c + (k0 + from) * stride_k, stride_c, stride_k, cols, step - from, to);
+            panels.exact = pack_panels<S, T>(data + j * stride_c + (k0 + from) * stride_k, stride_c, stride_k, cols,
+                                             step - from, to, is_weight);
         return panels;
     }
 

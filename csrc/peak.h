@@ -10,13 +10,16 @@ template <class S, class T>
 typename S::F multiply_adds(int64_t rounds, double* flop) {
     constexpr int kSums = S::kMr * S::kNv;
     if constexpr (Panel<S, T>::kTiles) {
+        constexpr int kProducts = Panel<S, T>::kSplit ? 6 : 1;  // split_panels.h
         const typename S::Tiles registers;
         alignas(64) float sums[16][16] = {};
         S::template load_tile<0>(sums, 64), S::template load_tile<1>(sums, 64), S::template load_tile<2>(sums, 64);
         S::template load_tile<3>(sums, 64), S::template load_tile<4>(sums, 64), S::template load_tile<6>(sums, 64);
         for (int64_t r = 0; r < rounds; ++r) {
-            S::template multiply_tile<0, 4, 6>(), S::template multiply_tile<1, 4, 6>();
-            S::template multiply_tile<2, 4, 6>(), S::template multiply_tile<3, 4, 6>();
+            for (int part = 0; part < kProducts; ++part) {
+                S::template multiply_tile<0, 4, 6>(), S::template multiply_tile<1, 4, 6>();
+                S::template multiply_tile<2, 4, 6>(), S::template multiply_tile<3, 4, 6>();
+            }
         }
         S::template store_tile<0>(sums, 64);
         *flop = 4 * 2.0 * 16 * 16 * 32 * double(rounds);

@@ -50,6 +50,11 @@ struct Target {
     void* data = nullptr;          // null: unknown
     int64_t stride = 0, size = 0;  // bytes of a row and of an element
 
+    // The same from row i on.
+    Target from(int64_t i) const {
+        return {data == nullptr ? nullptr : static_cast<char*>(data) + i * stride, stride, size};
+    }
+
     // Asks for the lines of columns [j, j + cols) of the first `rows` rows, to be written, at once. Where rows begin
     // inside a line, the last one is left out: the columns after these may be another thread's just now.
     __attribute__((always_inline)) void fetch(int64_t j, int64_t rows, int64_t cols) const {

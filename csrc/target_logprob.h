@@ -50,10 +50,11 @@ void for_logit_tiles(const T* x, int64_t x_stride, const T* weight, int64_t w_st
         float* c = static_cast<float*>(scratch(Slot::kTile, size_t(kTileRows * (block + Q::kRows)) * 4));
         auto* pb = panel_scratch<S, T>(Slot::kPanelsB, turned ? 16 : block * depth);
         Rows weight_rows{};
+        RightPanels<S, T> right(pb);
         if (turned) {
-            weight_rows = left_rows<S, T>(weight + v0 * w_stride, w_stride, 1, cols, width, Slot::kPanelsA);
+            weight_rows = left_rows<S, T>(weight + v0 * w_stride, w_stride, 1, cols, width, Slot::kPanelsA, true);
         } else {
-            pack_panels<S, T>(weight + v0 * w_stride, w_stride, 1, cols, width, pb);
+            right.exact = pack_panels<S, T>(weight + v0 * w_stride, w_stride, 1, cols, width, pb, true);
         }
         Prefetch next;
         if (v1 < vocab)
@@ -66,14 +67,14 @@ void for_logit_tiles(const T* x, int64_t x_stride, const T* weight, int64_t w_st
                 float* sums = c + kTileRows * block;
                 for (int64_t v = 0; v < cols; v += Q::kRows) {
                     const int64_t count = min64(Q::kRows, cols - v);
-                    multiply_rows<S, T>(weight_rows.at(v), count, panels + m0 * depth, n, depth, sums, kTileRows, false,
-                                        &next);
+                    multiply_rows<S, T, true>(weight_rows.at(v), count, panels + m0 * depth, n, depth, sums, kTileRows,
+                                              false, &next);
                     turn<S>(sums, kTileRows, count, n, c + v, block);
                 }
             } else {
                 for (int64_t i = 0; i < n; i += Q::kRows)
-                    multiply_rows<S, T>(left.at(m0 + i), min64(Q::kRows, n - i), pb, cols, depth, c + i * block, block,
-                                        false, &next);
+                    multiply_rows<S, T>(left.at(m0 + i), min64(Q::kRows, n - i), right, cols, depth, c + i * block,
+                                        block, false, &next);
             }
             for (int64_t i = 0; i < n; ++i)
                 for (int64_t v = cols; v < ceil_div(cols, S::W) * S::W; ++v)

@@ -1,4 +1,4 @@
-// AVX-512 BF16 plus AMX: products of bf16 tiles. Meanings: scalar.h.
+// AVX-512 BF16 plus AMX: products of tiles, of bf16 and of fp32 in parts of bf16. Meanings: scalar.h.
 //
 // A tile register holds 16 rows of 64 bytes. A row of the left operand has 32 bf16, its k contiguous; a row of the
 // right one has 16 pairs (k, k+1), one a column: a row of a panel (panels.h). One instruction adds 32 products to each
@@ -75,6 +75,25 @@ struct Amx : Avx512Bf16 {
         }
     }
 
+    // fp32 as the sum of three bf16, exactly (of parts above 2^-126): the pairs (a[i], b[i]) of high parts, of mid
+    // parts and of low parts.
+    MINT_INLINE void split(F a, F b, uint32_t* high, uint32_t* mid, uint32_t* low) {
+        a = take_part(a, &b, high);
+        a = take_part(a, &b, mid);
+        take_part(a, &b, low);
+    }
+    // The pairs of high parts alone, where a and b are bf16 as they are.
+    MINT_INLINE void high_pairs(F a, F b, uint32_t* high) {
+        const __m512i upper = _mm512_and_si512(_mm512_castps_si512(b), _mm512_set1_epi32(int(0xffff0000)));
+        _mm512_storeu_si512(high, _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(a), 16), upper));
+    }
+    MINT_INLINE F or_bits(F a, F b) {
+        return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+    }
+    MINT_INLINE bool is_bf16(F a) {
+        return _mm512_test_epi32_mask(_mm512_castps_si512(a), _mm512_set1_epi32(0xffff)) == 0;
+    }
+
     // Columns of a right operand, rows of pairs `stride` words apart; behind `steps` steps of 16 of them it goes on at
     // `more`.
     struct Columns {
@@ -91,15 +110,7 @@ struct Amx : Avx512Bf16 {
                                Each each) {
         const char* a = x.data;
         const uint32_t* panel = b.data;
-        const int64_t stride = ldc * 4;
-        if (accumulate) {
-            load_tile<0>(c, stride);
-            if constexpr (N == 2) load_tile<1>(c + 16, stride);
-            if constexpr (M == 2) load_tile<2>(c + 16 * ldc, stride);
-            if constexpr (M == 2 && N == 2) load_tile<3>(c + 16 * ldc + 16, stride);
-        } else {
-            zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
-        }
+        begin_sums<M, N>(c, ldc, accumulate);
         if (x.tail != nullptr) --steps;
         const auto run = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
             for (int64_t s = from; s < to; ++s, a += 64, panel += 16 * b.stride) {
@@ -115,25 +126,142 @@ struct Amx : Avx512Bf16 {
             run(b.steps, steps);
         }
         if (x.tail != nullptr) multiply_step<M, N>(x.tail, 64, panel, b.stride * 4);
-        store_tile<0>(c, stride);
-        if constexpr (N == 2) store_tile<1>(c + 16, stride);
-        if constexpr (M == 2) store_tile<2>(c + 16 * ldc, stride);
-        if constexpr (M == 2 && N == 2) store_tile<3>(c + 16 * ldc + 16, stride);
+        end_sums<M, N>(c, ldc);
     }
 
     // The same for m <= 32 rows and n <= 32 columns, computed in whole tiles of 16.
     template <class Rows, class Each>
     MINT_INLINE void multiply_tiles(int64_t m, int64_t n, const Rows& x, const Columns& b, float* c, int64_t ldc,
                                     int64_t steps, bool accumulate, Each each) {
-        const auto some = [&](auto rows, auto columns) __attribute__((always_inline)) {
+        in_tiles(m, n, [&](auto rows, auto columns) __attribute__((always_inline)) {
             multiply_tiles<decltype(rows)::value, decltype(columns)::value>(x, b, c, ldc, steps, accumulate, each);
-        };
+        });
+    }
+
+    // The same of operands in three parts (split_panels.h), `b` a panel of them, Chunk steps from 0 at a time; the
+    // weight, which with WeightLeft is the left one, is bf16 in the first `exact` steps. each() is called twice a step.
+    // Which operand is the left one changes no bit.
+    template <bool WeightLeft, int64_t Chunk, class Rows, class Each>
+    MINT_INLINE void multiply_split(int64_t m, int64_t n, const Rows& x, const uint32_t* b, float* c, int64_t ldc,
+                                    int64_t steps, int64_t exact, bool accumulate, Each each) {
+        in_tiles(m, n, [&](auto rows, auto columns) __attribute__((always_inline)) {
+            split_tiles<decltype(rows)::value, decltype(columns)::value, WeightLeft, Chunk>(x, b, c, ldc, steps, exact,
+                                                                                            accumulate, each);
+        });
+    }
+
+  private:
+    // The sums in tiles 0 to 3, from c or zero, and back.
+    template <int M, int N>
+    MINT_INLINE void begin_sums(const float* c, int64_t ldc, bool accumulate) {
+        const int64_t stride = ldc * 4;
+        if (!accumulate) {
+            zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+            return;
+        }
+        load_tile<0>(c, stride);
+        if constexpr (N == 2) load_tile<1>(c + 16, stride);
+        if constexpr (M == 2) load_tile<2>(c + 16 * ldc, stride);
+        if constexpr (M == 2 && N == 2) load_tile<3>(c + 16 * ldc + 16, stride);
+    }
+    template <int M, int N>
+    MINT_INLINE void end_sums(float* c, int64_t ldc) {
+        const int64_t stride = ldc * 4;
+        store_tile<0>(c, stride);
+        if constexpr (N == 2) store_tile<1>(c + 16, stride);
+        if constexpr (M == 2) store_tile<2>(c + 16 * ldc, stride);
+        if constexpr (M == 2 && N == 2) store_tile<3>(c + 16 * ldc + 16, stride);
+    }
+
+    // What m <= 32 rows and n <= 32 columns take, in tiles of 16.
+    template <class Some>
+    MINT_INLINE void in_tiles(int64_t m, int64_t n, Some some) {
         constexpr std::integral_constant<int, 1> one;
         constexpr std::integral_constant<int, 2> two;
         if (m > 16 && n > 16) return some(two, two);
         if (m > 16) return some(two, one);
         if (n > 16) return some(one, two);
         some(one, one);
+    }
+
+    // Takes the bf16 nearest to each of a and b away from it, and leaves the pairs of them at `part`.
+    MINT_INLINE F take_part(F a, F* b, uint32_t* part) {
+        alignas(64) static constexpr uint16_t kPairs[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const __m512i pairs = _mm512_permutexvar_epi16(_mm512_load_si512(kPairs), (__m512i)_mm512_cvtne2ps_pbh(*b, a));
+        _mm512_storeu_si512(part, pairs);
+        *b = sub(*b, _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000)))));
+        return sub(a, _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)));
+    }
+
+    // One step's tiles of the operands of multiply_split, by part, and their products.
+    template <int M, int N, bool WeightLeft>
+    struct SplitStep {
+        static constexpr int kHigh = 0, kMid = 1, kLow = 2;
+        static constexpr int64_t kColumns = 32;  // of a panel
+        const char* a;
+        int64_t a_stride;
+        const uint32_t* b;
+
+        __attribute__((always_inline)) void left(int part) const {
+            load_tile<4>(a + 64 * part, a_stride);
+            if constexpr (M == 2) load_tile<5>(a + 64 * part + 16 * a_stride, a_stride);
+        }
+        __attribute__((always_inline)) void right(int part) const {
+            load_tile_once<6>(b + 16 * kColumns * part, kColumns * 4);
+            if constexpr (N == 2) load_tile_once<7>(b + 16 * kColumns * part + 16, kColumns * 4);
+        }
+        __attribute__((always_inline)) void x(int part) const { WeightLeft ? right(part) : left(part); }
+        __attribute__((always_inline)) void w(int part) const { WeightLeft ? left(part) : right(part); }
+        MINT_INLINE void multiply() {
+            multiply_tile<0, 4, 6>();
+            if constexpr (N == 2) multiply_tile<1, 4, 7>();
+            if constexpr (M == 2) multiply_tile<2, 5, 6>();
+            if constexpr (M == 2 && N == 2) multiply_tile<3, 5, 7>();
+        }
+
+        // All but the high parts' product, each sharing the tiles of one operand with the one before.
+        __attribute__((always_inline)) void small(bool exact) const {
+            if (exact) {
+                x(kMid), w(kHigh), multiply();
+            } else {
+                x(kHigh), w(kLow), multiply();
+                w(kMid), multiply();
+                x(kMid), multiply();
+                w(kHigh), multiply();
+            }
+            x(kLow), multiply();
+        }
+        __attribute__((always_inline)) void high() const { x(kHigh), w(kHigh), multiply(); }
+    };
+
+    template <int M, int N, bool WeightLeft, int64_t Chunk, class Rows, class Each>
+    static void split_tiles(const Rows& x, const uint32_t* b, float* c, int64_t ldc, int64_t steps, int64_t exact,
+                            bool accumulate, Each each) {
+        constexpr int64_t kLeft = 3 * 64, kRight = 3 * 16 * 32;  // a step's bytes of a row, words of a panel
+        alignas(64) float sums[16 * M * 16 * N];
+        const auto step = [&](int64_t s) __attribute__((always_inline)) {
+            return SplitStep<M, N, WeightLeft>{x.data + s * kLeft, x.stride, b + s * kRight};
+        };
+        for (int64_t s0 = 0; s0 == 0 || s0 < steps; s0 += Chunk) {
+            const int64_t end = s0 + Chunk < steps ? s0 + Chunk : steps;
+            int64_t s = s0;
+            begin_sums<M, N>(c, ldc, false);
+            for (; s < end && s < exact; ++s) each(), step(s).small(true);
+            for (; s < end; ++s) each(), step(s).small(false);
+            for (s = s0; s < end; ++s) each(), step(s).high();
+            if (s0 == 0 && !accumulate) {
+                end_sums<M, N>(c, ldc);
+                continue;
+            }
+            end_sums<M, N>(sums, 16 * N);
+            for (int i = 0; i < 16 * M; ++i)
+                for (int j = 0; j < 16 * N; j += W) {
+                    float* to = c + i * ldc + j;
+                    store(to, add(load(to), load(sums + i * 16 * N + j)));
+                }
+        }
     }
 };
 

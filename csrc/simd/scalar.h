@@ -10,7 +10,7 @@ struct Scalar {
     static constexpr int W = 1;                  // fp32 lanes in F
     static constexpr bool kBf16Dot = false;      // has a dot product of bf16 pairs
     static constexpr bool kWidensWords = false;  // has Words: bf16 or int8 in lanes of 32 bits, widened there (avx2.h)
-    static constexpr bool kTiles = false;        // has products of whole bf16 tiles (amx.h), while a Tiles lives
+    static constexpr bool kTiles = false;        // has products of whole tiles (amx.h), while a Tiles lives
     struct Tiles {
         Tiles() {}
     };
