@@ -36,7 +36,7 @@ PEFT_FP32, AUTOCAST, PEFT_BF16 = "PEFT float32", "PEFT bf16 autocast", "PEFT all
 GROUPS = {
     "demo": [list(KINDS)],
     "long": [[OURS, SKIPPING, PEFT_FP32, PEFT_BF16], ["ours float32", PEFT_FP32, AUTOCAST]],
-    "qwen": [[OURS, SKIPPING, PEFT_FP32, PEFT_BF16]],
+    "qwen": [[OURS, SKIPPING, PEFT_FP32, PEFT_BF16], ["ours float32", PEFT_FP32]],
     "ragged": [[OURS, PEFT_FP32, PEFT_BF16, "PEFT all bf16, packed"]],
 }
 SHORT = [OURS, "ours float32", PEFT_FP32, AUTOCAST, PEFT_BF16]
