@@ -10,7 +10,7 @@ template <class S, class T>
 class FewRows<S, T, Operands::kSplitTiles> {
     using Q = Panel<S, T>;
     static constexpr int64_t kChunkK = kSplitChunk * kSplitK;
-    static constexpr int64_t kStaged = kSplitChunk;  // units of 32 weight rows: 36 KB
+    static constexpr int64_t kChunkWords = Q::kRows * kSplitChunk * kSplitWords;  // 36 KB
 
   public:
     static constexpr int64_t C = Q::kCols;  // rows of the weight, which are columns of the result
@@ -22,7 +22,7 @@ class FewRows<S, T, Operands::kSplitTiles> {
             if (groups[g].width > 0 && w.scales == nullptr)
                 base_ = k / kChunkK * kChunkK;  // W's last chunk goes on with B
         ld_ = ceil_div(rows_, 16) * 16;
-        int64_t words = panels_of(rows_) * Q::depth(base_), widest = kStaged;
+        int64_t words = panels_of(rows_) * Q::depth(base_), widest = 2 * kSplitChunk;
         for (int64_t g = 0; g < n_groups; ++g) {
             words += panels_of(groups[g].end - groups[g].begin) * Q::depth(tail(groups[g]));
             widest = max64(widest, ceil_div(tail(groups[g]), kSplitK));
@@ -44,21 +44,25 @@ class FewRows<S, T, Operands::kSplitTiles> {
 
     float* sums(int64_t buffer = 0) const { return sums_ + buffer * C * ld_; }
     static int64_t prefetch_calls(const WeightRows<T>&, int64_t rows, int64_t k) {
-        return ceil_div(k, kSplitK) * (2 * panels_of(rows) + 1);
+        return ceil_div(k, kSplitK) * 2 * panels_of(rows);
     }
 
-    // See FewRows.
+    // See FewRows. While a chunk is multiplied the next one is split: with few rows each instruction of a tile waits
+    // for the one before.
     void multiply(const WeightRows<T>& w, int64_t first, int64_t cols, float* c, Prefetch* next) const {
         const int64_t steps = ceil_div(base_, kSplitK), depth = Q::depth(base_);
-        const auto each = [=]() __attribute__((always_inline)) { next->some(); };
         if (steps == 0) std::memset(turned_, 0, size_t(C * ld_) * sizeof(float));
-        for (int64_t s = 0; s < steps; s += kStaged) {
-            const int64_t count = min64(kStaged, steps - s), at = s * kSplitK;
-            const Rows left = stage(w, first, cols, at, min64(count * kSplitK, base_ - at), nullptr, each);
+        Stage now(*this, w, first, cols, 0), after = now;
+        while (!now.done()) now.some(), next->some();
+        for (int64_t s = 0; s < steps; s += kSplitChunk) {
+            after = Stage(*this, w, first, cols, s + kSplitChunk);
             for (int64_t i = 0; i < rows_; i += C)
-                S::template multiply_split<true, kSplitChunk>(cols, rows_ - i, left,
-                                                              packed_ + i * depth + s * kSplitWords * C, turned_ + i,
-                                                              ld_, count, left.exact, s > 0, each);
+                S::template multiply_split<true, kSplitChunk>(
+                    cols, rows_ - i, now.rows(), packed_ + i * depth + s * kSplitWords * C, turned_ + i, ld_,
+                    min64(kSplitChunk, steps - s), now.exact, s > 0,
+                    [&]() __attribute__((always_inline)) { after.some(), next->some(); });
+            while (!after.done()) after.some();
+            now = after;
         }
         if (w.scales != nullptr)
             for (int64_t j = 0; j < cols; ++j)
@@ -73,31 +77,59 @@ class FewRows<S, T, Operands::kSplitTiles> {
     static int64_t panels_of(int64_t rows) { return ceil_div(rows, C); }
     int64_t tail(const RowGroup<T>& g) const { return k_ - base_ + g.width; }
 
-    // Elements [k, k + n) of weight rows, and the group's B after them, in parts.
-    template <class Each>
-    Rows stage(const WeightRows<T>& w, int64_t first, int64_t cols, int64_t k, int64_t n, const RowGroup<T>* g,
-               Each each) const {
-        const T* from = static_cast<const T*>(w.data) + first * w.stride + k;
-        int64_t stride = w.stride;
-        if (w.scales != nullptr || g != nullptr) {
-            const int64_t width = g == nullptr ? 0 : g->width;
-            stride = n + width;
-            for (int64_t j = 0; j < cols; ++j) {
-                if (n > 0) w.copy(first + j, k, n, whole_ + j * stride);
-                if (width > 0)
-                    std::memcpy(whole_ + j * stride + n, g->b + (first + j) * g->stride, size_t(width) * sizeof(T));
-            }
-            from = whole_, n = stride;
+    // A chunk of `cols` weight rows from unit `from` on, split half a unit at a time. Two that follow each other have a
+    // buffer each.
+    struct Stage {
+        const FewRows* of;
+        const T* data;  // of this chunk, if T
+        const WeightRows<T>* w;
+        int64_t stride, first, cols, k, n, half = 0, exact = 0;  // k: where it begins, n: how many of them
+        uint32_t* to;
+        bool bare = false;
+
+        Stage(const FewRows& f, const WeightRows<T>& w, int64_t first, int64_t cols, int64_t from)
+            : of(&f), w(&w), stride(w.stride), first(first), cols(cols), k(from * kSplitK) {
+            n = max64(min64(kChunkK, f.base_ - k), 0);
+            to = f.stage_ + from / kSplitChunk % 2 * kChunkWords;
+            data = static_cast<const T*>(w.data) + first * w.stride + k;
+            if (w.scales == nullptr || n == 0) return;
+            for (int64_t j = 0; j < cols; ++j) w.copy(first + j, k, n, f.whole_ + j * n);
+            data = f.whole_, stride = n;
         }
-        Rows rows{reinterpret_cast<const char*>(stage_), Q::depth(n) * 4, false};
-        rows.exact = split_rows<S>(from, stride, 1, cols, n, stage_, true, each);
+
+        bool done() const { return half >= 2 * ceil_div(n, kSplitK); }
+        Rows rows() const { return {reinterpret_cast<const char*>(to), Q::depth(n) * 4, false}; }
+        __attribute__((always_inline)) void some() {
+            if (done()) return;
+            const int64_t u = half / 2, r0 = half % 2 * 16;
+            const SplitUnit unit{data + u * kSplitK, stride, 1, cols, n - u * kSplitK};
+            if (r0 == 0) {
+                bare = exact == u && unit.template is_bf16<S>();
+                if (bare) ++exact;
+            }
+            if (r0 < cols)
+                split_unit_rows<S>(unit.from(r0), to + r0 * Q::depth(n) + u * kSplitWords, Q::depth(n), bare);
+            ++half;
+        }
+    };
+
+    // What is left of the weight's rows, and the group's B after it, in parts.
+    Rows stage_tail(const WeightRows<T>& w, int64_t first, int64_t cols, const RowGroup<T>& g) const {
+        const int64_t n = k_ - base_, stride = n + g.width;
+        for (int64_t j = 0; j < cols; ++j) {
+            if (n > 0) w.copy(first + j, base_, n, whole_ + j * stride);
+            if (g.width > 0)
+                std::memcpy(whole_ + j * stride + n, g.b + (first + j) * g.stride, size_t(g.width) * sizeof(T));
+        }
+        Rows rows{reinterpret_cast<const char*>(stage_), Q::depth(stride) * 4, false};
+        rows.exact = split_rows<S>(whole_, stride, 1, cols, stride, stage_, true);
         return rows;
     }
 
     // The group's rows go on with what is left of W and with its B; returns the packed S of the next group.
     const uint32_t* add_tail(const WeightRows<T>& w, const RowGroup<T>& g, int64_t first, int64_t cols,
                              const uint32_t* b) const {
-        const Rows left = stage(w, first, cols, base_, k_ - base_, &g, [] {});
+        const Rows left = stage_tail(w, first, cols, g);
         const int64_t depth = Q::depth(tail(g));
         for (int64_t i = g.begin; i < g.end; i += C, b += depth * C) {
             const int64_t n = min64(C, g.end - i);

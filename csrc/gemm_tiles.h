@@ -133,7 +133,7 @@ void gemm_tiles(const T* a, int64_t a_row, int64_t a_k, const RightOperand<S, T>
 #pragma omp parallel for schedule(static) if (rows * b.k > kSerialWork)
             for (int64_t i = 0; i < blocks; ++i)
                 split_rows<S>(a + (m0 + i * Q::kRows) * a_row, a_row, a_k, min64(Q::kRows, rows - i * Q::kRows), b.k,
-                              parts + i * Q::kRows * depth, false, [] {});
+                              parts + i * Q::kRows * depth, false);
             const auto left = [=](int64_t i, int64_t, int64_t k0, int64_t) {
                 return Rows{reinterpret_cast<const char*>(parts + i * depth + k0 / kSplitK * kSplitWords), stride,
                             false};

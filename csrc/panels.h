@@ -242,7 +242,7 @@ Rows left_rows(const T* src, int64_t stride_r, int64_t stride_k, int64_t n, int6
         const int64_t depth = Q::depth(k);
         auto* to = panel_scratch<S, T>(slot, ceil_div(n, Q::kRows) * Q::kRows * depth);
         Rows rows{reinterpret_cast<const char*>(to), depth * 4, false};
-        rows.exact = split_rows<S>(src, stride_r, stride_k, n, k, to, skip, [] {});
+        rows.exact = split_rows<S>(src, stride_r, stride_k, n, k, to, skip);
         return rows;
     } else {
         (void)skip;

@@ -78,40 +78,41 @@ MINT_INLINE void split_pairs(typename S::F a, typename S::F b, uint32_t* to, int
     S::split(a, b, to, to + part, to + 2 * part);
 }
 
+// A unit of up to 16 rows, `stride` words apart at `to`; bare: see split_pairs.
+template <class S>
+MINT_INLINE void split_unit_rows(const SplitUnit& unit, uint32_t* to, int64_t stride, bool bare) {
+    alignas(64) float rows[S::W][kSplitK];
+    const bool whole = unit.stride_k == 1 && unit.k >= kSplitK;
+    if (!whole) unit.gather<S>(rows);
+    const float* row = whole ? unit.data : rows[0];
+    const int64_t step = whole ? unit.stride_r : kSplitK;
+    for (int64_t r = 0; r < min64(unit.n, S::W); ++r, row += step, to += stride)
+        split_pairs<S>(S::load(row), S::load(row + S::W), to, S::W, bare);
+}
+
 // to [n][units of k][48]: rows of a left operand whose element (r, kk) is src[r * stride_r + kk * stride_k], as
 // multiply_split takes them. With `skip` only the high parts are written of the first units, as long as they are bf16
-// in every row, and each() is called once a unit. Returns how many those are.
-template <class S, class Each>
-int64_t split_rows(const float* src, int64_t stride_r, int64_t stride_k, int64_t n, int64_t k, uint32_t* to, bool skip,
-                   Each each) {
-    constexpr int W = S::W;
+// in every row. Returns how many those are.
+template <class S>
+int64_t split_rows(const float* src, int64_t stride_r, int64_t stride_k, int64_t n, int64_t k, uint32_t* to,
+                   bool skip) {
     const int64_t units = ceil_div(k, kSplitK), stride = units * kSplitWords;
-    alignas(64) float rows[W][kSplitK];
-    // The rows of unit u from row r0 on, at most `most` of them.
-    const auto some_rows = [&](int64_t u, int64_t r0, int64_t most, bool bare) {
-        const SplitUnit some{src + r0 * stride_r + u * kSplitK * stride_k, stride_r, stride_k, min64(n - r0, most),
-                             k - u * kSplitK};
-        const bool whole = stride_k == 1 && some.k >= kSplitK;
-        if (!whole) some.gather<S>(rows);
-        const float* row = whole ? some.data : rows[0];
-        const int64_t step = whole ? stride_r : kSplitK;
-        uint32_t* out = to + r0 * stride + u * kSplitWords;
-        for (int64_t r = 0; r < some.n; ++r, row += step, out += stride)
-            split_pairs<S>(S::load(row), S::load(row + W), out, W, bare);
+    const auto unit = [=](int64_t r, int64_t count, int64_t u) {
+        return SplitUnit{src + r * stride_r + u * kSplitK * stride_k, stride_r, stride_k, count, k - u * kSplitK};
     };
     if (!skip) {  // by rows, as they lie
-        const int64_t most = stride_k == 1 ? 1 : W;
-        for (int64_t r0 = 0; r0 < n; r0 += most)
-            for (int64_t u = 0; u < units; ++u) some_rows(u, r0, most, false);
+        const int64_t most = stride_k == 1 ? 1 : S::W;
+        for (int64_t r = 0; r < n; r += most)
+            for (int64_t u = 0; u < units; ++u)
+                split_unit_rows<S>(unit(r, min64(n - r, most), u), to + r * stride + u * kSplitWords, stride, false);
         return 0;
     }
     int64_t exact = 0;
     for (int64_t u = 0; u < units; ++u) {
-        each();
-        const SplitUnit unit{src + u * kSplitK * stride_k, stride_r, stride_k, n, k - u * kSplitK};
-        const bool bare = exact == u && unit.is_bf16<S>();
+        const bool bare = exact == u && unit(0, n, u).template is_bf16<S>();
         if (bare) ++exact;
-        for (int64_t r0 = 0; r0 < n; r0 += W) some_rows(u, r0, W, bare);
+        for (int64_t r = 0; r < n; r += S::W)
+            split_unit_rows<S>(unit(r, n - r, u), to + r * stride + u * kSplitWords, stride, bare);
     }
     return exact;
 }
