@@ -80,20 +80,21 @@ class FewRows<S, T, Operands::kSplitTiles> {
     // A chunk of `cols` weight rows from unit `from` on, split half a unit at a time. Two that follow each other have a
     // buffer each.
     struct Stage {
-        const FewRows* of;
-        const T* data;  // of this chunk, if T
-        const WeightRows<T>* w;
-        int64_t stride, first, cols, k, n, half = 0, exact = 0;  // k: where it begins, n: how many of them
+        const T* data;
+        int64_t stride, cols, n, half = 0, exact = 0;  // n: elements of a row
         uint32_t* to;
         bool bare = false;
 
-        Stage(const FewRows& f, const WeightRows<T>& w, int64_t first, int64_t cols, int64_t from)
-            : of(&f), w(&w), stride(w.stride), first(first), cols(cols), k(from * kSplitK) {
+        Stage(const FewRows& f, const WeightRows<T>& w, int64_t first, int64_t cols, int64_t from) : cols(cols) {
+            const int64_t k = from * kSplitK;
             n = max64(min64(kChunkK, f.base_ - k), 0);
             to = f.stage_ + from / kSplitChunk % 2 * kChunkWords;
-            data = static_cast<const T*>(w.data) + first * w.stride + k;
-            if (w.scales == nullptr || n == 0) return;
-            for (int64_t j = 0; j < cols; ++j) w.copy(first + j, k, n, f.whole_ + j * n);
+            if (w.scales == nullptr) {
+                data = static_cast<const T*>(w.data) + first * w.stride + k, stride = w.stride;
+                return;
+            }
+            if (n > 0)
+                for (int64_t j = 0; j < cols; ++j) w.copy(first + j, k, n, f.whole_ + j * n);
             data = f.whole_, stride = n;
         }
 
