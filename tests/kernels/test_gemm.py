@@ -112,7 +112,7 @@ def test_in_tiles_a_row_is_the_same_bits_alone(tiles: None, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("m", [3, 40, 300])
 def test_in_tiles_the_other_columns_precision_changes_no_bit(tiles: None, layout: str, m: int) -> None:
-    """Of fp32 that is bf16, fewer products are made, for a panel of columns at a time (csrc/split_panels.h)."""
+    """Where a block of columns is bf16, fewer products are made of it (csrc/split_panels.h)."""
     a, b = operands(m, 150, 700, layout, torch.float32)
     b.copy_(b.to(torch.bfloat16))
     exact = mm(a, b)
