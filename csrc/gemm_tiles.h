@@ -11,6 +11,7 @@ namespace mint {
 
 constexpr int64_t kTileSteps = 20;  // of 32 k in a block: 40 of L1's 48 KB for 32 rows
 constexpr int64_t kSplitBlock = 6;  // the same of operands in three parts, a multiple of kSplitChunk
+static_assert(kSplitBlock % kSplitChunk == 0);
 
 // How a product is cut: tiles of `rows` x `cols`, each with its own panels, and `depth` elements of k at a time.
 struct Tiling {
@@ -43,8 +44,7 @@ Tiling tile_cut(int64_t m, int64_t n, int64_t k) {
 }
 
 // c[rows][ldc] = (accumulate ? c : 0) + rows of a * the panel of b that begins with column j, up to kRows and kCols of
-// them, `depth` elements; columns and rows come out padded to 16. each() is called
-// Panel::kCalls times a unit.
+// them, `depth` elements; columns and rows come out padded to 16. each() is called Panel::kCalls times a unit.
 template <class S, class T, bool WeightLeft, class Each>
 MINT_INLINE void multiply_panel(int64_t rows, int64_t cols, const Rows& a, const RightPanels<S, T>& b, int64_t j,
                                 int64_t depth, float* c, int64_t ldc, bool accumulate, Each each) {
