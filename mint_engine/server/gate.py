@@ -135,7 +135,8 @@ class _Visit:
                 count += size
                 done = not message.get("more_body", False)
                 if limit is not None and count > limit:
-                    raise TooLargeError(limit, "more", await self._skim(receive, SKIMMED, message))
+                    rest = limit + SKIMMED - (count - size)  # from this message on
+                    raise TooLargeError(limit, "more", await self._skim(receive, rest, message))
                 self.hold(size)
             return message
 

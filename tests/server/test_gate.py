@@ -54,6 +54,19 @@ async def test_a_body_without_a_length_is_read_up_to_the_limit_only(small: Small
     assert small.bytes_read == 10_000
 
 
+@pytest.mark.parametrize("first", [0, 1, 9_999, 10_000])
+@pytest.mark.parametrize(("beyond", "found"), [(5_000, True), (5_002, False)])
+async def test_the_end_is_looked_for_as_far_beyond_the_limit_however_a_body_is_cut(
+    small: SmallApp, first: int, beyond: int, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mint_engine.server.gate.SKIMMED", 5_000)
+    small.app.add_api_route("/forward", small._count, methods=["POST"])
+    body = bytes(10_000 + beyond)
+    chunks = [body[:first], body[first:-2], body[-2:-1], body[-1:]]
+    status, taken = await _raw(small, [], chunks, "/forward")
+    assert (status, taken == len(chunks)) == (413, found)
+
+
 async def test_a_length_that_lies_does_not_help(small: SmallApp) -> None:
     status, _ = await _raw(small, [(b"content-length", b"5")], [bytes(6_000), bytes(6_000)])
     assert status == 413
