@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -135,7 +136,10 @@ def test_in_tiles_float32_is_as_exact_as_without(tiles: None, layout: str) -> No
     assert errors["amx"] < errors["avx512"]  # 1.0e-7 and 2.2e-7
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+NAN_OF_ONES = struct.unpack("<f", b"\xff\xff\xff\x7f")[0]  # rounded up as a number it would be -0.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), NAN_OF_ONES, float("inf")], ids=["nan", "nan of ones", "inf"])
 def test_what_is_not_finite_stays_in_its_row(isa: str, dtype: torch.dtype, layout: str, value: float) -> None:
     a, b = operands(20, 60, 33, layout, dtype)
     a[7, 32] = value
