@@ -16,6 +16,7 @@ from remote_helpers import DATUM, eventually, path_of
 import mint
 from mint import types
 from mint_engine.client.remote import Address, Patience
+from mint_engine.errors import TransportError
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
 
@@ -123,6 +124,26 @@ def test_a_heartbeat_that_fails_is_made_good_and_one_that_is_refused_ends_them(c
 
 
 # --- sampling
+
+
+@pytest.mark.parametrize("times", [9, 10])
+def test_a_sample_that_is_forgotten_is_asked_for_again_but_not_for_ever(service, server, times):
+    """A server keeps no samples through a restart; one that never has the result ends in an error."""
+    forgotten = iter([410] * times)
+
+    def forget(request: httpx.Request, _: FakeServer) -> httpx.Response | None:
+        if path_of(request) == "retrieve_future" and (status := next(forgotten, None)):
+            return httpx.Response(status, json={"detail": "not kept any more"})
+        return None
+
+    sampler = service.create_sampling_client(base_model="tiny")
+    server.fault = forget
+    if times == 10:
+        with pytest.raises(TransportError, match=r"lost this request 10 times: not kept any more"):
+            sampler.sample([1, 2]).result()
+    else:
+        assert len(sampler.sample([1, 2]).sequences) == 1
+    assert server.requests["asample"] == 10
 
 
 def test_a_thousand_samples_need_no_thread_each_and_no_more_connections_than_the_server_wants(connect, server, engine):

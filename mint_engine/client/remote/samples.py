@@ -18,7 +18,7 @@ from mint_engine.types import ModelInput, SampleResponse, SamplingParams, Tensor
 from mint_engine.wire import parse_sample_response
 
 SHADOW_BLOCK = 10**9  # numbers of a copy of a client start at a random multiple of this (wire-protocol 2.5)
-TRIES = 3  # of a sample whose request a server forgot
+TRIES = 10  # of a sample whose request a server forgot: it may be restarted that often meanwhile
 
 
 class Numbers:
