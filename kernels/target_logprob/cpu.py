@@ -115,8 +115,8 @@ def target_logprob_backward(
         product(dlogits, 0, begin)
     if begin == m:
         return
-    chunk = max(1, min(m - begin, SCRATCH_BYTES // (x.element_size() * v)))
-    if dlogits is None or len(dlogits) < chunk:
+    if dlogits is None:
+        chunk = max(1, min(m - begin, SCRATCH_BYTES // (x.element_size() * v)))
         dlogits = torch.empty((chunk, v), dtype=x.dtype)
     for start in range(begin, m, len(dlogits)):
         n = min(len(dlogits), m - start)

@@ -24,7 +24,7 @@ from mint_engine.models.rope import RopeTable
 from mint_engine.models.weights import WeightReader
 from mint_engine.models.workspace import Workspace
 
-_KEPT_BYTES = 96 << 20  # of logits, from a forward to its backward
+_LOGIT_BYTES = 96 << 20
 
 # Memory for the activations of a pass; a call that needs more is cut at datum boundaries into passes, with the same
 # sums. A pass of 2000 tokens or more is no faster per token, and this is enough for that up to models of 4B.
@@ -119,7 +119,13 @@ class Decoder:
 
         ``rank``: the highest of the adapters'. A ninth is left to buffers, which grow by an eighth more than they must.
         """
-        return max(1, self.activation_bytes * 8 // (9 * self.activation_bytes_per_token(rank)))
+        left = self.activation_bytes - self.logit_bytes
+        return max(1, left * 8 // (9 * self.activation_bytes_per_token(rank)))
+
+    @property
+    def logit_bytes(self) -> int:
+        """Of ``activation_bytes``, what logits may take from a forward to its backward."""
+        return min(_LOGIT_BYTES, self.activation_bytes // 8)
 
     @property
     def resident_bytes(self) -> int:
@@ -212,7 +218,7 @@ class Decoder:
     def room_to_keep(self, rows: Tensor) -> kernels.Kept:
         """For :meth:`target_logprob`: of these rows (int64, ascending) as many as fit, in memory of the workspace."""
         vocab = self.config.vocab_size
-        some = rows[: max(1, _KEPT_BYTES // (vocab * self.dtype.itemsize))]
+        some = rows[: max(1, self.logit_bytes // (vocab * self.dtype.itemsize))]
         return kernels.Kept(some, self.space.take("kept logits", (len(some), vocab), self.dtype))
 
     def head_backward(

@@ -114,13 +114,14 @@ def test_a_call_beyond_the_memory_it_may_take_is_cut_into_passes(tiny_tied: Path
     data = checked(make_data("cross_entropy", (20, 21, 22, 23), 199), "cross_entropy", decoder)
     found = []
     for tokens in (1000, 45):
-        decoder.activation_bytes = tokens * decoder.activation_bytes_per_token(rank) * 9 // 8
+        decoder.activation_bytes = -(-tokens * decoder.activation_bytes_per_token(rank) * 9 // 7)  # an eighth: logits
+        assert decoder.max_tokens(rank) == tokens
         decoder.space.release()
         state = TrainState(adapter)
         trainer.run(decoder, adapter, state, *data)
         found.append((state.grads, decoder.space.nbytes))
     (gradient, held), (in_passes, held_in_passes) = found
     torch.testing.assert_close(in_passes, gradient, rtol=1e-4, atol=1e-5)
-    # What is held is what was counted, with an eighth of room to grow, the adapter's columns and the head's.
+    # What is held is what was counted, with an eighth of room to grow.
     assert held_in_passes < 0.65 * held
-    assert held_in_passes < 1.4 * decoder.activation_bytes
+    assert held_in_passes <= decoder.activation_bytes
