@@ -357,8 +357,8 @@ struct DecodeStep {
         for (int64_t w = mine.begin; w < mine.end; ++w) {
             const int64_t i = wanted[w];
             T* sum = projected + w * hidden;  // as wide as a row of x, and free
-            rms_norm<S, T>(x + i * hidden, hidden, h + i * hidden, hidden, sum, hidden, head.norm, eps,
-                           x1 + w * x1_stride, x1_stride, 1, hidden);
+            norm_rows<S>({0, 1}, x + i * hidden, hidden, h + i * hidden, hidden, sum, hidden, head.norm, eps,
+                         x1 + w * x1_stride, x1_stride, hidden);
         }
         team->meeting.wait();
         product(head.linear, adapters.linears - 1, 16, 1, x1, x1_stride, n_wanted, vocab, hidden, false, Prefetch(),

@@ -17,9 +17,10 @@ int64_t word_depth(int64_t k) {
     return Panel<S, T>::kPairs ? Panel<S, T>::depth(k) : k / 2;
 }
 
-// Rows of a tile: where words are widened the masks want registers, too, and one sum on the stack takes twice the time.
+// Rows of a tile: where words are widened the masks want registers, too, and of AVX2's sixteen none is left; one sum on
+// the stack takes twice the time.
 template <class S, class T>
-constexpr int kWordRows = Panel<S, T>::kWidensWords ? S::kMr - 1 : S::kMr;
+constexpr int kWordRows = Panel<S, T>::kWidensWords && S::W == 8 ? S::kMr - 1 : S::kMr;
 
 constexpr int64_t kWordStep = 4;     // words between two chances to fetch ahead
 constexpr int64_t kWordsAhead = 32;  // so many words

@@ -10,7 +10,7 @@ import torch
 from mint_engine.kernels import op
 
 ISAS: list[str] = [] if op.native is None else list(op.native.isas())
-WITH_WORDS = ("avx2", "avx512_bf16", "amx")  # those that read kept words
+WITH_WORDS = ("avx2", "avx512", "avx512_bf16", "amx")  # those that read kept words
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <limits>
+#include <type_traits>
 
 #include "bf16.h"
 #include "sanitizer.h"
@@ -11,12 +12,13 @@ namespace mint {
 
 struct Avx512 {
     static constexpr int W = 16;
-    static constexpr bool kBf16Dot = false, kTiles = false, kWidensWords = false;
+    static constexpr bool kBf16Dot = false, kTiles = false, kWidensWords = true;
     struct Tiles {
         Tiles() {}
     };
     static constexpr int kMr = 8, kNv = 3;
     using F = __m512;
+    using Words = __m512i;  // two bf16 or four int8 a lane
 
     MINT_INLINE F zero() { return _mm512_setzero_ps(); }
     MINT_INLINE F set1(float x) { return _mm512_set1_ps(x); }
@@ -103,10 +105,49 @@ struct Avx512 {
         return _mm512_scalef_ps(p, x);  // times 2^floor(x)
     }
 
+    // Of 16 rows of 16 bytes: to[i] has the word i of every row. Lanes are filled by the loads and never crossed.
+    MINT_INLINE void transpose_words(const void* src, int64_t src_bytes, Words* to) {
+        const auto quarter = [=](int r) __attribute__((always_inline)) {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(src) + r * src_bytes));
+        };
+        __m512i r[4], t[4];
+        for (int i = 0; i < 4; ++i) {
+            r[i] = _mm512_inserti32x4(_mm512_castsi128_si512(quarter(i)), quarter(i + 4), 1);
+            r[i] = _mm512_inserti32x4(r[i], quarter(i + 8), 2);
+            r[i] = _mm512_inserti32x4(r[i], quarter(i + 12), 3);
+        }
+        for (int i = 0; i < 4; i += 2) {
+            t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+            t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+        }
+        for (int i = 0; i < 2; ++i) {
+            to[2 * i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+            to[2 * i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        }
+    }
+    MINT_INLINE Words load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
+    MINT_INLINE Words set1_word(uint32_t word) { return _mm512_set1_epi32(int(word)); }
+    // Element I of every word.
+    template <class E, int I>
+    MINT_INLINE F widened(Words words) {
+        if constexpr (std::is_same_v<E, int8_t>) {
+            const __m512i top = I == 3 ? words : _mm512_slli_epi32(words, 24 - 8 * I);
+            return _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24));
+        } else {
+            const __m512i top =
+                I == 0 ? _mm512_slli_epi32(words, 16) : _mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000)));
+            return _mm512_castsi512_ps(top);
+        }
+    }
     MINT_INLINE void widen_transposed(const bf16* src, int64_t src_stride, float* dst, int64_t dst_stride) {
-        alignas(64) float wide[W * W];
-        for (int r = 0; r < W; ++r) store(wide + r * W, load(src + r * src_stride));
-        transpose(wide, W * 4, dst, dst_stride);
+        for (int half = 0; half < 2; ++half) {
+            Words words[4];
+            transpose_words(src + half * 8, src_stride * 2, words);
+            for (int i = 0; i < 4; ++i, dst += 2 * dst_stride) {
+                store(dst, widened<bf16, 0>(words[i]));
+                store(dst + dst_stride, widened<bf16, 1>(words[i]));
+            }
+        }
     }
 
     MINT_INLINE void transpose(const void* source, int64_t src_bytes, void* target, int64_t dst_stride) {

@@ -6,7 +6,7 @@
 namespace mint {
 
 struct Avx512Bf16 : Avx512 {
-    static constexpr bool kBf16Dot = true;
+    static constexpr bool kBf16Dot = true, kWidensWords = false;
     using B = __m512bh;  // 2 * W bf16; lane i of a dot holds elements 2i and 2i + 1
 
     using Avx512::store;
