@@ -55,19 +55,15 @@ class FewRows<S, T, Operands::kPanels> {
         panel_ = panel_scratch<S, T>(Slot::kPanelsB, 2 * kDepth * C + C * kWide);
         unpacked_ = reinterpret_cast<T*>(panel_ + 2 * kDepth * C);
         sums_ = static_cast<float*>(scratch(Slot::kTile, size_t((buffers + 1) * rows_ * C) * 4));
-        if constexpr (Q::kWidensWords) {
-            fits_straight_ = Straight::fits(k, groups, n_groups);
-            if (fits_straight_)
-                straight_.prepare(reinterpret_cast<const float*>(x_.data), x_.stride / 4, k, groups, n_groups,
-                                  sums(buffers));
-        }
+        fits_straight_ = Straight::fits(w, k, groups, n_groups);
+        if (fits_straight_) straight_.prepare(x_, k, groups, n_groups, sums(buffers));
     }
 
     float* sums(int64_t buffer = 0) const { return is_in_place_ ? in_place_.sums(buffer) : sums_ + buffer * rows_ * C; }
     static int64_t prefetch_calls(const WeightRows<T>& w, int64_t rows, int64_t k) {
         if (w.words != nullptr) return max64(k / (2 * kWordStep), 1);
         if (in_place(w, rows)) return FewRowsInPlace<S, T>::prefetch_calls(k);
-        if (Q::kWidensWords && rows <= Straight::kMost) return Straight::prefetch_calls(k);
+        if (Straight::takes(w, rows)) return Straight::prefetch_calls(w, k);
         return ceil_div(Q::depth(k), S::W);
     }
 
@@ -77,7 +73,7 @@ class FewRows<S, T, Operands::kPanels> {
         if constexpr (kReadsWords<S, T>) {
             if (w.words != nullptr) return multiply_words(w, first, cols, c, next);
         }
-        if constexpr (Q::kWidensWords) {
+        if constexpr (Straight::kOf8) {
             if (fits_straight_ && cols % S::W == 0) return straight_.multiply(w, first, cols, c, next);
         }
         const int64_t depth = Q::depth(k_), whole = depth / kDepth * kDepth;

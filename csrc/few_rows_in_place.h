@@ -132,7 +132,7 @@ class FewRowsInPlace {
                     S::store_n(to + i * widest + v, S::load_n(x + i * stride + k + v, lanes), lanes);
                 });
             few_begun_ = sums(buffers);
-            straight_.prepare(to, widest, 0, groups, n_groups, few_begun_);
+            straight_.prepare({reinterpret_cast<const char*>(to), widest * 4, false}, 0, groups, n_groups, few_begun_);
         }
     }
 

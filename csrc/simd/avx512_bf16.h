@@ -32,6 +32,17 @@ struct Avx512Bf16 : Avx512 {
         const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
         _mm512_storeu_si512(dst, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
+    // The pair I of every word: of int8 their elements 2 I and 2 I + 1, which bf16 holds exactly.
+    template <class E, int I>
+    MINT_INLINE B widened_pairs(Words words) {
+        if constexpr (std::is_same_v<E, int8_t>) {
+            const __m512i even = _mm512_castps_si512(widened<int8_t, 2 * I>(words));
+            const __m512i odd = _mm512_castps_si512(widened<int8_t, 2 * I + 1>(words));
+            return (B)_mm512_or_si512(_mm512_srli_epi32(even, 16), odd);
+        } else {
+            return (B)words;
+        }
+    }
     MINT_INLINE B set1_pair(uint32_t pair) { return (B)_mm512_set1_epi32(int(pair)); }
     MINT_INLINE F dot(F acc, B a, B b) { return _mm512_dpbf16_ps(acc, a, b); }
 };

@@ -133,7 +133,7 @@ def test_kept_words_change_no_bit(tmp_path: Path, isa: str, ffn: int, longest: i
         for layer in decoder.layers:
             assert layer.qkv.words is not None
             layer.qkv.words.parts[0].zero_()
-        reads = isa != "avx2" or longest == 5  # AVX2's panels are widened
+        reads = isa not in ("avx2", "avx512") or longest == 5  # their panels are widened
         assert torch.equal(step(decoder, adapters, longest=longest)[0][1], expected[0][1]) != reads
 
 
