@@ -36,10 +36,11 @@ class FewRows<S, T, Operands::kTiles> {
             words += ceil_div(tail(groups[g]), kK) * 16 * ceil_div(groups[g].end - groups[g].begin, 16) * 16;
             most = max64(most, ceil_div(tail(groups[g]), kK) * kK);
         }
-        const int64_t staged = max64(kStaged * kK, most), wide = max64(ceil_div(base_, kK) * kK, most);
+        const int64_t wide = max64(ceil_div(base_, kK) * kK, most);
+        const int64_t staged = max64(max64(2 * C * kStaged * kK, C * most), 16 * wide);
         packed_ = static_cast<uint32_t*>(scratch(Slot::kPanelsA, size_t(words) * 4));
-        stage_ = static_cast<T*>(scratch(Slot::kPanelsB, size_t(max64(C * staged, 16 * wide) + C * kK) * sizeof(T)));
-        last_ = stage_ + max64(C * staged, 16 * wide);
+        stage_ = static_cast<T*>(scratch(Slot::kPanelsB, size_t(staged + C * kK) * sizeof(T)));
+        last_ = stage_ + staged;
         sums_ = static_cast<float*>(scratch(Slot::kTile, size_t((buffers + 1) * C * ld_ + C * 16) * 4));
         turned_ = sums_ + buffers * C * ld_;
         own_ = turned_ + C * ld_;
@@ -64,16 +65,26 @@ class FewRows<S, T, Operands::kTiles> {
         if (steps == 0) std::memset(turned_, 0, size_t(C * ld_) * sizeof(float));
         if (w.scales == nullptr && cols % 16 == 0) {
             const int64_t rest = base_ % kK;
-            if (rest > 0) stage(w, first, cols, base_ - rest, rest, kK, last_);
+            if (rest > 0) Staging(w, first, cols, base_ - rest, rest, kK, last_).all();
             const char* a = reinterpret_cast<const char*>(static_cast<const T*>(w.data) + first * w.stride);
             const char* tail = rest > 0 ? reinterpret_cast<const char*>(last_) : nullptr;
             columns(m, {a, w.stride * int64_t(sizeof(T)), false, tail}, 0, steps, false, each);
         } else {
+            // While some steps are multiplied the next ones are copied: with few rows each instruction of a tile waits
+            // for the one before.
+            const auto staging = [&](int64_t s) {
+                const int64_t count = max64(min64(kStaged, steps - s), 0), at = s * kK;
+                return Staging(w, first, cols, at, min64(count * kK, base_ - at), count * kK,
+                               stage_ + s / kStaged % 2 * (C * kStaged * kK));
+            };
+            Staging now = staging(0);
+            now.all();
             for (int64_t s = 0; s < steps; s += kStaged) {
-                const int64_t count = min64(kStaged, steps - s), at = s * kK;
-                stage(w, first, cols, at, min64(count * kK, base_ - at), count * kK, stage_);
-                columns(m, {reinterpret_cast<const char*>(stage_), count * kK * int64_t(sizeof(T)), false}, s, count,
-                        s > 0, each);
+                Staging after = staging(s + kStaged);
+                columns(m, {reinterpret_cast<const char*>(now.to), now.stride * int64_t(sizeof(T)), false}, s,
+                        now.stride / kK, s > 0, [&]() __attribute__((always_inline)) { next->some(), after.some(); });
+                after.all();
+                now = after;
             }
         }
         if (w.scales != nullptr)
@@ -105,14 +116,29 @@ class FewRows<S, T, Operands::kTiles> {
         return steps * 16 * width;
     }
 
-    // Elements [k, k + n) of weight rows, `stride` apart in `to`; zeros up to that and to C rows.
-    void stage(const WeightRows<T>& w, int64_t first, int64_t cols, int64_t k, int64_t n, int64_t stride, T* to) const {
-        for (int64_t j = 0; j < cols; ++j) {
-            w.copy(first + j, k, n, to + j * stride);
-            if (n < stride) std::memset(to + j * stride + n, 0, size_t(stride - n) * sizeof(T));
+    // A copy of elements [k, k + n) of weight rows, `stride` apart in `to`; zeros up to that and to C rows. `some` of
+    // it at a time: as much as it takes to be ready when kStaged steps are.
+    struct Staging {
+        const WeightRows<T>* w;
+        int64_t first, cols, k, n, stride;
+        T* to;
+        int64_t row;
+
+        Staging(const WeightRows<T>& w, int64_t first, int64_t cols, int64_t k, int64_t n, int64_t stride, T* to)
+            : w(&w), first(first), cols(cols), k(k), n(n), stride(stride), to(to), row(stride > 0 ? 0 : C) {}
+
+        void all() {
+            while (row < C) some();
         }
-        std::memset(to + cols * stride, 0, size_t((C - cols) * stride) * sizeof(T));
-    }
+        __attribute__((always_inline)) void some() {
+            for (const int64_t end = min64(row + C / kStaged, C); row < end; ++row) {
+                T* p = to + row * stride;
+                const int64_t real = row < cols ? n : 0;
+                if (real > 0) w->copy(first + row, k, real, p);
+                if (real < stride) std::memset(p + real, 0, size_t(stride - real) * sizeof(T));
+            }
+        }
+    };
 
     // turned_ (+)= `steps` steps of m weight rows, from step s of x on, for all rows of x.
     template <class Each>
@@ -144,12 +170,13 @@ class FewRows<S, T, Operands::kTiles> {
     void stage_tail(const WeightRows<T>& w, const RowGroup<T>& g, int64_t first, int64_t cols, int64_t m,
                     int64_t stride) const {
         const int64_t rest = k_ - base_;
-        if (rest > 0) stage(w, first, cols, base_, rest, stride, stage_);
         for (int64_t j = 0; j < cols; ++j) {
             const T* from = g.b + (first + j) * g.stride;
             T* to = stage_ + j * stride + rest;
             if (rest > 0) {
+                w.copy(first + j, base_, rest, to - rest);
                 std::memcpy(to, from, size_t(g.width) * sizeof(T));
+                std::memset(to + g.width, 0, size_t(stride - rest - g.width) * sizeof(T));
                 continue;
             }
             for (int64_t i = 0; i < stride; i += kK) {  // whole vectors, zeros beyond the width
