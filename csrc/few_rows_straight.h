@@ -11,18 +11,27 @@ namespace mint {
 template <class E>
 constexpr int64_t straight_block = 16 / int64_t(sizeof(E));
 
-// acc + x (4 bytes of packed x for all lanes) * multiplication I of a word of a weight's elements: an element of it,
-// or with a dot of bf16 a pair.
+// What multiplication I of a word of a weight's elements takes: an element of it, or with a dot of bf16 a pair.
 template <class S, class T, class E, int I>
-MINT_INLINE typename S::F add_widened(typename S::F acc, const char* x, typename S::Words word) {
+MINT_INLINE auto widened_operand(typename S::Words word) {
+    if constexpr (Panel<S, T>::kPairs) {
+        return S::template widened_pairs<E, I>(word);
+    } else {
+        return S::template widened<E, I>(word);
+    }
+}
+
+// acc + 4 bytes of packed x, for all lanes, * what widened_operand gives.
+template <class S, class T, class Operand>
+MINT_INLINE typename S::F add_product(typename S::F acc, const char* x, Operand value) {
     if constexpr (Panel<S, T>::kPairs) {
         uint32_t pair;
         std::memcpy(&pair, x, 4);
-        return S::dot(acc, S::set1_pair(pair), S::template widened_pairs<E, I>(word));
+        return S::dot(acc, S::set1_pair(pair), value);
     } else {
-        float value;
-        std::memcpy(&value, x, 4);
-        return S::fma(S::set1(value), S::template widened<E, I>(word), acc);
+        float one;
+        std::memcpy(&one, x, 4);
+        return S::fma(S::set1(one), value, acc);
     }
 }
 
@@ -48,10 +57,12 @@ void straight_tile(Rows x, const E* w, int64_t stride, int64_t count, const floa
             const int64_t at = kk / Panel<S, T>::kStep * 4;  // bytes of x
             const auto add = [&](int p, auto element) __attribute__((always_inline)) {
                 constexpr int e = decltype(element)::value;
-                for (int j = 0; j < kTogether; ++j)
+                for (int j = 0; j < kTogether; ++j) {
+                    const auto value = widened_operand<S, T, E, e>(words[j][p]);
                     for (int i = 0; i < M; ++i)
                         acc[i][j0 + j] =
-                            add_widened<S, T, E, e>(acc[i][j0 + j], rows[i] + at + (p * kPerWord + e) * 4, words[j][p]);
+                            add_product<S, T>(acc[i][j0 + j], rows[i] + at + (p * kPerWord + e) * 4, value);
+                }
             };
             for (int p = 0; p < kWords; ++p) {
                 add(p, std::integral_constant<int, 0>());
@@ -83,6 +94,7 @@ class FewRowsStraight {
     static bool fits(const RowGroup<T>& g) {
         return Q::kWidensWords && g.end - g.begin <= kMost && g.width % straight_block<bf16> == 0;
     }
+    // Whether so many rows of x meet the weight here; and whether they do, as there are only whole blocks.
     static bool takes(const WeightRows<T>& w, int64_t rows) {
         return (Q::kWidensWords || (kOf8 && w.scales != nullptr)) && rows <= kMost;
     }
