@@ -129,6 +129,17 @@ def converted(m: StepModel, dtype: torch.dtype) -> StepModel:
     return StepModel(layers, cast(m.norm), cast(m.head), cast(m.embedding), N_Q, N_KV, EPS)
 
 
+def in_int8(m: StepModel, hidden: int) -> StepModel:
+    """Its weights rounded to int8; of the borders as they are."""
+    for w in [getattr(la, name) for la in m.layers for name in GROUPS] + [m.head]:
+        scales = w.buf[: w.n, : w.k].float().abs().amax(1) / 127
+        values = (w.buf[: w.n, : w.k].float() / scales[:, None]).round().to(torch.int8)
+        w.int8 = values, scales
+        w.buf[: w.n, : w.k] = float("nan")  # nobody reads it
+    embedding = normal(VOCAB, hidden, seed=4, dtype=m.norm.dtype)
+    return StepModel(m.layers, m.norm, m.head, embedding, N_Q, N_KV, EPS)
+
+
 def batch(rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Rows of different lengths in scattered blocks; every cell that is not theirs is NaN."""
     lengths = torch.tensor([1 + 3 * i % 9 for i in range(rows)], dtype=torch.int32)
@@ -279,14 +290,16 @@ SEATS = {1: (5, 1), 2: (0, 2), 3: (2, 3)}, {1: (16, 8), 2: (0, 8), 3: (8, 8)}
 @given(
     whose=st.one_of(st.lists(st.integers(0, 3), min_size=2, max_size=most) for most in (9, 90)),
     seats=st.sampled_from(SEATS),
-    hidden=st.sampled_from([HIDDEN, LONG]), threads=st.integers(1, 3), at=st.integers(0, 89),
+    hidden=st.sampled_from([HIDDEN, LONG]), threads=st.integers(1, 3), at=st.integers(0, 89), int8=st.booleans(),
 )  # fmt: skip
 def test_a_row_has_the_same_bits_alone_and_in_company(
-    dtype: torch.dtype, whose: list, seats: dict, hidden: int, threads: int, at: int
+    dtype: torch.dtype, whose: list, seats: dict, hidden: int, threads: int, at: int, int8: bool
 ) -> None:
     rows, whose = len(whose), sorted(whose)
     at %= rows
     m, b = model(dtype, hidden=hidden), batch(rows, dtype)
+    if int8:
+        m = in_int8(m, hidden)
     segments = [
         (whose.index(a), whose.index(a) + whose.count(a), *seats[a], ALL if a < 3 else 5)
         for a in (1, 2, 3)
@@ -360,13 +373,7 @@ def test_words_are_the_weight_in_another_order(isa: str) -> None:
 def test_int8_weights_are_their_values_times_their_scales(
     face: str, dtype: torch.dtype, hidden: int, rows: int, seats: StepAdapters
 ) -> None:
-    m, b = model(dtype, hidden=hidden), batch(rows, dtype)
-    for w in [getattr(la, name) for la in m.layers for name in GROUPS] + [m.head]:
-        scales = w.buf[: w.n, : w.k].float().abs().amax(1) / 127
-        values = (w.buf[: w.n, : w.k].float() / scales[:, None]).round().to(torch.int8)
-        w.int8 = values, scales
-        w.buf[: w.n, : w.k] = float("nan")  # nobody reads it
-    m = StepModel(m.layers, m.norm, m.head, normal(VOCAB, hidden, seed=4, dtype=dtype), N_Q, N_KV, EPS)
+    m, b = in_int8(model(dtype, hidden=hidden), hidden), batch(rows, dtype)
     wide = {name: t.double() if t.is_floating_point() else t for name, t in b.items()}
     exact = run(converted(m, torch.float64), wide, seats, "reference")[0]
     within_budget("logits", run(m, b, seats, face)[0], exact, run(m, b, seats, "reference")[0])
