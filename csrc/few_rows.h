@@ -73,7 +73,7 @@ class FewRows<S, T, Operands::kPanels> {
         if constexpr (kReadsWords<S, T>) {
             if (w.words != nullptr) return multiply_words(w, first, cols, c, next);
         }
-        if constexpr (Straight::kOf8) {
+        if constexpr (Straight::kPossible) {
             if (fits_straight_ && cols % S::W == 0) return straight_.multiply(w, first, cols, c, next);
         }
         const int64_t depth = Q::depth(k_), whole = depth / kDepth * kDepth;

@@ -87,16 +87,16 @@ class FewRowsStraight {
     static constexpr int64_t C = Q::kCols;
 
   public:
-    static constexpr int64_t kMost = 8;                         // rows
-    static constexpr bool kOf8 = Q::kPairs || Q::kWidensWords;  // int8 weights can be multiplied so
+    static constexpr int64_t kMost = 8;                              // rows
+    static constexpr bool kPossible = Q::kPairs || Q::kWidensWords;  // with a dot of pairs only for int8
 
     // Whether a group's tail can be added so: there are only whole blocks.
     static bool fits(const RowGroup<T>& g) {
         return Q::kWidensWords && g.end - g.begin <= kMost && g.width % straight_block<bf16> == 0;
     }
-    // Whether so many rows of x meet the weight here; and whether they do, as there are only whole blocks.
+    // Whether so many rows of x meet the weight here if there are only whole blocks; and whether they all do.
     static bool takes(const WeightRows<T>& w, int64_t rows) {
-        return (Q::kWidensWords || (kOf8 && w.scales != nullptr)) && rows <= kMost;
+        return kPossible && (Q::kWidensWords || w.scales != nullptr) && rows <= kMost;
     }
     static bool fits(const WeightRows<T>& w, int64_t k, const RowGroup<T>* groups, int64_t n_groups) {
         bool all = takes(w, groups[n_groups - 1].end) && k % straight_block<int8_t> == 0;
