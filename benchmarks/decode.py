@@ -33,7 +33,7 @@ from benchmarks.peers import Peer, PeerError
 from benchmarks.peers.gguf_q8 import write_q8
 from benchmarks.prompts import PROMPTS
 from benchmarks.sampling_works import Traffic, Work, best_static, load_theirs, ours, theirs, weight_bytes
-from benchmarks.timing import RESULTS, interleaved, medians, read_bandwidth, report, write
+from benchmarks.timing import RESULTS, add_isa, as_on, interleaved, medians, read_bandwidth, report, write
 from mint import types
 from mint_engine.engine import Engine
 from mint_engine.models.config import ModelConfig, load_config
@@ -308,8 +308,10 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="folder of the environments of vLLM and llama.cpp")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=[*ROWS, *QWEN_ROWS], action="append", help="leave the others out")
+    add_isa(parser)
     parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/")
     args = parser.parse_args()
+    as_on(args.isa)
     chosen = args.only or [*ROWS, *QWEN_ROWS]
 
     transformers.utils.logging.disable_progress_bar()

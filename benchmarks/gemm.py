@@ -4,7 +4,7 @@
 
 Weights are cycled through more memory than the caches hold, as in a step, and have a row stride of their own, as in
 a border. With one thread the clock is the thread's CPU time, which a busy machine disturbs least. kernels/plans/ is
-chosen from this table. For an older CPU, --isa; ONEDNN_MAX_CPU_ISA=AVX2 (or AVX512_CORE) does the same to torch's side.
+chosen from this table. --isa: as on an older CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from benchmarks.timing import fma_peak, medians, report
+from benchmarks.timing import add_isa, as_on, fma_peak, medians, report
 from mint_engine.kernels.gemm import mm
 from mint_engine.kernels.op import native
 
@@ -58,11 +58,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=0.5, help="for each shape")
-    parser.add_argument("--isa", default=native.isa(), choices=native.isas(), help="our kernels as on an older CPU")
+    add_isa(parser)
     parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    native.set_isa(args.isa)
+    as_on(args.isa)
     clock = time.thread_time if args.threads == 1 else time.perf_counter
     table = []
     for dtype in (torch.float32, torch.bfloat16):

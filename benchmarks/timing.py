@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -17,6 +18,24 @@ import torch
 from mint_engine.kernels.op import NATIVE_DTYPES, native
 
 RESULTS = Path(__file__).parent / "results"
+ONEDNN = {"avx512_bf16": "AVX512_CORE_BF16", "avx512": "AVX512_CORE", "avx2": "AVX2", "scalar": "SSE41"}
+
+
+def add_isa(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--isa", default=native.isa(), choices=native.isas(),
+        help="as on a CPU with nothing newer: our kernels, and oneDNN's, which torch multiplies with",
+    )  # fmt: skip
+
+
+def as_on(isa: str) -> None:
+    """Ours, and oneDNN in this process and those it starts, use no newer instructions than ``isa``.
+
+    Before the first product: oneDNN looks once.
+    """
+    native.set_isa(isa)
+    if isa in ONEDNN:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = ONEDNN[isa]
 
 
 def interleaved(

@@ -1,6 +1,6 @@
 // few_rows.h in tiles: the weight's rows are the left operand, straight from memory, x's rows the columns of the right
-// one, packed once for a product. The sums are turned at the end. (Of a weight whose words are kept:
-// few_rows_panels.h.)
+// one, packed once for a product. The sums are turned at the end. (Of a weight whose words are kept, and of few rows
+// with an int8 weight: few_rows_panels.h.)
 #pragma once
 #include "few_rows.h"
 #include "few_rows_panels.h"
@@ -23,9 +23,9 @@ class FewRows<S, T, Operands::kTiles> {
           rows_(groups[n_groups - 1].end),
           k_(k),
           base_(k),
-          reads_words_(w.words != nullptr) {
-        if (reads_words_) {
-            panels_.prepare(x, stride, k, groups, n_groups, buffers);
+          in_panels_(FewRowsPanels<S, T>::takes(w, rows_, k)) {
+        if (in_panels_) {
+            panels_.prepare(w, x, stride, k, groups, n_groups, buffers);
             return;
         }
         for (int64_t g = 0; g < n_groups; ++g)
@@ -53,13 +53,14 @@ class FewRows<S, T, Operands::kTiles> {
                 to += pack(x + i * stride + base_, stride, min64(16, groups[g].end - i), tail(groups[g]), 16, to);
     }
 
-    float* sums(int64_t buffer = 0) const { return reads_words_ ? panels_.sums(buffer) : sums_ + buffer * C * ld_; }
-    static int64_t prefetch_calls(const WeightRows<T>&, int64_t rows, int64_t k) {
+    float* sums(int64_t buffer = 0) const { return in_panels_ ? panels_.sums(buffer) : sums_ + buffer * C * ld_; }
+    static int64_t prefetch_calls(const WeightRows<T>& w, int64_t rows, int64_t k) {
+        if (FewRowsInt8<S, T>::takes(w, rows, k)) return FewRowsInt8<S, T>::prefetch_calls(k);
         return ceil_div(k, kK) * ceil_div(rows, 32);
     }
 
     void multiply(const WeightRows<T>& w, int64_t first, int64_t cols, float* c, Prefetch* next) const {
-        if (reads_words_) return panels_.multiply(w, first, cols, c, next);
+        if (in_panels_) return panels_.multiply(w, first, cols, c, next);
         const int64_t steps = ceil_div(base_, kK), m = cols > 16 ? 32 : 16;
         const auto each = [=]() __attribute__((always_inline)) { next->some(); };
         if (steps == 0) std::memset(turned_, 0, size_t(C * ld_) * sizeof(float));
@@ -194,7 +195,7 @@ class FewRows<S, T, Operands::kTiles> {
     uint32_t *packed_, *tails_;
     T *stage_, *last_;
     float *sums_, *turned_, *own_;
-    bool reads_words_;
+    bool in_panels_;
     FewRowsPanels<S, T> panels_;
 };
 

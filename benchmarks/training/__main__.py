@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import packed_clients
-from benchmarks.timing import fma_peak, machine, read_bandwidth, report, write
+from benchmarks.timing import add_isa, as_on, fma_peak, machine, read_bandwidth, report, write
 from benchmarks.training import render
 from benchmarks.training.contenders import KINDS
 from benchmarks.training.gate import GateClosedError, Result
@@ -101,9 +101,11 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it compiles for minutes")
     parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}, long workloads {LONG_ROUNDS}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_isa(parser)
     parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    as_on(args.isa)
     chosen = args.only or (["demo", "clients"] if args.short else [*WORKLOADS, "clients"])
     peaks = {"bfloat16": fma_peak(torch.bfloat16), "float32": fma_peak(torch.float32), "read": read_bandwidth()}
     document: dict[str, Any] = {"peaks": {name: round(value / 1e9, 1) for name, value in peaks.items()}}

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mint_engine.kernels.op import native
+
 # numpy's OpenBLAS threads spin beside torch's; a waiting policy is the machine owner's, not the benchmark's.
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
@@ -25,7 +27,7 @@ class Process:
     def __init__(self, workload: str, contender: str, threads: int) -> None:
         self.name = contender
         kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-        command = [sys.executable, "-m", "benchmarks.training.worker", workload, contender, str(threads)]
+        command = [sys.executable, "-m", "benchmarks.training.worker", workload, contender, str(threads), native.isa()]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1,
             env=kept | ENVIRONMENT,

@@ -1,4 +1,4 @@
-"""A contender in a process of its own: python -m benchmarks.training.worker WORKLOAD CONTENDER THREADS
+"""A contender in a process of its own: python -m benchmarks.training.worker WORKLOAD CONTENDER THREADS ISA
 
 Commands come on stdin, one a line; each is answered by one line of JSON on stdout.
 """
@@ -77,10 +77,13 @@ class Worker:
 
 
 def main() -> None:
-    workload, contender, threads = sys.argv[1:]
+    workload, contender, threads, isa = sys.argv[1:]
     import torch
 
+    from benchmarks.timing import as_on
+
     torch.set_num_threads(int(threads))
+    as_on(isa)
     answers, sys.stdout = sys.stdout, sys.stderr  # nobody else writes between the answers
     warnings.simplefilter("ignore")
 

@@ -58,6 +58,32 @@ struct Amx : Avx512Bf16 {
         asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
     }
 
+    // While it lives, the thread's vectors take subnormal operands for zero and give none, as tiles do.
+    class SubnormalsAreZero {
+      public:
+        SubnormalsAreZero() {
+            asm volatile("stmxcsr %0" : "=m"(before_));
+            const uint32_t now = before_ | 0x8040;
+            asm volatile("ldmxcsr %0" ::"m"(now) : "memory");
+        }
+        ~SubnormalsAreZero() { asm volatile("ldmxcsr %0" ::"m"(before_) : "memory"); }
+        SubnormalsAreZero(const SubnormalsAreZero&) = delete;
+        SubnormalsAreZero& operator=(const SubnormalsAreZero&) = delete;
+
+      private:
+        uint32_t before_;
+    };
+
+    // What multiply_tile adds to the sums of a row in W columns, bit for bit, in vectors: by[0] takes the products of
+    // the first k of each pair, by[1] those of the second. (But a NaN may be another one.) While SubnormalsAreZero
+    // lives.
+    struct Chains {
+        F by[2] = {zero(), zero()};
+
+        __attribute__((always_inline)) void add_product(int parity, F x, F w) { by[parity] = fma(x, w, by[parity]); }
+        __attribute__((always_inline)) F sum() const { return add(by[0], by[1]); }
+    };
+
     // Sums: tiles 0 to 3, left: 4 and 5, right: 6 and 7.
     template <int M, int N>
     MINT_INLINE void multiply_step(const char* a, int64_t a_stride, const uint32_t* b, int64_t b_stride) {
