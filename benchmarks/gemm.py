@@ -19,7 +19,6 @@ from torch import Tensor
 
 from benchmarks.timing import add_isa, as_on, fma_peak, medians, report
 from mint_engine.kernels.gemm import mm
-from mint_engine.kernels.op import native
 
 SHAPES = {  # K x N of the stacked linears: qkv, o, gate and up, down
     "SmolLM2-135M": [(576, 960), (576, 576), (576, 3072), (1536, 576)],

@@ -1,6 +1,6 @@
-// few_rows.h in tiles for a handful of rows of x and an int8 weight: blocks of the weight are turned in registers, widened
-// to fp32, and meet x there with the sums of tiles (Chains, simd/amx.h). For tiles the weight had to be written as bf16
-// first, and they compute sixteen rows.
+// few_rows.h in tiles for a handful of rows of x and an int8 weight: blocks of the weight are turned in registers,
+// widened to fp32, and meet x there with the sums of tiles (Chains, simd/amx.h). For tiles the weight had to be written
+// as bf16 first, and they compute sixteen rows.
 #pragma once
 #include "panels.h"
 #include "weight_rows.h"
