@@ -29,12 +29,13 @@ def add_isa(parser: argparse.ArgumentParser) -> None:
 
 
 def as_on(isa: str) -> None:
-    """Ours, and oneDNN in this process and those it starts, use no newer instructions than ``isa``.
+    """Ours, and oneDNN in this process and those it starts, use no newer instructions than ``isa``; with this CPU's
+    newest, oneDNN is left alone.
 
     Before the first product: oneDNN looks once.
     """
     native.set_isa(isa)
-    if isa in ONEDNN:
+    if isa != native.isas()[0]:
         os.environ["ONEDNN_MAX_CPU_ISA"] = ONEDNN[isa]
 
 

@@ -383,14 +383,17 @@ def test_values_next_to_nothing_have_the_same_bits_alone_and_in_company() -> Non
         assert torch.equal(together[3], alone[0]), isa
 
 
-@pytest.mark.parametrize("rows", [2, 5, 20])
+ONE = seated((0, 1, 2, 8, ALL))
+
+
+@pytest.mark.parametrize(
+    ("rows", "seats"), [(2, ONE), (5, MIXED), (5, EIGHTS), (20, EIGHTS)],
+    ids=["rank 8 of two rows", "ranks 2 and 4", "ranks of 8", "ranks of 8 among many rows"],
+)  # fmt: skip
 @pytest.mark.parametrize("hidden", [HIDDEN, WHOLE, LONG])
-@pytest.mark.parametrize("seats", [None, MIXED, EIGHTS], ids=["base", "ranks 2 and 4", "ranks of 8"])
 def test_int8_weights_are_their_values_times_their_scales(
-    face: str, dtype: torch.dtype, hidden: int, rows: int, seats: StepAdapters | None
+    face: str, dtype: torch.dtype, hidden: int, rows: int, seats: StepAdapters
 ) -> None:
-    if seats is not None and rows < 5:
-        seats = seated((0, 1, 2, 8, ALL))
     m, b = in_int8(model(dtype, hidden=hidden), hidden), batch(rows, dtype)
     wide = {name: t.double() if t.is_floating_point() else t for name, t in b.items()}
     exact = run(converted(m, torch.float64), wide, seats, "reference")[0]
