@@ -193,12 +193,14 @@ def test_a_queue_of_operations_and_a_busy_sampler_both_go_on(
         time.sleep(operation)
         ran.append(time.perf_counter() - begun)
 
-    lane = executor.lane()
+    lane, go = executor.lane(), threading.Event()
+    lane.submit(lambda: go.wait(30))  # all of them wait before the first begins
     futures: list[Future] = [
         lane.submit(Queued(operation, ran) if queued else work) for _ in range(round(0.4 / operation))
     ]
     executor.add_stepper(sampler)
     executor.notify()
+    go.set()
     for future in futures:
         future.result(timeout=60)
     steps, sampler.stop = sampler.steps, True

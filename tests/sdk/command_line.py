@@ -32,7 +32,9 @@ class CommandLine:
         assert self._process.stdout is not None
         paths = {name: str(path) for name, path in self._streams.items()}
         self._process.stdin.write(json.dumps({"arguments": arguments, **paths}) + "\n")
-        status = int(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        assert answer, f"{' '.join(arguments)}: the process that runs commands has ended"
+        status = int(answer)
         printed = {name: path.read_text() for name, path in self._streams.items()}
         well = serving.ended_well(subprocess.CompletedProcess(arguments, status, **printed), finished=True)
         assert well, f"{' '.join(arguments)} ended with {status}:\n{printed['stdout']}{printed['stderr']}"
