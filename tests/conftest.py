@@ -53,11 +53,14 @@ def tiny_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home directory in which smollm2-135m has been converted, once per session."""
+    """A home directory that has smollm2-135m, converted by the first process of this run that wants it."""
     from mint_engine.models.gguf import smollm2_directory
 
+    run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # it has a directory of its own within that of the run
+        run = run.parent
     home = tmp_path_factory.mktemp("smollm2-home")
-    smollm2_directory(home)
+    (home / "models").symlink_to(smollm2_directory(run / "smollm2").parent, target_is_directory=True)
     return home
 
 

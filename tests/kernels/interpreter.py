@@ -5,8 +5,8 @@
 - It multiplies by numpy's library, which on some CPUs (Zen's first) sums a row in an order that depends on where it is
   in the tile. Tests compare bits, so products are summed in float64, where no order shows, and rounded once.
 - It remaps the language at every call of a device function, which is most of its time; once a launch is enough.
-- It works out the shape of every value and the numpy type of every constant anew, and whether integers overflow, which it
-  tells nobody unless it debugs. The first two are remembered, the last left out: half of the time that remained.
+- It works out the shape of every value and the numpy type of every constant anew, and whether integers overflow, which
+  it tells nobody unless it debugs. The first two are remembered, the last left out: half of the time that remained.
 """
 
 from __future__ import annotations

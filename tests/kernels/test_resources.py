@@ -1,4 +1,4 @@
-"""What the Triton kernels cost on GPUs that are not here: recorded, and compiled anew by the slow tests."""
+"""What the Triton kernels cost on GPUs that are not here: recorded, and some compiled anew by the slow tests."""
 
 from __future__ import annotations
 
@@ -90,13 +90,17 @@ def compiled(arch: str, tmp_path: Path, *options: str, **environment: str) -> Re
 @pytest.mark.skipif(not TRITON, reason="triton is not installed")
 @pytest.mark.parametrize("arch", SHARED)
 def test_every_kernel_compiles_to_what_is_recorded(arch: str, tmp_path: Path) -> None:
-    """Hopper's are compiled anew; the others' where something they are compiled from has changed.
+    """Those that something has changed for; of Hopper's others one in four, which depends on their source.
 
     After a change that is meant: python tests/kernels/offline.py --write, and look at the diff.
     """
-    kernels = compiled(arch, tmp_path, *(["--reuse"] if arch != "sm_90" else []))
+    version = importlib.metadata.version("triton")
+    mine = recorded()[version][arch]
+    known = {name: r for name, r in mine.items() if arch != "sm_90" or int(r["source"], 16) % 4}
+    (tmp_path / "record.json").write_text(json.dumps({version: {arch: known}}))
+    kernels = compiled(arch, tmp_path, "--reuse", "--record", str(tmp_path / "record.json"))
     assert gate(arch, kernels) == []
-    assert costs(kernels) == costs(recorded()[importlib.metadata.version("triton")][arch])
+    assert costs(kernels) == costs(mine)
 
 
 @pytest.mark.slow

@@ -234,8 +234,8 @@ def test_another_kind_of_file_is_refused_by_name(tmp_path, change, message):
 
 
 @pytest.mark.slow
-def test_smollm2_equals_transformers_own_route(tmp_path):
-    directory = gguf.smollm2_directory(tmp_path)
+def test_smollm2_equals_transformers_own_route(smollm2_home):
+    directory = gguf.smollm2_directory(smollm2_home)
     assert_equal_to_transformers(directory, gguf.find_gguf())
     config = load_config(directory)
     assert (config.num_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)

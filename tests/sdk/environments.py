@@ -54,7 +54,7 @@ class Environment:
 
 def names() -> list[str]:
     """Every environment there is a requirements file for."""
-    return sorted(path.stem for path in REQUIREMENTS.glob("*.txt") if not path.stem.endswith(".no-deps"))
+    return sorted(path.stem for path in REQUIREMENTS.glob("*.txt"))
 
 
 def environment(name: str) -> Environment:
@@ -68,14 +68,13 @@ def environment(name: str) -> Environment:
     return made
 
 
-def _requirement_files(name: str) -> list[Path]:
-    files = [REQUIREMENTS / f"{name}.txt", REQUIREMENTS / f"{name}.no-deps.txt"]
-    return [file for file in files if file.exists()]
+def _requirements(name: str) -> Path:
+    return REQUIREMENTS / f"{name}.txt"
 
 
 def _fingerprint(name: str) -> str:
     """Of everything an environment depends on; `sys.prefix` because the `.pth` names it."""
-    parts = [sys.version, sys.prefix, *(file.read_text() for file in _requirement_files(name))]
+    parts = [sys.version, sys.prefix, _requirements(name).read_text()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -84,11 +83,9 @@ def _make(made: Environment) -> None:
     paths = {key: sysconfig.get_path(key, vars={"base": str(made.directory)}) for key in ("purelib", "platlib")}
     shared = dict.fromkeys(sysconfig.get_path(key) for key in ("purelib", "platlib"))
     Path(paths["purelib"], "project.pth").write_text("".join(f"{path}\n" for path in shared))
-    for file in _requirement_files(made.name):
-        options = ["--no-deps"] if file.stem.endswith(".no-deps") else []
-        # Most of what is installed is never imported, so nothing is compiled.
-        pip = [sys.executable, "-m", "pip", "--python", str(made.python), "install", "--quiet", "--no-compile"]
-        _run(*pip, *options, "--requirement", str(file))
+    # The files name all that is wanted, with versions. Most of it is never imported, so nothing is compiled.
+    pip = [sys.executable, "-m", "pip", "--python", str(made.python), "install", "--quiet", "--no-compile", "--no-deps"]
+    _run(*pip, "--requirement", str(_requirements(made.name)))
     ours = [] if made.name.startswith("mindlab") else ["mint"]  # mindlab-toolkit's package has the name of ours
     _run(str(made.python), "-c", _CHECK, *ours)
 

@@ -28,7 +28,7 @@ import mint
 
 CLIENTS, SAMPLES = 64, 500
 MEASURED = "MINT_LOAD_SECONDS" in os.environ  # by somebody who sees to it that the machine is quiet
-SECONDS = float(os.environ.get("MINT_LOAD_SECONDS", "40"))
+SECONDS = float(os.environ.get("MINT_LOAD_SECONDS", "24"))
 WARM_UP = 0.25  # part of the time after which memory must stay flat
 CHECKED_STEPS = 25  # of each client, against its solo run; every later step is checked by the optimiser's own count
 KEPT_S = 5  # results that were fetched: ten minutes of them would look like a leak
