@@ -189,7 +189,7 @@ def test_thousands_of_sessions_models_and_samplers(attacked: Victim) -> None:
             made.append(attacked.outcome(api, api.post("create_model", **body)))
         models = [answer["model_id"] for answer in made if answer is not None]
         assert len(models) == 3
-        api.ok("unload_model", model_id=models[0])
+        api.result("unload_model", model_id=models[0])
         small = api.model(attacked.base, sessions[-1], rank=2)
         for i in range(400):
             attacked.checked(api.post("save_weights_for_sampler", model_id=small, sampling_session_seq_id=1000 + i))
