@@ -28,14 +28,16 @@ def test_greedy_samples_are_those_of_transformers(smollm2_home: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     decoder = load_decoder(directory)
     prompts = [tokenizer.encode(text) for text in PROMPTS]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            found = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32, eos_token_id=None,
+                pad_token_id=0,
+            )  # fmt: skip
+        expected.append(found[0, len(prompt) :].tolist())
     for speculation in (0, 7):
         sampler = make_sampler(decoder, 100, speculation=speculation)
         futures = [sampler.submit(request(p, max_tokens=32, temperature=0.0)) for p in prompts]
-        for prompt, answer in zip(prompts, drain(sampler, futures), strict=True):
-            ids = torch.tensor([prompt])
-            with torch.no_grad():
-                expected = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32, eos_token_id=None,
-                    pad_token_id=0,
-                )  # fmt: skip
-            assert answer.sequences[0].tokens == expected[0, len(prompt) :].tolist()
+        assert [answer.sequences[0].tokens for answer in drain(sampler, futures)] == expected
