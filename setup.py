@@ -28,7 +28,7 @@ if platform.machine().lower() not in ("x86_64", "amd64"):
 
 # UBSan doubles the time to compile, and the scalar unit has every algorithm's text: the others get ASan alone.
 # -Og compiles in 0.6 of -O1's time; without inlining its tests would take twice as long. The scalar unit is worth -O2:
-# half a minute more to compile, and its tests, which took nearly half of all, take 0.37 of that.
+# half a minute more to compile, and its tests, nearly half of the time of those looked at, take 0.37 of that.
 INLINED = ["-finline-functions", "-finline-small-functions", "-finline-functions-called-once"]
 SANITIZED = ["-Og", *INLINED, "-g1", "-fno-omit-frame-pointer", "-fsanitize=address"]
 UNDEFINED = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
