@@ -1,4 +1,4 @@
-"""Triton's interpreter, made fit for bfloat16 (triton 3.7.1).
+"""Triton's interpreter, made fit for bfloat16 (triton 3.7 to 3.9).
 
 - It cuts fp32 to bfloat16 instead of rounding; a GPU rounds to nearest even, and so does this.
 - It multiplies bfloat16 bit patterns in ``tl.dot``. That is refused here: kernels must widen the operands (``UPCAST``).
@@ -7,6 +7,8 @@
 - It remaps the language at every call of a device function, which is most of its time; once a launch is enough.
 - It works out the shape of every value and the numpy type of every constant anew, and whether integers overflow, which
   it tells nobody unless it debugs. The first two are remembered, the last left out: half of the time that remained.
+- It calls the outcome of comparing two scalars by their type, and a block made of it has numbers, which 3.9 refuses as
+  a mask. A block has what the scalar has.
 """
 
 from __future__ import annotations
@@ -118,4 +120,8 @@ def repair() -> None:
         with np.errstate(over="ignore"):  # a GPU says nothing of it either
             return interpreter.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
-    builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    def create_splat(self: Any, block: Any, scalar: Any) -> Any:
+        data = np.full(block.shape, scalar.data, dtype=scalar.data.dtype)
+        return interpreter.TensorHandle(data, scalar.dtype.scalar)
+
+    builder.cast_impl, builder.create_dot, builder.create_splat = cast_impl, create_dot, create_splat
