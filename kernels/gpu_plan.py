@@ -17,6 +17,7 @@ from itertools import product
 from pathlib import Path
 
 PLANS = Path(__file__).parent / "plans"
+FUSED = {"enable_fp_fusion": True}  # of every launch: Triton 3.9 warns where nothing is said, 3.10 will leave it out
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of shared memory a program may have
 
 Row = dict[str, int]
@@ -53,7 +54,7 @@ class Tunable:
         """The same as keyword arguments of a launch."""
         row = self.row(arch, width)
         warps, stages = row.pop("warps"), row.pop("stages")
-        return {**row, "num_warps": warps, "num_stages": stages}
+        return {**row, "num_warps": warps, "num_stages": stages, **FUSED}
 
     def candidates(self, arch: int, case: int = 0) -> list[Row]:
         """Every row that may be tried: all combinations of the choices whose estimate fits into shared memory."""

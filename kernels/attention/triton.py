@@ -86,7 +86,7 @@ def _meta(tunable: Tunable, d: int, dtype: torch.dtype) -> dict[str, int | bool]
         raise ValueError(f"q: expected heads of at most {tunable.cases[-1]}, got {d} (attention in Triton)")
     meta = tunable.meta(architecture(), width)
     if dtype is torch.float32 and not INTERPRETED:  # for tests: twice as wide, and not on the tensor cores
-        meta = {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
+        meta |= {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
     return {**meta, "D": width, "UPCAST": UPCAST}
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mint_engine.kernels.gpu_plan import Row, Tunable
+from mint_engine.kernels.gpu_plan import FUSED, Row, Tunable
 from mint_engine.kernels.triton_common import UPCAST, architecture, dot, power_of_2, triton_reason
 
 MOST_CHUNKS = 32  # beyond, chunks grow: their sums are scratch
@@ -97,5 +97,5 @@ def outer_accumulate(a: Tensor, b: Tensor, out: Tensor, alpha: float) -> None:
     if chunks > 1:
         block = min(1024, power_of_2(p * q))
         _add_chunks[(triton.cdiv(p * q, block),)](
-            target, chunks, out, out.stride(0), p * q, q, BLOCK=block, num_warps=4
+            target, chunks, out, out.stride(0), p * q, q, BLOCK=block, num_warps=4, **FUSED
         )

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from mint_engine.kernels.bordered_linear import Shrink
 from mint_engine.kernels.bordered_linear.triton import matmul
-from mint_engine.kernels.gpu_plan import Row, Tunable
+from mint_engine.kernels.gpu_plan import FUSED, Row, Tunable
 from mint_engine.kernels.triton_common import UPCAST, architecture, dot, power_of_2, row_warps
 from mint_engine.kernels.triton_common import triton_reason as supports  # noqa: F401
 
@@ -124,7 +124,7 @@ def rms_norm(
     block = power_of_2(width)
     _forward[(m,)](
         x, x.stride(0), residual, added, weight, y, y.stride(0), h, h.stride(0), width, eps, BLOCK=block,
-        num_warps=row_warps(block),
+        num_warps=row_warps(block), **FUSED,
     )  # fmt: skip
     if shrink is not None:
         matmul(y, shrink.a.T, shrink.s, scale=shrink.scale)
@@ -143,5 +143,5 @@ def rms_norm_backward(
     if m:
         _backward[(m,)](
             dy, dy.stride(0), h, h.stride(0), weight, dresidual, 0 if dresidual is None else dresidual.stride(0),
-            dh, dh.stride(0), width, eps, BLOCK=block, num_warps=row_warps(block),
+            dh, dh.stride(0), width, eps, BLOCK=block, num_warps=row_warps(block), **FUSED,
         )  # fmt: skip

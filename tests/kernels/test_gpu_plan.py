@@ -45,7 +45,7 @@ def test_a_trial_holds_inside_only() -> None:
     merge = gpu_plan.tunables()["target_logprob.merge"]
     before, other = merge.row(90), {"ROWS": 8, "TILES": 32, "warps": 2, "stages": 1}
     with gpu_plan.trial(merge.name, 0, other):
-        assert merge.meta(90) == {"ROWS": 8, "TILES": 32, "num_warps": 2, "num_stages": 1}
+        assert merge.meta(90) == {"ROWS": 8, "TILES": 32, "num_warps": 2, "num_stages": 1, **gpu_plan.FUSED}
     assert merge.row(90) == before != other
     with (
         pytest.raises(ValueError, match=r"ROWS: expected one of \[4, 8, 16, 32\], got 5 \(target_logprob.merge on"),
