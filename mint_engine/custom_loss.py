@@ -72,7 +72,19 @@ def evaluate(fn: CustomLoss, data: list[Datum], outputs: Sequence[Mapping[str, T
     value = float(loss.detach())
     if not math.isfinite(value) or not all(np.isfinite(w).all() for w in weights):
         raise NonFiniteError(f"loss_fn: its loss ({value}) or its gradient is not finite; the call was refused")
-    return Evaluated(value, {k: float(v) for k, v in (metrics or {}).items()}, weights)
+    return Evaluated(value, _numbers(metrics), weights)
+
+
+def _numbers(metrics: Any) -> dict[str, float]:
+    if not isinstance(metrics, Mapping | None):
+        raise UserError(f"loss_fn: expected metrics as a dict of numbers, got {type(metrics).__name__}")
+    numbers: dict[str, float] = {}
+    for name, value in (metrics or {}).items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor of several elements
+            raise UserError(f"loss_fn: expected metrics of numbers, got {value!r} as {name!r}") from error
+    return numbers
 
 
 def result(surrogate: ForwardBackwardOutput, evaluated: Evaluated) -> ForwardBackwardOutput:

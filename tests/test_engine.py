@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -312,6 +313,16 @@ def test_an_error_in_a_custom_loss_reaches_its_future_and_leaves_the_model(
     with pytest.raises(UserError, match="expected \\(loss, metrics\\)"):
         engine.forward_backward_custom(model, data, lambda d, lps: lps[0].sum()).result()  # type: ignore[arg-type, return-value]
     assert engine.optim_step(model, ADAM).result().metrics["grad_norm"] == 0.0
+
+
+@pytest.mark.parametrize("metrics", [{"mine": "x"}, {"mine": None}, {"mine": torch.ones(2)}, [1.0]])
+def test_metrics_of_a_custom_loss_that_are_no_numbers_are_named(
+    engine: Engine, session: str, tiny_tied: Path, metrics: Any
+) -> None:
+    model = new_model(engine, session, tiny_tied)
+    data = make_data("cross_entropy", (4,), VOCAB)
+    with pytest.raises(UserError, match="loss_fn: expected metrics"):
+        engine.forward_backward_custom(model, data, lambda d, lps: (lps[0].sum(), metrics)).result()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2-tied", "qwen3-tied"])
