@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,7 @@ class TrainingClient(Ready):
         self._engine = engine
         self._session = session  # which lives as long as this client does
         self._info = engine.get_info(model_id)
+        self._losses: set[int] = set()  # threads that are in a loss of this client's
         # Nobody can reach the model without this client: let it go with it, after the work already submitted.
         weakref.finalize(self, engine.release, model_id).atexit = False
 
@@ -78,7 +80,7 @@ class TrainingClient(Ready):
         self, data: Sequence[Datum], loss_fn: str = "cross_entropy", loss_fn_config: Mapping[str, Any] | None = None
     ) -> APIFuture[ForwardBackwardOutput]:
         """Loss and log-probabilities of `data`, without gradients. See `forward_backward`."""
-        return self._run(self._engine.forward, data, loss_fn, loss_fn_config)
+        return self._run(self._in_turn.forward, data, loss_fn, loss_fn_config)
 
     def forward_backward(
         self, data: Sequence[Datum], loss_fn: str = "cross_entropy", loss_fn_config: Mapping[str, Any] | None = None
@@ -92,21 +94,28 @@ class TrainingClient(Ready):
             loss_fn: "cross_entropy", "importance_sampling", "ppo", "cispo" or "dro": sums over tokens and datums.
             loss_fn_config: clip_low_threshold and clip_high_threshold of ppo and cispo, beta of dro.
         """
-        return self._run(self._engine.forward_backward, data, loss_fn, loss_fn_config)
+        return self._run(self._in_turn.forward_backward, data, loss_fn, loss_fn_config)
 
     def forward_backward_custom(
         self, data: Sequence[Datum], loss_fn: CustomLoss, *, loss_type_input: Literal["logprobs"] | None = "logprobs"
     ) -> APIFuture[ForwardBackwardOutput]:
         """The same with a loss of your own: `loss_fn(data, logprobs)` gets one tensor of target log-probabilities per
         datum and returns `(loss, metrics)`; the loss is differentiated with torch. Or a `LossHandle` of
-        `ServiceClient.create_custom_loss`."""
+        `ServiceClient.create_custom_loss`. It may call other clients, but not this one: those calls wait for it."""
         if loss_type_input not in (None, "logprobs"):
             return failed(UserError(f"loss_type_input: expected 'logprobs', got {loss_type_input!r}"))
         if not callable(loss_fn):
             return failed(UserError(f"loss_fn: expected a function, got {type(loss_fn).__name__}"))
-        if isinstance(loss_fn, LossHandle):
-            return self._run(self._engine.forward_backward_custom, data, loss_fn, check=loss_fn.check)
-        return self._run(self._engine.forward_backward_custom, data, loss_fn)
+        check = loss_fn.check if isinstance(loss_fn, LossHandle) else None
+
+        def loss(data: list[Datum], logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+            self._losses.add(threading.get_ident())
+            try:
+                return loss_fn(data, logprobs)
+            finally:
+                self._losses.discard(threading.get_ident())
+
+        return self._run(self._in_turn.forward_backward_custom, data, loss, check=check)
 
     def forward_backward_reverse_kl(
         self, data: Sequence[ReverseKLDatum], reference_model_path: str, temperature: float = 1.0
@@ -120,7 +129,7 @@ class TrainingClient(Ready):
         """
         if not isinstance(data, Sequence) or not all(isinstance(datum, ReverseKLDatum) for datum in data):
             return failed(UserError(f"data: expected a list of ReverseKLDatum, got {type(data).__name__}"))
-        future = self._engine.forward_backward_reverse_kl(
+        future = self._in_turn.forward_backward_reverse_kl(
             self.model_id, list(data), reference_model_path=reference_model_path, temperature=temperature
         )
         return APIFuture(future)
@@ -134,7 +143,7 @@ class TrainingClient(Ready):
             return failed(UserError("optim_step: expected optim_params or adam_params, got both"))
         if not isinstance(params, AdamParams):
             return failed(UserError(f"adam_params: expected AdamParams, got {type(params).__name__}"))
-        return APIFuture(self._engine.optim_step(self.model_id, params))
+        return APIFuture(self._in_turn.optim_step(self.model_id, params))
 
     def zero_grad_async(self) -> APIFuture[None]:
         """Does nothing: `optim_step` clears the gradients."""
@@ -152,7 +161,7 @@ class TrainingClient(Ready):
     ) -> APIFuture[SaveWeightsResponse]:
         """Save everything needed to continue training from here. `.path` is `tinker://<model_id>/weights/<name>`."""
         check_metadata(user_metadata)
-        future = self._engine.save_weights(
+        future = self._in_turn.save_weights(
             self.model_id, name, ttl_seconds=ttl_seconds, overwrite=overwrite, user_metadata=user_metadata
         )
         return APIFuture(future)
@@ -160,21 +169,21 @@ class TrainingClient(Ready):
     def load_state(self, path: str, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
         """Load a checkpoint's weights; the optimiser starts anew. mint-engine asks for no access token."""
         token = access_token(self._engine, weights_access_token)
-        return APIFuture(self._engine.load_weights(self.model_id, path, optimizer=False, **token))
+        return APIFuture(self._in_turn.load_weights(self.model_id, path, optimizer=False, **token))
 
     def load_state_with_optimizer(
         self, path: str, weights_access_token: str | None = None
     ) -> APIFuture[LoadWeightsResponse]:
         """Load a checkpoint's weights and the optimiser's state."""
         token = access_token(self._engine, weights_access_token)
-        return APIFuture(self._engine.load_weights(self.model_id, path, optimizer=True, **token))
+        return APIFuture(self._in_turn.load_weights(self.model_id, path, optimizer=True, **token))
 
     def save_weights_for_sampler(
         self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, str] | None = None
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
         """Save the adapter as a PEFT directory. `.path` is `tinker://<model_id>/sampler_weights/<name>`."""
         check_metadata(user_metadata)
-        future = self._engine.save_weights_for_sampler(
+        future = self._in_turn.save_weights_for_sampler(
             self.model_id, name, ttl_seconds=ttl_seconds, user_metadata=user_metadata, sampler=False
         )
         return APIFuture(future)
@@ -184,7 +193,7 @@ class TrainingClient(Ready):
     ) -> APIFuture[SaveWeightsExternalResponse]:
         """Save the adapter for download, see `RestClient.get_external_weights_urls`. With recipients (age1...) its
         files are encrypted for them. `.path` is `tinker://<model_id>/external_weights/<name>`."""
-        future = self._engine.save_weights_external(
+        future = self._in_turn.save_weights_external(
             self.model_id, name, ttl_seconds=ttl_seconds, recipients=age_encryption_recipients
         )
         return APIFuture(future)
@@ -247,6 +256,13 @@ class TrainingClient(Ready):
     # ---- inside --------------------------------------------------------------------------------------------------
 
     @property
+    def _in_turn(self) -> ClientEngine:
+        """The engine, for a call that waits for the earlier ones: never within a loss, which would wait for itself."""
+        if threading.get_ident() in self._losses:
+            raise UserError("loss_fn: expected no calls of its own training client, which wait for the loss to return")
+        return self._engine
+
+    @property
     def _base_model(self) -> str:
         assert self._info.model_name is not None, "the engine names every model it makes"
         return self._info.model_name
@@ -271,7 +287,7 @@ class TrainingClient(Ready):
         check_stability(stability)
         if kind != "snapshot":
             raise UserError(f"kind: expected 'snapshot', got {kind!r}: a sampler here never changes under its user")
-        return self._engine.save_weights_for_sampler(self.model_id, name, overwrite=True, sampler=True)
+        return self._in_turn.save_weights_for_sampler(self.model_id, name, overwrite=True, sampler=True)
 
     def _sampler_of(self, saved: SaveWeightsForSamplerResponse) -> SamplingClient:
         assert saved.sampling_session_id is not None, "the engine gives every snapshot a sampler"

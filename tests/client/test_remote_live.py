@@ -71,6 +71,24 @@ def train(service: mint.ServiceClient, model: Path, steps: int = 6) -> tuple[lis
     return losses, np.concatenate([output["logprobs"].to_numpy() for output in said])
 
 
+@pytest.mark.parametrize("transport", ["local", "remote"])
+def test_a_loss_that_would_wait_for_itself_is_refused(server: LiveServer, model: Path, transport: str) -> None:
+    to = {"engine": server.engine} if transport == "local" else {"base_url": server.url}
+    service = mint.ServiceClient(**to)
+    trainer, other = (service.create_lora_training_client(str(model), rank=4, seed=seed) for seed in (0, 1))
+    data = make_data("cross_entropy", (6,), VOCAB)
+
+    def loss_with(client: mint.TrainingClient) -> mint.APIFuture:
+        return trainer.forward_backward_custom(
+            data, lambda _, lps: (lps[0].sum() * client.forward(data).result(60).loss, {"n": 1})
+        )
+
+    with pytest.raises(mint.UserError, match="loss_fn: expected no calls of its own training client"):
+        loss_with(trainer).result(60)
+    assert loss_with(other).result(60).metrics["n"] == 1
+    assert trainer.optim_step(ADAM).result(60).metrics
+
+
 def test_numbers_are_those_of_the_engine_in_process_also_over_a_bad_network(server: LiveServer, model: Path) -> None:
     losses, said = train(mint.ServiceClient(engine=server.engine), model)
     with chaos_proxy(server.url, rate=0.3, max_delay=0.05) as proxy:
