@@ -309,6 +309,19 @@ def test_bodies_that_are_no_json(client: openai.OpenAI):
         assert answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", None])
+def test_a_body_that_is_not_announced_as_json_is_refused_by_that_name(client: openai.OpenAI, kind: str | None):
+    headers = {} if kind is None else {"content-type": kind}  # curl -d sends the first
+    answer = httpx.post(f"{client.base_url}completions", content=b'{"model": "tiny", "prompt": "x"}', headers=headers)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (415, "Content-Type: expected application/json")
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"3"])
+def test_a_body_that_is_no_object_is_refused_by_that_name(client: openai.OpenAI, body: bytes):
+    answer = httpx.post(f"{client.base_url}completions", content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "body: expected a JSON object")
+
+
 def test_a_lone_surrogate_is_refused_and_not_sent_back(client: openai.OpenAI):
     url = f"{client.base_url}completions"
     for body in (rb'{"model": "\ud800", "prompt": "x"}', rb'{"model": "tiny", "\ud800": 1, "prompt": "x"}'):

@@ -11,7 +11,7 @@ from mint_engine.server.openai import chat, completions, models
 from mint_engine.server.openai.errors import ErrorBody
 
 _ERRORS: dict[int | str, dict[str, object]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 413, 429, 500, 503)
+    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 413, 415, 429, 500, 503)
 }
 
 router = APIRouter(tags=["openai"], responses=_ERRORS)

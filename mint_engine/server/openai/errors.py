@@ -63,6 +63,8 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestValidationError):
+        if isinstance(error.body, bytes):  # FastAPI leaves unread what is not announced as JSON (by curl -d)
+            return ApiError(415, "Content-Type: expected application/json")
         return _of_validation(error.errors())
     failure = describe(error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else failure.headers
@@ -76,6 +78,8 @@ def _of_validation(errors: Sequence[Any]) -> ApiError:
         return ApiError(400, f"body: not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
     path = [str(part) for part in first["loc"] if part != "body"]
     name = ".".join(path) or None
+    if name is None and first["type"] in ("missing", "model_attributes_type"):
+        return ApiError(400, "body: expected a JSON object")
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown field; this server refuses what it would not act on"
