@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mint_engine.adapters import Adapter, TrainState
-from mint_engine.checkpoint import AdapterMeta, read_adapter, read_training_state, write_adapter, write_training_state
+from mint_engine.checkpoint import (
+    OPTIMIZER_STATE,
+    AdapterMeta,
+    read_adapter,
+    read_training_state,
+    write_adapter,
+    write_training_state,
+)
 from mint_engine.errors import CheckpointError
 from mint_engine.types import LoraConfig
 
@@ -72,7 +79,8 @@ def load_state(
     """Read and check a checkpoint for an existing adapter; the function returned applies it, and cannot fail.
 
     Raises:
-        CheckpointError: base model, rank, modules or shapes differ, or the files are damaged.
+        CheckpointError: base model, rank, modules or shapes differ, the optimiser's state is not there, or the files
+            are damaged.
     """
     meta, tensors = read_adapter(directory)
     if base is not None:
@@ -87,6 +95,8 @@ def load_state(
     adapter.load(tensors, params, what)
     loaded = TrainState(adapter)
     if optimizer:
+        if not (directory / OPTIMIZER_STATE).is_file():  # where it is on a server is not for its callers to know
+            raise CheckpointError(f"{what}: holds weights only, not the optimizer's state")
         stored = read_training_state(directory)
         adapter.load(stored.exp_avg, loaded.exp_avg, what, below=math.inf)
         adapter.load(stored.exp_avg_sq, loaded.exp_avg_sq, what, below=math.inf)

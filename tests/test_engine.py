@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -132,6 +133,18 @@ def test_load_state_restores_weights_and_with_optimizer_moments_too(
     engine.load_weights(model, path.replace("tinker://", "mint://"), optimizer=False).result()
     assert np.array_equal(logprobs(engine, model), saved)
     assert train(engine, model, 2) != after, "without the moments the steps differ"
+
+
+def test_weights_without_an_optimizers_state_are_refused_by_their_path(
+    engine: Engine, session: str, tiny_tied: Path
+) -> None:
+    model = new_model(engine, session, tiny_tied)
+    path = engine.save_weights_for_sampler(model, "a").result().path
+    refused = rf"^{re.escape(path)}: holds weights only, not the optimizer's state$"
+    with pytest.raises(CheckpointError, match=refused):
+        engine.load_weights(model, path, optimizer=True).result()
+    with pytest.raises(CheckpointError, match=refused):
+        engine.create_model_from_state(session, path, optimizer=True).result()
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_with_the_difference(
