@@ -69,8 +69,12 @@ class Failure:
 def describe(error: BaseException, request_id: str | None = None) -> Failure:
     """What to tell the client. Of errors that we did not foresee it is told a request id to ask us about.
 
+    What only the operator can mend is logged.
+
     ``request_id``: of the promise that fails; else that of the HTTP request counts.
     """
+    request = current()
+    about = request_id or (request.request_id if request is not None else "none")
     match error:
         case StarletteHTTPException():
             return Failure(error.status_code, str(error.detail), "user" if error.status_code < 500 else "server")
@@ -93,13 +97,13 @@ def describe(error: BaseException, request_id: str | None = None) -> Failure:
         case UserError():
             return Failure(400, str(error), "user", type=_type(error))
         case StorageError():
+            log.error("the disk refused: %s (request id %s)", error, about)
             return Failure(500, f"the server's disk refused: {error}", "server", type=_type(error))
         case MintError():
             return Failure(500, str(error), "server")
         case MemoryError():
+            log.error("out of memory: %s (request id %s)", error, about)
             return Failure(500, "the server ran out of memory; a smaller batch may fit", "server")
-    request = current()
-    about = request_id or (request.request_id if request is not None else "none")
     log.error("%s: %s (request id %s)", type(error).__name__, error, about, exc_info=error)
     return Failure(500, f"internal error: {type(error).__name__} (request id {about})", "server")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mint_engine import wire
-from mint_engine.errors import NotFoundError, UserError
+from mint_engine.errors import NotFoundError, StorageError, UserError
 from mint_engine.server import resume
 from mint_engine.server.failures import RestartingError
 from mint_engine.server.promises import Promise, Promises
@@ -117,6 +117,20 @@ def test_a_failure_says_whose_fault_it_is_and_leaks_nothing(error, category, tex
         assert "secret" not in said["error"]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("error", [StorageError(28, "writing x failed: disk full"), MemoryError("no room")])
+def test_what_the_operator_has_to_mend_is_in_the_log(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> Promise:
+        promises, future = Promises(), Future()
+        promise = promises.follow(future, kind="SaveWeights", owner="a", model_id="s:train:0")
+        future.set_exception(error)
+        return promise
+
+    promise = asyncio.run(run())
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert str(error) in caplog.text
+    assert promise.request_id in caplog.text
 
 
 def test_a_result_is_encoded_once_and_still_available_as_json_afterwards() -> None:
