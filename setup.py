@@ -93,7 +93,13 @@ packages |= {f"mint_engine.kernels.{name}" for name in find_packages("kernels")}
 setup(
     packages=sorted(packages),
     package_dir={"mint_engine.kernels": "kernels"},
-    package_data={"mint_engine.kernels": ["plans/*.json"], "mint_engine.wire": ["messages.proto", "messages.bin"]},
+    include_package_data=False,  # the packages' own files are these, not all that MANIFEST.in puts beside them
+    package_data={
+        "mint": ["py.typed"],
+        "mint_engine": ["py.typed"],
+        "mint_engine.kernels": ["plans/*.json"],
+        "mint_engine.wire": ["messages.proto", "messages.bin"],
+    },
     ext_modules=[native],
     cmdclass={"build_ext": BuildNative},
 )
