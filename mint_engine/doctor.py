@@ -63,9 +63,13 @@ class Report:
 
 
 def examine(home: Path | None = None, database_url: str | None = None) -> Report:
-    """Look at everything; nothing is changed but that an empty home directory gets its store."""
+    """Look at everything; nothing is changed but that an empty home directory gets its store.
+
+    Args:
+        home: default MINT_HOME, else ~/.mint-engine.
+        database_url: default SQLite in the home.
+    """
     home = Path(home or os.environ.get("MINT_HOME") or Path.home() / ".mint-engine").expanduser()
-    database_url = database_url or os.environ.get("MINT_SERVER_DATABASE_URL")
     return Report({
         "machine": _machine(),
         "GPU": _gpu(),

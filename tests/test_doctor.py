@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mint_engine import cli, doctor, kernels
+from mint_engine.store import Store
 
 
 def test_it_names_the_instruction_set_every_op_and_the_store(tmp_path: Path) -> None:
@@ -48,6 +49,26 @@ def test_a_home_that_cannot_be_written_fails_it(tmp_path: Path, monkeypatch: pyt
     result = CliRunner().invoke(cli.app, ["doctor"])
     assert result.exit_code == 1
     assert "! database" in result.output
+
+
+def test_it_looks_where_the_server_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's home may be named by its own variable, its file or a flag: else its keys are not found."""
+    homes = {name: tmp_path / name for name in ("variable", "file", "flag")}
+    for name, home in homes.items():
+        Store(home).keys.create(name)
+    config = tmp_path / "server.toml"
+    config.write_text(f"home = '{homes['file']}'\n")
+
+    def looked(*flags: str) -> tuple[str, str]:
+        result = CliRunner().invoke(cli.app, ["doctor", "--json", *flags])
+        assert result.exit_code == 0, result.output
+        found = {line["name"]: line["value"] for line in json.loads(result.output)["sections"]["store"]}
+        return found["home"], found["keys"]
+
+    assert looked("--config", str(config)) == (str(homes["file"]), "1 active")
+    monkeypatch.setenv("MINT_SERVER_HOME", str(homes["variable"]))
+    assert looked() == (str(homes["variable"]), "1 active")
+    assert looked("--home", str(homes["flag"])) == (str(homes["flag"]), "1 active")
 
 
 def test_a_half_downloaded_model_is_shown_as_incomplete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,10 +26,15 @@ DatabaseOption = Annotated[
 ConfigOption = Annotated[Path | None, typer.Option(help=f"The server's TOML file; default {ENV_PREFIX}CONFIG.")]
 
 
-def open_store(home: Path | None, database_url: str | None, owner: str = "local", config: Path | None = None) -> Store:
-    """The store a server started with the same settings uses, as `owner` sees it."""
+def server_settings(home: Path | None, database_url: str | None, config: Path | None) -> Settings:
+    """What a server started with the same flags, environment and file would take."""
     if config is None and (named := os.environ.get(f"{ENV_PREFIX}CONFIG")):
         config = Path(named)
     given = {"home": home, "database_url": database_url}
-    settings = Settings.load(config, **{name: value for name, value in given.items() if value is not None})
+    return Settings.load(config, **{name: value for name, value in given.items() if value is not None})
+
+
+def open_store(home: Path | None, database_url: str | None, owner: str = "local", config: Path | None = None) -> Store:
+    """The store a server started with the same settings uses, as `owner` sees it."""
+    settings = server_settings(home, database_url, config)
     return Store(settings.home_directory, database_url=settings.database_url, owner=owner)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mint_engine.cli import checkpoints, keys, runs, serve
+from mint_engine.cli.common import ConfigOption, DatabaseOption, HomeOption, server_settings
 from mint_engine.errors import MintError
 
 app = typer.Typer(help="LoRA post-training as software you own.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -38,11 +39,15 @@ def demo(
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="For programs: one JSON document.")] = False,
+    home: HomeOption = None,
+    database_url: DatabaseOption = None,
+    config: ConfigOption = None,
 ) -> None:
     """Say what this machine can do, which kernels run and why not better ones, and what is missing."""
     from mint_engine import doctor as doctor_module  # imports torch
 
-    report = doctor_module.examine()
+    settings = server_settings(home, database_url, config)
+    report = doctor_module.examine(settings.home_directory, settings.database_url)
     print(report.to_json() if as_json else report.to_text())
     if not report.healthy:
         raise typer.Exit(1)
