@@ -177,7 +177,7 @@ def _engine(url: sqlalchemy.URL) -> Engine:
         # pre_ping: a restarted database costs nobody a request.
         return sqlalchemy.create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20)
     except ImportError as error:
-        raise UserError(f"database_url: needs psycopg: pip install 'mint-engine[postgres]' ({error})") from error
+        raise UserError(f"database_url: needs psycopg: pip install 'psycopg[binary]' ({error})") from error
 
 
 def _set_up_sqlite(connection: Any, record: Any) -> None:
