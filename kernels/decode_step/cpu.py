@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from mint_engine.kernels.decode_step.words import Words
-from mint_engine.kernels.op import NATIVE_DTYPES, native
-from mint_engine.kernels.op import native_reason as supports  # noqa: F401
+from mint_engine.kernels.op import NATIVE_DTYPES, native, native_reason
 from mint_engine.kernels.pages import Arena
 
 if TYPE_CHECKING:
     from mint_engine.kernels.decode_step import StepAdapters, StepModel
+
+
+def supports(weight: Tensor, k_pool: Tensor | None = None, v_pool: Tensor | None = None, *tables: Tensor) -> str | None:
+    """Why this face cannot run on these, or None. ``tables``: cos and sin."""
+    return native_reason(weight, k_pool, v_pool) or native_reason(*tables)
 
 
 def decode_step(

@@ -82,7 +82,7 @@ def decode_steps(
     args.tensor(op, "stops", draws.stops, (rows, args.matrix(op, "stops", draws.stops)[1]), torch.int64)
     if interrupted is not None:
         args.tensor(op, "interrupted", interrupted, (1,), torch.int32)
-    found: tuple[Tensor, Tensor] = _op.pick(face, model.norm, k_pool, v_pool).decode_steps(
+    found: tuple[Tensor, Tensor] = _op.pick(face, model.norm, k_pool, v_pool, cos, sin).decode_steps(
         model, tokens, cos, sin, k_pool, v_pool, block_table.contiguous(), lengths, scale, draws, adapters,
         interrupted, seconds,
     )  # fmt: skip

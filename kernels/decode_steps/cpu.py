@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mint_engine.kernels.decode_step.cpu import words_of
+from mint_engine.kernels.decode_step.cpu import supports, words_of
 from mint_engine.kernels.op import NATIVE_DTYPES, native
-from mint_engine.kernels.op import native_reason as supports  # noqa: F401
+
+__all__ = ["decode_steps", "supports"]
 
 if TYPE_CHECKING:
     from mint_engine.kernels.decode_step import StepAdapters, StepModel

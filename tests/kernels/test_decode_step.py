@@ -409,6 +409,40 @@ def test_only_what_is_wanted_reaches_the_head(face: str, dtype: torch.dtype) -> 
         torch.testing.assert_close(got, everything[wanted])
 
 
+def with_gaps(t: Tensor) -> Tensor:
+    """The same values, neighbours two elements apart: a column of something larger."""
+    wide = torch.stack([t, torch.ones_like(t)], -1)
+    return wide[..., 0]
+
+
+@pytest.mark.parametrize("name", ["tokens", "block_table", "lengths", "wanted"])
+def test_what_comes_with_every_step_may_have_gaps(face: str, name: str) -> None:
+    m, b = model(torch.float32), batch(5, torch.float32)
+    assert torch.equal(run(m, {**b, name: with_gaps(b[name])}, MIXED, face)[0], run(m, b, MIXED, face)[0])
+
+
+def test_memory_with_gaps_is_not_read_as_if_it_had_none() -> None:
+    m, b = model(torch.float32, bias=True, norms=True), batch(2, torch.float32)
+    for name in ("cos", "sin"):
+        with pytest.raises(ValueError, match="decode_step cannot run on 'cpu': last dimension has stride 2, not 1"):
+            run(m, {**b, name: with_gaps(b[name])}, face="cpu")
+    first = m.layers[0]
+    for changed, what in (
+        (replace(first, attention_norm=with_gaps(first.attention_norm)), "attention_norm"),
+        (replace(first, k_norm=with_gaps(first.k_norm)), "k_norm"),
+        (replace(first, qkv=replace(first.qkv, bias=with_gaps(first.qkv.bias))), "qkv: bias"),
+    ):
+        with pytest.raises(ValueError, match=f"layer 0: {what}: expected a last dimension of stride 1, got 2"):
+            StepModel([changed, *m.layers[1:]], m.norm, m.head, m.embedding, N_Q, N_KV, EPS)
+    with pytest.raises(ValueError, match=r"layer 0: o: bias: expected torch.float32 \[48\], got torch.float32 \[47\]"):
+        StepModel(
+            [replace(first, o=replace(first.o, bias=first.o.bias[:47])), *m.layers[1:]], m.norm, m.head, m.embedding,
+            N_Q, N_KV, EPS,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="embedding: expected a last dimension of stride 1, got 2"):
+        StepModel(m.layers, m.norm, m.head, with_gaps(m.embedding), N_Q, N_KV, EPS)
+
+
 def test_arguments_that_do_not_fit_are_named() -> None:
     m, b = model(torch.float32), batch(2, torch.float32)
     with pytest.raises(ValueError, match=r"tokens: expected torch.int64 \[2\], got torch.int32 \[2\] \(decode_step\)"):
