@@ -393,8 +393,8 @@ void decode_step(const int64_t* tokens, const T* embedding, int64_t embedding_st
         check::at_least(op, "lengths", lengths[i], 1);
         check::at_least(op, "positions of cos and sin", positions, lengths[i]);
     }
-    for (int64_t w = 0; w < n_wanted; ++w) {
-        check::at_least(op, "wanted", wanted[w], 0);
+    for (int64_t w = 0; w < n_wanted; ++w) {  // ascending: there is room for no more than all rows
+        check::at_least(op, "wanted", wanted[w], w > 0 ? wanted[w - 1] + 1 : 0);
         check::at_least(op, "rows", rows, wanted[w] + 1);
     }
     if (rows == 0) return;

@@ -443,6 +443,12 @@ def test_memory_with_gaps_is_not_read_as_if_it_had_none() -> None:
         StepModel(m.layers, m.norm, m.head, with_gaps(m.embedding), N_Q, N_KV, EPS)
 
 
+def test_no_row_is_wanted_twice() -> None:
+    """There is room for the rows that there are."""
+    with pytest.raises(ValueError, match=r"wanted: expected 2 or more, got 1 \(decode_step\)"):
+        run(model(torch.float32), {**batch(3, torch.float32), "wanted": torch.tensor([1, 1])}, face="cpu")
+
+
 def test_arguments_that_do_not_fit_are_named() -> None:
     m, b = model(torch.float32), batch(2, torch.float32)
     with pytest.raises(ValueError, match=r"tokens: expected torch.int64 \[2\], got torch.int32 \[2\] \(decode_step\)"):
