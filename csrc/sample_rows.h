@@ -196,10 +196,11 @@ void sample_rows(const T* logits, int64_t stride, const float* temperature, cons
     for_sampled_rows<S, T>(rows, vocab, [=](RowSampler<S, T>& sampler, int64_t r) {
         const bool greedy = temperature[r] == 0.0f;
         const double log_sum = sampler.load(logits + r * stride, greedy ? 1.0f : temperature[r]);
+        const bool broken = log_sum != log_sum;
         int64_t token = 0;
-        if (greedy) {
+        if (greedy && !broken) {  // a NaN among finite logits hides behind their maximum
             token = sampler.likeliest();
-        } else if (log_sum == log_sum) {
+        } else if (!broken) {
             if ((top_k[r] >= 1 && top_k[r] < vocab) || top_p[r] < 1.0) sampler.filter(top_k[r], top_p[r]);
             token = sampler.draw(uniforms[r]);
         }

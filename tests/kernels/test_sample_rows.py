@@ -150,14 +150,15 @@ def test_a_token_of_probability_zero_is_never_drawn(face: str, uniform: float, t
         assert (tokens.tolist(), logprobs.tolist()) == ([123], [0.0])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_row_that_is_no_distribution_shows_and_harms_nobody(face: str, bad: float) -> None:
+def test_a_row_that_is_no_distribution_shows_and_harms_nobody(face: str, bad: float, temperature: float) -> None:
     logits = normal(3, 100, seed=2)
     logits[0, 40], logits[2] = bad, -torch.inf
-    tokens, logprobs = draw(logits, top_k=5, top_p=0.9, face=face)
+    tokens, logprobs = draw(logits, temperature, top_k=5, top_p=0.9, face=face)
     assert logprobs.isnan().tolist() == [True, False, True]
     assert tokens[[0, 2]].tolist() == [0, 0]
-    assert tokens[1] == draw(logits[1:2], top_k=5, top_p=0.9, face=face, uniforms=torch.rand(
+    assert tokens[1] == draw(logits[1:2], temperature, top_k=5, top_p=0.9, face=face, uniforms=torch.rand(
         3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))[1:2])[0]  # fmt: skip
     assert top_logprobs(logits, torch.ones(3), 2, face=face)[1].isnan().all(1).tolist() == [True, False, True]
 
