@@ -317,8 +317,9 @@ waiting.result()
 def test_a_forked_child_makes_its_own_client_and_an_inherited_one_says_so(server: LiveServer, model: Path) -> None:
     script = run_script(
         f"""
-import os, gc, mint
+import os, gc, mint, warnings
 from mint import types
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # Python 3.12, of any fork
 mine = mint.ServiceClient().create_lora_training_client({str(model)!r}, rank=4)
 mine.optim_step(types.AdamParams()).result()
 if os.fork() == 0:
