@@ -11,6 +11,13 @@ def tensor(op: str, name: str, t: torch.Tensor, shape: tuple[int, ...], dtype: t
         raise ValueError(f"{name}: expected {dtype} {list(shape)}, got {t.dtype} {list(t.shape)} ({op})")
 
 
+def packed(op: str, name: str, t: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The same, also unless its rows are without gaps: for what a face reads or writes by its address, unasked."""
+    tensor(op, name, t, shape, dtype)
+    if shape[-1] > 1 and t.stride(-1) != 1:
+        raise ValueError(f"{name}: expected rows without gaps, got strides {list(t.stride())} ({op})")
+
+
 def matrix(op: str, name: str, t: torch.Tensor) -> tuple[int, int]:
     """(rows, columns) of a 2-D tensor; raise ValueError for any other rank."""
     if t.dim() != 2:

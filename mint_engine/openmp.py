@@ -13,6 +13,7 @@ def spin_briefly() -> None:
 
     libgomp's own 300000 are milliseconds, in which a thread keeps the core that the one it waits for may need: beside
     two busy processes a training step took 3.5 s, with this 0.8. On a quiet machine it cost nothing (NOTES.md).
+    Processes that this one starts inherit it.
     """
     chosen = "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ
     if not chosen and "torch" not in sys.modules:

@@ -1,4 +1,4 @@
-"""Idle OpenMP threads sleep soon, whoever imports this; what the machine's owner says is left alone."""
+"""Idle OpenMP threads sleep soon in a process that has imported us; what the machine's owner says is left alone."""
 
 from __future__ import annotations
 

@@ -112,17 +112,17 @@ class StepModel:
         self.n_q, self.n_kv, self.eps = n_q, n_kv, eps
         self.hidden, self.d = head.k, layers[0].o.k // n_q
         hidden, dtype, qkv_width = self.hidden, norm.dtype, (n_q + 2 * n_kv) * self.d
-        _packed("norm", norm, (hidden,), dtype)
-        _packed("embedding", embedding, (head.n, hidden), dtype)
+        args.packed("decode_step", "norm", norm, (hidden,), dtype)
+        args.packed("decode_step", "embedding", embedding, (head.n, hidden), dtype)
         self.ffn = layers[0].down.k
         sizes = (qkv_width, hidden, 3), (hidden, n_q * self.d, 1), (2 * self.ffn, hidden, 2), (hidden, self.ffn, 1)
         self.ranks = self._room("head", head, (head.n, hidden, 1))
         for i, layer in enumerate(layers):
             for name, weight in (("attention_norm", layer.attention_norm), ("mlp_norm", layer.mlp_norm)):
-                _packed(f"layer {i}: {name}", weight, (hidden,), dtype)
+                args.packed("decode_step", f"layer {i}: {name}", weight, (hidden,), dtype)
             for name, of_heads in (("q_norm", layer.q_norm), ("k_norm", layer.k_norm)):
                 if of_heads is not None:
-                    _packed(f"layer {i}: {name}", of_heads, (self.d,), dtype)
+                    args.packed("decode_step", f"layer {i}: {name}", of_heads, (self.d,), dtype)
             for name, size in zip(GROUPS, sizes, strict=True):
                 self.ranks = min(self.ranks, self._room(f"layer {i}: {name}", getattr(layer, name), size))
         # Panels are as wide as the instruction set's that made them. One that has others reads the weights as they are.
@@ -140,10 +140,10 @@ class StepModel:
                 f"{w.buf.dtype} {list(w.buf.shape)} (decode_step)"
             )
         if w.bias is not None:
-            _packed(f"{name}: bias", w.bias, (n,), self.norm.dtype)
+            args.packed("decode_step", f"{name}: bias", w.bias, (n,), self.norm.dtype)
         if w.int8 is not None:
-            _packed(f"{name}: int8 values", w.int8[0], (n, k), torch.int8)
-            _packed(f"{name}: int8 scales", w.int8[1], (n,), torch.float32)
+            args.packed("decode_step", f"{name}: int8 values", w.int8[0], (n, k), torch.int8)
+            args.packed("decode_step", f"{name}: int8 scales", w.int8[1], (n,), torch.float32)
         return min(w.buf.shape[0] - n, w.buf.shape[1] - k) // m
 
     def _addresses(self, layer: Layer) -> list[int]:
@@ -168,13 +168,6 @@ class StepModel:
 
 def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
-
-
-def _packed(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raises ValueError unless t has that shape and dtype and no gaps between neighbours: the tables hold addresses."""
-    args.tensor("decode_step", name, t, shape, dtype)
-    if t.shape[-1] > 1 and t.stride(-1) != 1:
-        raise ValueError(f"{name}: expected a last dimension of stride 1, got {t.stride(-1)} (decode_step)")
 
 
 def decode_words(weight: Tensor, parts: int = 1, arena: Arena | None = None) -> Words | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from mint_engine.kernels import args
@@ -55,7 +54,7 @@ def lora_gradients(
     for j, (b_j, db_j) in enumerate(zip(b, db, strict=True)):
         rows = args.matrix(op, f"b[{j}]", b_j)[0]
         args.tensor(op, f"b[{j}]", b_j, (rows, r), dy.dtype)
-        _sums(op, f"db[{j}]", db_j, (rows, r), wide)
+        args.packed(op, f"db[{j}]", db_j, (rows, r), wide)
     if sum(len(b_j) for b_j in b) != n:
         raise ValueError(f"b: expected {n} rows in all, as many as dy has columns, got {[len(t) for t in b]} ({op})")
     args.tensor(op, "s", s, (m, len(b) * r), dy.dtype)
@@ -65,12 +64,5 @@ def lora_gradients(
     if x is not None and da is not None:
         k = args.matrix(op, "x", x)[1]
         args.tensor(op, "x", x, (m, k), dy.dtype)
-        _sums(op, "da", da, (len(b) * r, k), wide)
+        args.packed(op, "da", da, (len(b) * r, k), wide)
     _op.pick(face, dy, s, ds, x, *b).lora_gradients(dy, s, b, scale, ds, db, x, da)
-
-
-def _sums(op: str, name: str, t: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Raise ValueError unless ``t`` has this shape and dtype, and rows without gaps: the faces are not asked for it."""
-    args.tensor(op, name, t, shape, dtype)
-    if shape[1] > 1 and t.stride(1) != 1:
-        raise ValueError(f"{name}: expected contiguous rows, got strides {list(t.stride())} ({op})")

@@ -432,14 +432,14 @@ def test_memory_with_gaps_is_not_read_as_if_it_had_none() -> None:
         (replace(first, k_norm=with_gaps(first.k_norm)), "k_norm"),
         (replace(first, qkv=replace(first.qkv, bias=with_gaps(first.qkv.bias))), "qkv: bias"),
     ):
-        with pytest.raises(ValueError, match=f"layer 0: {what}: expected a last dimension of stride 1, got 2"):
+        with pytest.raises(ValueError, match=f"layer 0: {what}: expected rows without gaps, got strides"):
             StepModel([changed, *m.layers[1:]], m.norm, m.head, m.embedding, N_Q, N_KV, EPS)
     with pytest.raises(ValueError, match=r"layer 0: o: bias: expected torch.float32 \[48\], got torch.float32 \[47\]"):
         StepModel(
             [replace(first, o=replace(first.o, bias=first.o.bias[:47])), *m.layers[1:]], m.norm, m.head, m.embedding,
             N_Q, N_KV, EPS,
         )  # fmt: skip
-    with pytest.raises(ValueError, match="embedding: expected a last dimension of stride 1, got 2"):
+    with pytest.raises(ValueError, match="embedding: expected rows without gaps, got strides"):
         StepModel(m.layers, m.norm, m.head, with_gaps(m.embedding), N_Q, N_KV, EPS)
 
 
